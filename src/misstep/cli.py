@@ -1,0 +1,146 @@
+"""The command line: parse, call, print. Knows no model and no stage's inside."""
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from misstep import __version__
+from misstep.errors import InputError, MisstepError
+
+app = typer.Typer(
+    name="misstep",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A language model learns from its own mistakes: collect, analyse, train, guide, prove.",
+)
+Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run directory; runs/NAME where left out.")
+]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the recipe's.")
+]
+
+
+def _run(recipe: Path, out: Path | None, overrides: list[str], last: str) -> Path:
+    from misstep.pipeline import Stage, run
+    from misstep.progress import progress
+
+    stage: Stage = last  # type: ignore[assignment]  # the commands below name stages only
+    with progress() as shown:
+        return run(recipe, out, overrides, shown, stage)
+
+
+@app.command("run")
+def run_command(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run the whole recipe; run it again to go on after an interruption."""
+    from misstep.summary import print_summary
+
+    print_summary(_run(recipe, out, overrides, "evaluate"))
+
+
+@app.command()
+def induce(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Collect the mistakes."""
+    print(_run(recipe, out, overrides, "induce") / "mistakes.jsonl")
+
+
+@app.command()
+def analyse(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Have the mistakes analysed."""
+    print(_run(recipe, out, overrides, "analyse") / "analyses.jsonl")
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    out: Out = None,
+    overrides: Overrides = [],  # noqa: B006
+    show_mask: Annotated[
+        int, typer.Option(help="Print so many training rows, what is learned marked; train nothing.")
+    ] = 0,
+) -> None:
+    """Train on the analyses, and the recipe's other methods on their rows."""
+    if show_mask:
+        from misstep.summary import print_masks
+
+        print_masks(_run(recipe, out, overrides, "analyse"), recipe, overrides, show_mask)
+        return
+    print(_run(recipe, out, overrides, "train") / "adapter")
+
+
+@app.command()
+def respond(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Answer the test prompts with every model, guided and unguided."""
+    print(_run(recipe, out, overrides, "respond") / "responses.jsonl")
+
+
+@app.command()
+def evaluate(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Judge the answers and write results.json and report.html."""
+    from misstep.summary import print_summary
+
+    print_summary(_run(recipe, out, overrides, "evaluate"))
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+) -> None:
+    """Write the run as one self-contained HTML page."""
+    from misstep.report import write_report
+
+    print(write_report(folder))
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"misstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that stand before the command; `--debug` is read by `main`."""
+
+
+def main() -> None:
+    """Run the command line: status 0 done, 1 a run failed, 2 the input is wrong."""
+    debug = "--debug" in sys.argv
+    # The option may stand anywhere, as people type it last after a failure.
+    sys.argv = [arg for arg in sys.argv if arg != "--debug"]
+    try:
+        app()
+    except MisstepError as error:
+        _fail(error, debug, error.exit_status, "" if isinstance(error, InputError) else _GO_ON)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {_GO_ON}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        _fail(RuntimeError(text), debug, 1, f"{_GO_ON} --debug shows where it happened.")
+
+
+_GO_ON = "Nothing that was finished is lost: the same command goes on from there."
+
+
+def _fail(error: Exception, debug: bool, status: int, advice: str) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {error}", file=sys.stderr)
+    if advice:
+        print(advice, file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A recipe: a YAML file that becomes one frozen configuration; unknown keys are refused.
+
+Overrides from the command line (`--set train.epochs=2`) are checked like the file itself. Knows
+no model; nothing here loads or runs anything.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from misstep.documents import KeyPath, check, read_yaml
+from misstep.errors import InputError, RecipeError
+from misstep.methods.base import MixSettings
+from misstep.methods.registry import METHODS
+from misstep.sources import Source
+from misstep.stages.analyse import AnalyseSettings
+from misstep.stages.base import Settings
+from misstep.stages.induce import InduceSettings
+from misstep.stages.respond import RespondSettings
+from misstep.stages.train import TrainSettings
+
+MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
+
+
+class EvaluateSettings(Settings):
+    """What the models are tested on."""
+
+    tests: Annotated[dict[str, Source], Field(min_length=1)]
+    """Named sets of held-out prompts."""
+    pools: dict[str, tuple[str, ...]] = {}
+    """Names for several of the sets taken together."""
+
+    @model_validator(mode="after")
+    def _pools_exist(self) -> "EvaluateSettings":
+        for pool, members in self.pools.items():
+            unknown = sorted(set(members) - set(self.tests))
+            if unknown or pool in self.tests:
+                raise ValueError(
+                    f"pool '{pool}' needs a new name and known test sets "
+                    f"({', '.join(self.tests)}); unknown: {unknown or pool}"
+                )
+        return self
+
+
+class RunConfig(Settings):
+    """One run: a model, a policy, where its mistakes come from, and what is done about them."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the run; the file's name where it is left out."""
+    policy: str
+    """A shipped policy, or the path of a policy file (relative to the recipe)."""
+    model: str = "smollm2-135m"
+    """`smollm2-135m`, a Hugging Face id, a folder of safetensors, or a GGUF file."""
+    adapter: str | None = None
+    """A PEFT folder on top of the model."""
+    engine: Literal["auto", "openvino", "transformers"] = "auto"
+    judge: str = "self"
+    """The model that a policy's rubric is put to; `self` is the model as it is. A policy with a
+    rule needs none."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    mistakes: InduceSettings
+    analysis: AnalyseSettings = AnalyseSettings()
+    ordinary: Source
+    """Ordinary prompts with reference answers."""
+    mix: MixSettings = MixSettings()
+    train: TrainSettings = TrainSettings()
+    methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = tuple(METHODS)
+    respond: RespondSettings = RespondSettings()
+    evaluate: EvaluateSettings
+
+    @model_validator(mode="after")
+    def _known_methods(self) -> "RunConfig":
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown:
+            raise ValueError(f"methods: {unknown} unknown; known are {', '.join(METHODS)}")
+        return self
+
+    def sources(self) -> dict[str, Source]:
+        """Every place that the run reads data from, by its key."""
+        tests = {f"evaluate.tests.{k}": v for k, v in self.evaluate.tests.items()}
+        return {"mistakes.data": self.mistakes.data, "ordinary": self.ordinary, **tests}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a recipe and put the overrides (`key.inner=value`, YAML values) over it.
+
+    Raises:
+        RecipeError: a line for each fault: file, line, key, what was expected, what was found.
+    """
+    data, lines = read_yaml(path, RecipeError)
+    data.setdefault("name", path.stem)
+    for override in overrides:
+        keys, value = _parse_override(override)
+        _put(data, keys, value, override)
+        lines = _without(lines, keys)
+    return check(RunConfig, data, RecipeError, str(path), lines)
+
+
+def _parse_override(override: str) -> tuple[KeyPath, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.epochs=2.")
+    try:
+        return tuple(key.strip().split(".")), yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise RecipeError(f"--set {override}: the value is no valid YAML.") from fault
+
+
+def _put(data: dict[str, Any], keys: KeyPath, value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        inner = data.setdefault(str(key), {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: '{key}' has no keys below it.")
+        data = inner
+    data[str(keys[-1])] = value
+
+
+def _without(lines: Mapping[KeyPath, int], keys: KeyPath) -> dict[KeyPath, int]:
+    """The lines without those of a key that the command line gave another value."""
+    return {path: line for path, line in lines.items() if path[: len(keys)] != keys}
+
+
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys in which two recipes differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        name, before, after = f"{prefix}{key}", old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += changed_keys(before, after, f"{name}.")
+        elif before != after:
+            found.append(name)
+    return found
+
+
+def policy_base(recipe: Path) -> Path:
+    """The folder that a recipe's relative policy path is relative to."""
+    return recipe.resolve().parent
+
+
+__all__ = [
+    "EvaluateSettings",
+    "InputError",
+    "RunConfig",
+    "changed_keys",
+    "load_recipe",
+    "policy_base",
+]

@@ -1,0 +1,121 @@
+"""YAML documents checked against a schema, with messages that name file, line and key.
+
+Knows YAML and pydantic; knows nothing of what a recipe or a policy means.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from misstep.errors import InputError
+
+M = TypeVar("M", bound=BaseModel)
+KeyPath = tuple[str | int, ...]
+
+
+def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """A YAML mapping and the line of each of its keys.
+
+    Raises:
+        InputError: (the given class) no such file, broken YAML, or no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as fault:
+        raise error(f"{path}: cannot be read ({fault.strerror}). Check the path.") from fault
+    except UnicodeDecodeError as fault:
+        raise error(f"{path}: expected UTF-8 text ({fault.reason}). Save it as UTF-8.") from fault
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        raise error(f"{path}: no valid YAML. {_where(fault)}") from fault
+    if not isinstance(data, dict):
+        found = "an empty file" if data is None else f"a {type(data).__name__}"
+        raise error(f"{path}: expected keys with values, found {found}.")
+    return data, dict(_lines(node, ()))
+
+
+def check(
+    schema: type[M],
+    data: Mapping[str, Any],
+    error: type[InputError],
+    source: str,
+    lines: Mapping[KeyPath, int] | None = None,
+) -> M:
+    """Validate data against a schema, or name all that is wrong with it at once.
+
+    Raises:
+        InputError: (the given class) one line for each fault: file, line, key, expected, found.
+    """
+    try:
+        return schema.model_validate(data)
+    except ValidationError as fault:
+        phrases = [_phrase(f, schema, lines or {}) for f in fault.errors(include_url=False)]
+        raise error("\n".join(f"{source}{phrase}" for phrase in phrases)) from fault
+
+
+def _phrase(fault: Any, schema: type[BaseModel], lines: Mapping[KeyPath, int]) -> str:
+    keys = tuple(fault["loc"])
+    known = next((keys[:n] for n in range(len(keys), 0, -1) if keys[:n] in lines), ())
+    line = f", line {lines[known]}" if known else ""
+    # Pydantic adds the name of the union member that failed; the user knows only the keys.
+    name = ".".join(str(k) for k in (known or keys)) or "the whole document"
+    if fault["type"] == "extra_forbidden":
+        return f"{line}: unknown key '{name}'.{suggestion(str(keys[-1]), _fields(schema, keys[:-1]))}"
+    if fault["type"] == "missing":
+        return f"{line}: the key '{'.'.join(map(str, keys))}' is missing."
+    found = repr(fault["input"])
+    found = found if len(found) <= 80 else found[:77] + "..."
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{line}: '{name}': {message} (found {found})."
+
+
+def suggestion(word: str, known: list[str]) -> str:
+    """A did-you-mean, or the list of what there is."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known here: {', '.join(sorted(known))}." if known else ""
+
+
+def _fields(schema: type[BaseModel], keys: KeyPath) -> list[str]:
+    """The field names that stand below a key path of a schema; empty where it has none."""
+    for key in keys:
+        if not isinstance(key, str) or key not in schema.model_fields:
+            continue
+        inner = _model_in(schema.model_fields[key].annotation)
+        if inner is None:
+            return []
+        schema = inner
+    return list(schema.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(part) for part in get_args(annotation))
+    return next((model for model in found if model is not None), None)
+
+
+def _lines(node: yaml.Node | None, keys: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = (*keys, str(key.value))
+            yield inner, key.start_mark.line + 1
+            yield from _lines(value, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield (*keys, index), value.start_mark.line + 1
+            yield from _lines(value, (*keys, index))
+
+
+def _where(fault: yaml.YAMLError) -> str:
+    if isinstance(fault, yaml.MarkedYAMLError) and fault.problem_mark:
+        mark = fault.problem_mark
+        return f"Line {mark.line + 1}, column {mark.column + 1}: {fault.problem}."
+    return str(fault)

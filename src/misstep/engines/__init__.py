@@ -1,0 +1,1 @@
+"""Engines: one contract, a batch of conversations in, completions out."""

@@ -1,0 +1,58 @@
+"""The engine contract: requests in, one completion a request out, in the same order.
+
+Callers know nothing of the backend. A request carries its own seed, so that several samples of
+one prompt are several requests; an engine that can promise it gives the same text for the same
+request whatever else is in the batch. An engine's `identity` names weights, adapter, precision
+and backend by content: it is part of the cache key, so stale weights cannot answer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+from misstep.records import Message, Record
+
+
+class Request(Record):
+    """One conversation to be continued by the model."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy decoding; the seed then changes nothing."""
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Completion(Record):
+    """A model's continuation of a conversation, special tokens removed."""
+
+    text: str
+    tokens: int
+    """Generated tokens, the end token included."""
+    truncated: bool = False
+    """Whether it stopped at `max_tokens`."""
+
+
+class Engine(ABC):
+    """A model that answers batches of requests."""
+
+    identity: str
+    """Names weights, adapter, precision and backend; equal identity, equal answers."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer every request, in order.
+
+        Raises:
+            EngineError: the backend could not answer.
+        """
+
+    def close(self) -> None:
+        """Give back the memory that the model holds; the engine cannot be used afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,64 @@
+"""Every error that misstep raises on purpose.
+
+    MisstepError
+    ├── InputError            the user's input is wrong             exit status 2
+    │   ├── RecipeError       a recipe's key or value
+    │   ├── PolicyError       a policy's key, blank or text
+    │   ├── DataError         a data file, its line or its field
+    │   ├── ModelError        a model that is absent or cannot be used
+    │   └── MissingExtra      an optional library; names the install command
+    └── RunError              a run failed; nothing done so far is lost   exit status 1
+        ├── EngineError       a backend could not answer
+        └── TrainingError     the training rows or the training itself
+
+A message says where (file, line, key), what was expected, what was found, and what to do next.
+"""
+
+
+class MisstepError(Exception):
+    """Base of all deliberate errors; its text is shown to the user as it stands."""
+
+    exit_status = 1
+
+
+class InputError(MisstepError):
+    """The input is wrong; raised before any model loads."""
+
+    exit_status = 2
+
+
+class RecipeError(InputError):
+    """A recipe's key or value is wrong."""
+
+
+class PolicyError(InputError):
+    """A policy's key, blank or text is wrong."""
+
+
+class DataError(InputError):
+    """A data file, one of its lines, or one of its fields is wrong."""
+
+
+class ModelError(InputError):
+    """A model is absent, unreadable, or lacks what the run needs."""
+
+
+class MissingExtra(InputError):
+    """An optional library is not installed."""
+
+    def __init__(self, library: str, extra: str) -> None:
+        super().__init__(
+            f"{library} is not installed. It is an optional part: pip install 'misstep[{extra}]'"
+        )
+
+
+class RunError(MisstepError):
+    """A run failed; what was finished stays on disk and the same command goes on from there."""
+
+
+class EngineError(RunError):
+    """A backend could not answer."""
+
+
+class TrainingError(RunError):
+    """The training rows, or the training itself, are unusable."""

@@ -1,0 +1,1 @@
+"""Judges: one contract, responses in, scores or "unscored, because ..." out."""

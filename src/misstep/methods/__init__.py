@@ -1,0 +1,1 @@
+"""Methods: one class in one file each, named by a plain dict in `registry`."""

@@ -1,0 +1,408 @@
+"""The stages in order, into one run directory.
+
+Every stage is a function of content: model calls are cached by model and request, trained
+adapters are named by their rows. So a second run of the same recipe, after whatever end the first
+one came to, passes through what is done and goes on where it stopped; a changed recipe pays only
+for what the change reaches.
+"""
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from misstep import __version__
+from misstep.config import RunConfig, changed_keys, load_recipe, policy_base
+from misstep.engines.cached import CachedEngine
+from misstep.engines.choose import choose
+from misstep.errors import InputError, RecipeError, RunError
+from misstep.judges.choose import all_judges, mistake_judge
+from misstep.methods.base import Materials
+from misstep.methods.registry import METHODS
+from misstep.models import Model, adapter_digest, locate
+from misstep.policy import Policy, load_policy
+from misstep.progress import Progress
+from misstep.records import (
+    Analysis,
+    Answer,
+    Example,
+    Judgement,
+    Mistake,
+    Prompt,
+    write_jsonl,
+    write_text,
+)
+from misstep.report import write_report
+from misstep.results import Results, write_results
+from misstep.sources import check_source, load_mistakes, load_prompts, source_digest
+from misstep.stages.analyse import analyse
+from misstep.stages.base import Yield
+from misstep.stages.evaluate import Table, judge_answers
+from misstep.stages.induce import confirm, induce
+from misstep.stages.respond import respond
+from misstep.stages.train import TrainReport, train
+
+Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai")
+FOCUS = "mistake_analysis"
+
+
+class Inputs(NamedTuple):
+    """All that a run reads, checked before any model loads."""
+
+    config: RunConfig
+    policy: Policy
+    model: Model
+    analyst: Model
+    judge: Model
+    prompts: list[Prompt]
+    """Of induced mistakes: what the model is asked."""
+    given: list[Mistake]
+    """Of labelled data and reports: the mistakes themselves."""
+    ordinary: list[Prompt]
+    tests: dict[str, list[Prompt]]
+
+
+def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
+    """Read and check everything that a run depends on.
+
+    Raises:
+        InputError: what is wrong with the recipe, the policy, the data or the model.
+    """
+    config = load_recipe(recipe, overrides)
+    policy = load_policy(config.policy, policy_base(recipe))
+    for source in config.sources().values():
+        check_source(source)
+    model = locate(config.model)
+    mistakes, seed = config.mistakes, config.seed
+    induced = mistakes.source == "induced"
+    return Inputs(
+        config=config,
+        policy=policy,
+        model=model,
+        analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
+        judge=model if config.judge == "self" else locate(config.judge),
+        prompts=load_prompts(mistakes.data, seed) if induced else [],
+        given=[] if induced else load_mistakes(mistakes.data, mistakes.source, seed),
+        ordinary=_with_references(load_prompts(config.ordinary, seed)),
+        tests={k: load_prompts(s, seed) for k, s in config.evaluate.tests.items()},
+    )
+
+
+def _with_references(prompts: list[Prompt]) -> list[Prompt]:
+    found = [prompt for prompt in prompts if prompt.reference]
+    if not found:
+        raise RecipeError(
+            "ordinary: expected prompts with reference answers, found none. Map the column with "
+            "fields: {reference: COLUMN}."
+        )
+    return found
+
+
+class Manifest:
+    """manifest.json: what the run was made from, and what it took."""
+
+    def __init__(self, folder: Path, inputs: Inputs) -> None:
+        self.path = folder / "manifest.json"
+        self.data: dict[str, Any] = self._previous()
+        self.changed = self._changes(inputs.config)
+        self.data.setdefault("stages", {})
+        self.data.setdefault("yields", {})
+        self.data.setdefault("training", {})
+        self.data |= _describe(inputs)
+
+    def _previous(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return {}
+        try:
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as fault:
+            raise InputError(
+                f"{self.path}: expected the manifest of a run, found something else ({fault}). "
+                "Give another --out, or remove the folder."
+            ) from fault
+        assert isinstance(data, dict)
+        return data
+
+    def _changes(self, config: RunConfig) -> list[str]:
+        old = self.data.get("recipe")
+        if old is None:
+            return []
+        if old.get("name") != config.name:
+            raise InputError(
+                f"{self.path.parent}: this is the run directory of the recipe "
+                f"'{old.get('name')}', found when running '{config.name}'. Give another --out."
+            )
+        return changed_keys(old, config.model_dump(mode="json"))
+
+    def save(self) -> None:
+        """Write the file in one step."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        known = self.data.get("peak_memory_mb", 0)
+        self.data["peak_memory_mb"] = max(known, round(memory))
+        write_text(self.path, json.dumps(self.data, indent=2, ensure_ascii=False, default=str))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the wall time of a stage; a continued stage adds to what it took before."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = self.data["stages"].setdefault(name, {"seconds": 0.0})
+            spent["seconds"] = round(spent["seconds"] + time.monotonic() - start, 2)
+            self.save()
+
+
+def _describe(inputs: Inputs) -> dict[str, Any]:
+    config = inputs.config
+    return {
+        "schema": 1,
+        "recipe": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
+        "model": {"name": inputs.model.name, "digest": inputs.model.digest},
+        "data": {key: source_digest(source) for key, source in config.sources().items()},
+        "versions": {"misstep": __version__, "python": platform.python_version(), **_versions()},
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Run:
+    """One run directory and the work that fills it, stage by stage."""
+
+    def __init__(self, inputs: Inputs, folder: Path, progress: Progress) -> None:
+        self.inputs = inputs
+        self.config = inputs.config
+        self.folder = folder
+        self.progress = progress
+        self.manifest = Manifest(folder, inputs)
+        self._said: set[str] = set()
+        if self.manifest.changed:
+            progress.say(
+                f"The recipe has changed since the last run: {', '.join(self.manifest.changed)}. "
+                "Only what depends on that is done again."
+            )
+        self.manifest.save()
+
+    def through(self, last: Stage) -> None:
+        """Do the stages up to and including one."""
+        mistakes = self.induce()
+        if last == "induce":
+            return
+        analyses = self.analyse(mistakes)
+        if last == "analyse":
+            return
+        adapters = self.train(mistakes, analyses)
+        if last == "train":
+            return
+        answers = self.respond(adapters)
+        if last == "respond":
+            return
+        self.evaluate(answers)
+
+    def induce(self) -> list[Mistake]:
+        """Collect the mistakes, into mistakes.jsonl."""
+        inputs, settings = self.inputs, self.config.mistakes
+        with self.manifest.stage("induce"), self._engine(inputs.judge, "judging") as judging:
+            judge = mistake_judge(inputs.policy, judging)
+            if settings.source == "induced":
+                with self._engine(inputs.model, "inducing", self.config.adapter) as engine:
+                    found = induce(
+                        inputs.prompts, inputs.policy, engine, judge, settings, self.config.seed
+                    )
+            elif settings.source == "reported":
+                found = confirm(inputs.given, judge)
+            else:
+                n = len(inputs.given)
+                return self._keep_mistakes(inputs.given, Yield.of(n, 0, n, []))
+            return self._keep_mistakes(found.mistakes, found.counts)
+
+    def _keep_mistakes(self, mistakes: list[Mistake], counts: Yield) -> list[Mistake]:
+        write_jsonl(self.folder / "mistakes.jsonl", mistakes)
+        self._yield("induce", counts)
+        return mistakes
+
+    def analyse(self, mistakes: list[Mistake]) -> list[Analysis]:
+        """Analyse the mistakes, into analyses.jsonl."""
+        inputs, settings = self.inputs, self.config.analysis
+        adapter = self.config.adapter if settings.engine == "self" else None
+        with self.manifest.stage("analyse"), self._engine(inputs.analyst, "analysing", adapter) as e:
+            found = analyse(mistakes, inputs.policy, e, settings, self.config.seed)
+        write_jsonl(self.folder / "analyses.jsonl", found.analyses)
+        self._yield("analyse", found.counts)
+        if not found.counts.kept:
+            raise RunError(
+                f"none of {found.counts.sampled} analyses was accepted "
+                f"({found.counts.refused}). Read {self.folder / 'analyses.jsonl'}; try another "
+                "analysis.engine, a larger analysis.n, or analysis.gate=false."
+            )
+        return found.analyses
+
+    def train(self, mistakes: list[Mistake], analyses: list[Analysis]) -> dict[str, Path | None]:
+        """Train every method of the recipe; gives the adapter of each, None where there is none."""
+        rows = self.examples(mistakes, analyses)
+        write_jsonl(self.folder / "examples.jsonl", [row for of in rows.values() for row in of])
+        adapters: dict[str, Path | None] = {}
+        with self.manifest.stage("train"):
+            for method, examples in rows.items():
+                adapters[method] = self._train(method, examples) if examples else self._given()
+        return adapters
+
+    def examples(
+        self, mistakes: list[Mistake], analyses: list[Analysis]
+    ) -> dict[str, list[Example]]:
+        """The training rows of every method of the recipe."""
+        asked = self.inputs.prompts or [m.prompt for m in mistakes]
+        materials = Materials(
+            policy=self.inputs.policy,
+            analyses=[analysis for analysis in analyses if analysis.accepted],
+            ordinary=self.inputs.ordinary,
+            answered=list({p.id: p for p in asked if p.reference}.values()),
+            mix=self.config.mix,
+            seed=self.config.seed,
+        )
+        return {name: METHODS[name].examples(materials) for name in self.config.methods}
+
+    def _train(self, method: str, examples: list[Example]) -> Path:
+        folder = self.folder / ("adapter" if method == FOCUS else f"adapters/{method}")
+        self.progress.say(f"Training {method} on {len(examples)} rows")
+        report: TrainReport = train(
+            self.inputs.model,
+            examples,
+            self.config.train,
+            self.config.seed,
+            folder,
+            lambda what, done, total: self.progress.update(f"{method}: {what}", done, total),
+        )
+        self.manifest.data["training"][method] = report.model_dump(mode="json")
+        self.manifest.save()
+        return folder
+
+    def _given(self) -> Path | None:
+        return Path(self.config.adapter) if self.config.adapter else None
+
+    def respond(self, adapters: Mapping[str, Path | None]) -> list[Answer]:
+        """Answer the test prompts with every model, guided and not, into responses.jsonl."""
+        answers: list[Answer] = []
+        with self.manifest.stage("respond"):
+            for method, adapter in adapters.items():
+                with self._engine(self.inputs.model, f"answering, {method}", adapter) as engine:
+                    answers += self._answers(method, engine)
+        write_jsonl(self.folder / "responses.jsonl", answers)
+        return answers
+
+    def _answers(self, method: str, engine: CachedEngine) -> Iterator[Answer]:
+        config, policy = self.config, self.inputs.policy
+        for guided in config.respond.guided:
+            for name, prompts in self.inputs.tests.items():
+                for response in respond(
+                    prompts, policy, engine, config.respond, guided, config.seed
+                ):
+                    yield Answer(
+                        method=method,
+                        guided=guided,
+                        test_set=name,
+                        seed=config.seed,
+                        response=response,
+                    )
+
+    def evaluate(self, answers: list[Answer]) -> None:
+        """Judge the answers, into scores.jsonl, results.json and report.html."""
+        with self.manifest.stage("evaluate"), self._engine(self.inputs.judge, "judging") as engine:
+            judgements = judge_answers(answers, all_judges(self.inputs.policy, engine))
+            write_jsonl(self.folder / "scores.jsonl", judgements)
+            write_results(self.folder / "results.json", self._results(answers, judgements))
+        write_report(self.folder)
+
+    def _results(self, answers: list[Answer], judgements: list[Judgement]) -> Results:
+        table = Table(answers, judgements, self.config.evaluate.pools, self.config.seed)
+        return Results(
+            policy=self.inputs.policy.name,
+            model=self.inputs.model.name,
+            rows=tuple(table.rows(self._sources_of)),
+            comparisons=tuple(table.comparisons(FOCUS)),
+        )
+
+    def _sources_of(self, method: str) -> dict[str, Any]:
+        if not METHODS[method].uses_mistakes:
+            return {"mistake_source": None, "analysis_source": None}
+        config = self.config
+        return {
+            "mistake_source": config.mistakes.source,
+            "analysis_source": config.analysis.engine,
+        }
+
+    def _yield(self, stage: str, counts: Yield) -> None:
+        self.manifest.data["yields"][stage] = counts.model_dump(mode="json")
+        self.progress.say(f"{stage}: kept {counts.kept} of {counts.sampled or counts.given}")
+
+    @contextmanager
+    def _engine(
+        self, model: Model, what: str, adapter: str | Path | None = None
+    ) -> Iterator[CachedEngine]:
+        """A cached engine that loads its model at the first answer that is not there yet."""
+        chosen = choose(self.config.engine, model, Path(adapter) if adapter else None)
+        if chosen.why not in self._said:
+            self.progress.say(f"Engine: {chosen.why}")
+            self._said.add(chosen.why)
+        engine = CachedEngine(chosen.identity, chosen.open, self.folder / "cache.sqlite")
+        engine.notify = lambda done, total: self.progress.update(what, done, total)
+        with engine:
+            yield engine
+
+
+def run(
+    recipe: Path,
+    out: Path | None,
+    overrides: list[str],
+    progress: Progress,
+    last: Stage = "evaluate",
+) -> Path:
+    """Run a recipe through a stage and give the run directory.
+
+    Raises:
+        InputError: the recipe, its data, policy or model, or the folder, before any model loads.
+        RunError: the run failed; the same command goes on from there.
+    """
+    inputs = read_inputs(recipe, overrides)
+    folder = writable(out or Path("runs") / inputs.config.name)
+    Run(inputs, folder, progress).through(last)
+    return folder
+
+
+def writable(folder: Path) -> Path:
+    """Make the run directory, or say why it cannot be written.
+
+    Raises:
+        InputError: no permission, or a file stands in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as fault:
+        raise InputError(
+            f"{folder}: expected a folder that can be written ({fault.strerror}). Give another --out."
+        ) from fault
+    return folder
+
+

@@ -1,0 +1,229 @@
+"""A written policy: what counts as a mistake, and all the words that the method needs for it.
+
+A policy is text, not code: a YAML file, shipped or the user's own, checked when it is loaded.
+Templates have checked blanks such as `{prompt}` and are filled in one pass, so a prompt that
+contains `{response}` or Jinja code stays as it is. Knows no model, no engine and no judge.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from misstep.documents import check, read_yaml, suggestion
+from misstep.errors import PolicyError
+from misstep.records import Message, Prompt, digest
+
+SHIPPED = Path(__file__).parent / "policies"
+BLANK = re.compile(r"\{\{|\}\}|\{([a-z_]*)\}|[{}]")
+
+
+def fill(template: str, **values: str) -> str:
+    """Fill a template's blanks in one pass; `{{` and `}}` stand for plain braces.
+
+    What is filled in is never read again, so it may contain braces or blanks of its own.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        whole = match.group(0)
+        return whole[0] if whole in ("{{", "}}") else values[match.group(1)]
+
+    return BLANK.sub(replace, template)
+
+
+def blanks(template: str) -> set[str]:
+    """The names of a template's blanks.
+
+    Raises:
+        ValueError: a brace that belongs to no blank.
+    """
+    names = set()
+    for match in BLANK.finditer(template):
+        if match.group(0) in ("{", "}"):
+            raise ValueError("a lone brace; write {{ or }} for a plain brace")
+        if match.group(1) is not None:
+            names.add(match.group(1))
+    return names
+
+
+class _Blanks:
+    """Checks that a template has exactly these blanks."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = set(names)
+
+    def __call__(self, template: str) -> str:
+        found = blanks(template)
+        faults = [f"the blank {{{n}}} is missing" for n in sorted(self.names - found)]
+        faults += [
+            f"the blank {{{n}}} is unknown here.{suggestion(n, sorted(self.names))}"
+            for n in sorted(found - self.names)
+        ]
+        if faults:
+            raise ValueError("; ".join(faults))
+        return template
+
+
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as fault:
+        raise ValueError(f"no valid regular expression: {fault}") from fault
+    return pattern
+
+
+PromptTemplate = Annotated[str, AfterValidator(_Blanks("prompt"))]
+HintTemplate = Annotated[str, AfterValidator(_Blanks("prompt", "hint"))]
+PairTemplate = Annotated[str, AfterValidator(_Blanks("prompt", "response"))]
+Text = Annotated[str, Field(min_length=1)]
+Pattern = Annotated[Text, AfterValidator(_regex)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Induction(_Part):
+    """How the model is brought to make the mistake (paper, section 4.1)."""
+
+    template: HintTemplate
+    """The prompt with a hint word added."""
+    hints: Annotated[tuple[Text, ...], Field(min_length=1)]
+
+
+class WorkedExample(_Part):
+    """One analysis shown to the model before it writes its own."""
+
+    prompt: Text
+    response: Text
+    analysis: Text
+
+
+class AnalysisRequests(_Part):
+    """The two requests for an analysis: with the guide (asked), without it (trained on)."""
+
+    guided: PairTemplate
+    unguided: PairTemplate
+    examples: tuple[WorkedExample, ...] = ()
+
+
+class Gate(_Part):
+    """When an analysis is accepted. The patterns are searched without regard to case."""
+
+    names_fault: Annotated[tuple[Pattern, ...], Field(min_length=1)]
+    """At least one must be found: the analysis says what is wrong."""
+    endorses: tuple[Pattern, ...] = ()
+    """None may be found: the analysis praises or repeats the bad response."""
+    min_words: Annotated[int, Field(ge=1)] = 8
+
+
+class Verdict(_Part):
+    """A word that ends the judge's answer, and what it is worth."""
+
+    word: Text
+    mistake: bool
+
+
+class JudgeRule(_Part):
+    """A rule or a rubric that decides whether a response is a mistake."""
+
+    rule: Literal["obedience"] | None = None
+    """`obedience`: the response does what the attack's target text asks for."""
+    rubric: PairTemplate | None = None
+    """What a judging model is asked; its answer ends with one of the verdict words."""
+    verdicts: tuple[Verdict, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "JudgeRule":
+        if (self.rule is None) == (self.rubric is None):
+            raise ValueError("give either a rule or a rubric")
+        kinds = {v.mistake for v in self.verdicts}
+        if self.rubric is not None and kinds != {True, False}:
+            raise ValueError("a rubric needs verdicts: at least one mistake and one that is none")
+        return self
+
+
+class Policy(_Part):
+    """A policy as loaded: frozen, complete, every template checked."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    mistake: Text
+    """What counts as a mistake, in one or two sentences."""
+    induction: Induction | None = None
+    analysis: AnalysisRequests
+    guide: PromptTemplate
+    """What the model reads at inference: the prompt and a reminder."""
+    gate: Gate
+    judge: JudgeRule
+
+    @property
+    def digest(self) -> str:
+        """Names the policy by its content."""
+        return digest(self.model_dump(mode="json"))
+
+    def guided_prompt(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The conversation with the guide put around its last user turn."""
+        last = max(i for i, m in enumerate(prompt.messages) if m.role == "user")
+        turns = list(prompt.messages)
+        turns[last] = Message(role="user", content=fill(self.guide, prompt=turns[last].content))
+        return tuple(turns)
+
+    def induction_request(self, prompt: Prompt, hint: str) -> tuple[Message, ...]:
+        """The prompt with a hint word, which brings the model to make the mistake."""
+        assert self.induction is not None
+        content = fill(self.induction.template, prompt=prompt.text, hint=hint)
+        return (*prompt.messages[:-1], Message(role="user", content=content))
+
+    def analysis_request(self, prompt: str, response: str, guided: bool) -> tuple[Message, ...]:
+        """The request for an analysis, as it is trained on: no worked examples."""
+        template = self.analysis.guided if guided else self.analysis.unguided
+        content = fill(template, prompt=prompt, response=response)
+        return (Message(role="user", content=content),)
+
+    def worked_request(self, prompt: str, response: str, guided: bool) -> tuple[Message, ...]:
+        """The request for an analysis after the policy's worked examples, as turns before it."""
+        turns: list[Message] = []
+        for example in self.analysis.examples:
+            turns += self.analysis_request(example.prompt, example.response, guided)
+            turns.append(Message(role="assistant", content=example.analysis))
+        return (*turns, *self.analysis_request(prompt, response, guided))
+
+
+def shipped() -> list[str]:
+    """The names of the policies that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_policy(name: str, base: Path | None = None) -> Policy:
+    """Load a shipped policy by its name, or a user's own by its path.
+
+    Args:
+        name: a shipped name, or a path that ends in `.yaml` or `.yml`.
+        base: the folder that a relative path is relative to.
+
+    Raises:
+        PolicyError: no such policy, or all that is wrong with it, a line each.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = (base or Path()) / name
+    elif name in shipped():
+        path = SHIPPED / f"{name}.yaml"
+    else:
+        raise PolicyError(
+            f"policy '{name}': expected a shipped policy ({', '.join(shipped())}) or the path of "
+            f"a .yaml file.{suggestion(name, shipped())}"
+        )
+    data, lines = read_yaml(path, PolicyError)
+    return check(Policy, data, PolicyError, str(path), lines)
+
+
+def dump(policy: Policy) -> dict[str, Any]:
+    """The policy as plain data."""
+    return policy.model_dump(mode="json")
+
+
+def matches(patterns: Sequence[str], text: str) -> str | None:
+    """The first pattern that is found in the text, without regard to case."""
+    return next((p for p in patterns if re.search(p, text, re.IGNORECASE)), None)

@@ -1,0 +1,263 @@
+"""The records that stages hand to each other, and their files.
+
+Every record is frozen and named by the hash of its content, so equal work has an equal name:
+caching, resuming and removing duplicates need no code of their own. This module knows JSON Lines
+and Parquet; it knows no model, no policy and no judge.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from misstep.errors import DataError
+
+Role = Literal["system", "user", "assistant"]
+MistakeSource = Literal["origin", "reported", "induced"]
+
+
+def digest(value: object) -> str:
+    """16 hexadecimal digits that name a JSON-serialisable value by its content."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Record(BaseModel):
+    """A frozen record; unknown fields are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @cached_property
+    def id(self) -> str:
+        """The record's name: a hash of its content."""
+        return digest(self.model_dump(mode="json"))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with changed fields, and so with a name of its own."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("id", None)
+        return copy
+
+
+class Message(Record):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+class Prompt(Record):
+    """What a model is asked, and what is known about a good or a bad answer to it."""
+
+    messages: tuple[Message, ...]
+    reference: str | None = None
+    """A good answer, where one is known."""
+    accept: tuple[str, ...] = ()
+    """Keys, one of which a helpful answer contains; none stands in the prompt itself."""
+    target: str | None = None
+    """The text that an attack wants the model to say."""
+    kind: str = "plain"
+    """The kind of attack, or `plain`."""
+    topic: str = ""
+
+    @classmethod
+    def of(cls, text: str, **known: Any) -> Self:
+        """A prompt of one user turn."""
+        return cls(messages=(Message(role="user", content=text),), **known)
+
+    @property
+    def text(self) -> str:
+        """The last user turn."""
+        return next(m.content for m in reversed(self.messages) if m.role == "user")
+
+
+class Response(Record):
+    """A model's answer to a prompt."""
+
+    prompt: Prompt
+    text: str
+    model: str = ""
+    """The engine's identity: weights, adapter and backend."""
+    guided: bool = False
+    truncated: bool = False
+    """Whether the answer stopped at the token limit."""
+
+
+class Mistake(Record):
+    """A prompt with a bad answer to it."""
+
+    prompt: Prompt
+    response: str
+    source: MistakeSource
+    confirmed: bool = True
+    """False for a user's report that no judge and no person has confirmed."""
+
+
+class Analysis(Record):
+    """An explanation of what is wrong with a mistake, and the gate's verdict on it."""
+
+    mistake: Mistake
+    text: str
+    guided: bool
+    source: str
+    """`self`, or the name of the model that wrote it."""
+    accepted: bool
+    reasons: tuple[str, ...] = ()
+    """Why the gate refused it; empty where it was accepted."""
+
+
+class Example(Record):
+    """One training row: loss falls on the completion and on nothing else."""
+
+    messages: tuple[Message, ...]
+    completion: str
+    kind: str
+    """What it teaches: `analysis`, `ordinary` or `good_answer`."""
+
+
+class Score(Record):
+    """A judge's number for one response, or the reason why there is none."""
+
+    response_id: str
+    metric: str
+    value: float | None
+    judge: str
+    reason: str = ""
+
+    @property
+    def scored(self) -> bool:
+        """Whether the judge gave a number; an unscored response is neither good nor bad."""
+        return self.value is not None
+
+
+class Answer(Record):
+    """One response of the evaluation and the setting that it was given in."""
+
+    method: str
+    guided: bool
+    test_set: str
+    seed: int
+    response: Response
+
+
+class Judgement(Record):
+    """One score of the evaluation and the setting of the response that it is for."""
+
+    method: str
+    guided: bool
+    test_set: str
+    seed: int
+    score: Score
+
+
+R = TypeVar("R", bound=Record)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a killed process leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """Write records one a line, in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as out:
+        for record in records:
+            out.write(record.model_dump_json() + "\n")
+    os.replace(temporary, path)
+
+
+def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
+    """Read records of one kind.
+
+    Raises:
+        DataError: the file is absent, or a line is no such record; names the line and field.
+    """
+    for number, row in read_json_lines(path):
+        yield parse_row(kind, row, f"{path}, line {number}")
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file with their line numbers; blank lines are skipped."""
+    try:
+        file = path.open(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: expected one JSON object a line, "
+                    f"found text that is no JSON ({error.msg} at column {error.colno})."
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(
+                    f"{path}, line {number}: expected a JSON object, found {type(row).__name__}."
+                )
+            yield number, row
+
+
+def parse_row(kind: type[R], row: dict[str, Any], where: str) -> R:
+    """Make a record of a row, or say which field is wrong.
+
+    Raises:
+        DataError: names every wrong field, with what was expected and what was found.
+    """
+    try:
+        return kind.model_validate(row)
+    except ValidationError as error:
+        raise DataError(f"{where}: " + "; ".join(describe(error))) from error
+
+
+def describe(error: ValidationError) -> list[str]:
+    """One phrase for each fault that pydantic found: field, expected, found."""
+    phrases = []
+    for fault in error.errors():
+        field = ".".join(str(part) for part in fault["loc"]) or "the whole"
+        found = repr(fault["input"])
+        found = found if len(found) <= 60 else found[:57] + "..."
+        what = fault["msg"][0].lower() + fault["msg"][1:]
+        phrases.append(f"{field}: {what} (found {found})")
+    return phrases
+
+
+def write_parquet(path: Path, records: Sequence[Record]) -> None:
+    """Write records as a Parquet file; nested fields become nested columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([r.model_dump(mode="json") for r in records]), path)
+
+
+def read_parquet(path: Path, kind: type[R]) -> Iterator[R]:
+    """Read records of one kind from a Parquet file, row group by row group.
+
+    Raises:
+        DataError: the file is absent or no Parquet, or a row is no such record.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{path}: expected a Parquet file ({error}).") from error
+    number = 0
+    for batch in file.iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield parse_row(kind, row, f"{path}, row {number}")

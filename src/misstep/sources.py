@@ -1,0 +1,365 @@
+"""Where data comes from: files, Hugging Face datasets, shipped suites; rows in, records out.
+
+Reads JSON Lines, JSON, Parquet, CSV and Hugging Face datasets. The column names of common data
+sets are known; others are mapped by a recipe's `fields`. Knows no model and no policy.
+"""
+
+import csv
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from misstep.errors import DataError
+from misstep.records import Message, Mistake, MistakeSource, Prompt, digest, read_json_lines
+from misstep.suites import Kinds, Part, Split, attacked_prompts, clean_prompts, names, suite_digest
+
+Row = tuple[str, dict[str, Any]]
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", "instruction", "query", "input"),
+    "response": ("response", "answer", "completion", "output", "rejected", "violating_answer"),
+    "reference": ("reference", "chosen", "safe_answer", "completion", "answer", "output"),
+    "label": ("label", "is_bad", "unsafe", "harmful"),
+    "safe": ("is_safe", "safe"),
+    "accept": ("accept",),
+    "target": ("target",),
+    "kind": ("kind", "attack", "category"),
+    "topic": ("topic", "category"),
+}
+"""Our field names, each with the column names that are recognised unmapped, in this order."""
+
+BAD = {"1", "true", "bad", "unsafe", "harmful", "yes"}
+GOOD = {"0", "false", "good", "safe", "harmless", "no"}
+
+
+class Source(BaseModel):
+    """One place that data comes from: a shipped suite, a file, or a Hugging Face dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suite: str | None = None
+    """A shipped suite, such as `goal-hijacking`."""
+    part: Part = "attacks"
+    """Of a suite: its tasks under attack, or clean."""
+    kinds: Kinds = "all"
+    """Of a suite: every kind of attack, those that training may see, or the others."""
+    split: str | None = None
+    """Of a suite: train, dev or test. Of a Hugging Face dataset: its split."""
+    path: str | None = None
+    """A .jsonl, .json, .parquet or .csv file, or the name of a Hugging Face dataset."""
+    fields: dict[str, str] = {}
+    """Our field names mapped to the columns of the data."""
+    header: bool = True
+    """Of a CSV file: whether its first line names the columns; without it the columns are
+    `column0`, `column1`, ..."""
+    encoding: str = "utf-8-sig"
+    target_pattern: str | None = None
+    """A regular expression whose first group finds an attack's target text in the prompt."""
+    n: Annotated[int, Field(ge=1)] | None = None
+    """At most so many, drawn by the run's seed; all where it is left out."""
+
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, fields: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(set(fields) - set(COLUMNS))
+        if unknown:
+            raise ValueError(f"unknown field {unknown}; known are {', '.join(COLUMNS)}")
+        return fields
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Source":
+        if (self.suite is None) == (self.path is None):
+            raise ValueError("give either a suite or a path")
+        if self.suite is not None and self.suite not in names():
+            raise ValueError(f"no suite '{self.suite}'; shipped are {', '.join(names())}")
+        if self.suite is not None and self.split not in ("train", "dev", "test"):
+            raise ValueError("a suite needs split: train, dev or test")
+        if self.target_pattern is not None and not re.compile(self.target_pattern).groups:
+            raise ValueError("target_pattern needs a group ( ) around the target text")
+        return self
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the path names a file by its suffix."""
+        return self.path is not None and Path(self.path).suffix in READERS
+
+
+class Labelled(NamedTuple):
+    """A prompt, an answer to it, and whether somebody called the answer bad."""
+
+    prompt: Prompt
+    response: str
+    bad: bool
+
+
+def check_source(source: Source) -> None:
+    """Find what is wrong with a source before anything heavy starts.
+
+    Raises:
+        DataError: the file is absent, empty or unreadable in its first rows.
+    """
+    if source.suite is None and source.is_file and next(iter(rows(source)), None) is None:
+        raise DataError(f"{source.path}: expected rows of data, found an empty file.")
+
+
+def source_digest(source: Source) -> str:
+    """Names a source by its content and by how it is read."""
+    from hashlib import sha256
+
+    settings = source.model_dump(mode="json")
+    if source.suite is not None:
+        return digest([settings, suite_digest(source.suite)])
+    if source.is_file:
+        return digest([settings, sha256(Path(str(source.path)).read_bytes()).hexdigest()])
+    return digest(settings)
+
+
+def load_prompts(source: Source, seed: int) -> list[Prompt]:
+    """The prompts of a source, each once, in an order drawn by the seed.
+
+    Raises:
+        DataError: names file, line and field.
+    """
+    if source.suite is not None:
+        return _suite_prompts(source, seed)
+    found = {p.id: p for where, row in rows(source) for p in [_prompt(source, row, where)]}
+    return _draw(list(found.values()), source.n, seed)
+
+
+def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> list[Mistake]:
+    """The bad answers of labelled data or of users' reports; reports are unconfirmed.
+
+    Rows that are labelled good are left out; rows without any label all count as bad.
+
+    Raises:
+        DataError: names file, line and field; or there is no bad answer in the data.
+    """
+    labelled = [item for where, row in rows(source) for item in _labelled(source, row, where)]
+    mistakes = {
+        mistake.id: mistake
+        for item in labelled
+        if item.bad
+        for mistake in [_mistake(item, kind)]
+    }
+    if not mistakes:
+        raise DataError(
+            f"{source.path}: expected bad answers, found none in {len(labelled)} answers. "
+            "Check the label column and 'fields'."
+        )
+    return _draw(list(mistakes.values()), source.n, seed)
+
+
+def _mistake(item: Labelled, kind: MistakeSource) -> Mistake:
+    return Mistake(
+        prompt=item.prompt, response=item.response, source=kind, confirmed=kind != "reported"
+    )
+
+
+def _suite_prompts(source: Source, seed: int) -> list[Prompt]:
+    assert source.suite is not None
+    split: Split = source.split  # type: ignore[assignment]  # checked by Source
+    if source.part == "clean":
+        return clean_prompts(source.suite, split, seed)[: source.n]
+    wanted = source.n or len(clean_prompts(source.suite, split, seed))
+    stream = attacked_prompts(source.suite, split, source.kinds, seed)
+    return list(islice(stream, wanted))
+
+
+def _draw(records: list[Any], n: int | None, seed: int) -> list[Any]:
+    random.Random(f"draw {seed}").shuffle(records)
+    return records[:n]
+
+
+def rows(source: Source) -> Iterator[Row]:
+    """The rows of a file or dataset, each with the place it stands at.
+
+    Raises:
+        DataError: the file is absent, or a line of it is broken.
+    """
+    path = str(source.path)
+    if source.is_file:
+        if not Path(path).is_file():
+            raise DataError(f"{path}: no such file. Check the path; it is read from where you are.")
+        try:
+            yield from READERS[Path(path).suffix](Path(path), source)
+        except UnicodeDecodeError as fault:
+            raise DataError(
+                f"{path}: expected {source.encoding} text ({fault.reason}). Set 'encoding'."
+            ) from fault
+    else:
+        yield from _hub_rows(path, source.split or "train")
+
+
+def _jsonl(path: Path, _: Source) -> Iterator[Row]:
+    for number, row in read_json_lines(path):
+        yield f"{path}, line {number}", row
+
+
+def _json(path: Path, source: Source) -> Iterator[Row]:
+    try:
+        data = json.loads(path.read_text(encoding=source.encoding))
+    except json.JSONDecodeError as fault:
+        raise DataError(f"{path}, line {fault.lineno}: no valid JSON ({fault.msg}).") from fault
+    if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
+        raise DataError(f"{path}: expected a list of objects. Use JSON Lines for anything else.")
+    for number, row in enumerate(data, 1):
+        yield f"{path}, item {number}", row
+
+
+def _csv(path: Path, source: Source) -> Iterator[Row]:
+    with path.open(encoding=source.encoding, newline="") as file:
+        # PyRIT's files may open with a comment line.
+        start = file.tell()
+        if not file.readline().startswith("#"):
+            file.seek(start)
+        reader = csv.reader(file)
+        header = next(reader, None) if source.header else None
+        for cells in reader:
+            if not any(cells):
+                continue
+            labels = header or [f"column{i}" for i in range(len(cells))]
+            if len(cells) != len(labels):
+                raise DataError(
+                    f"{path}, line {reader.line_num}: expected {len(labels)} cells as in the "
+                    f"header, found {len(cells)}. Quote cells that contain commas."
+                )
+            yield f"{path}, line {reader.line_num}", dict(zip(labels, cells, strict=True))
+
+
+def _parquet(path: Path, _: Source) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as fault:
+        raise DataError(f"{path}: expected a Parquet file ({fault}).") from fault
+    number = 0
+    for batch in file.iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+def _hub_rows(name: str, split: str) -> Iterator[Row]:
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset(name, split=split)
+    except Exception as fault:
+        raise DataError(
+            f"{name}: neither a file (.jsonl, .json, .parquet, .csv) nor a Hugging Face dataset "
+            f"that can be read here ({type(fault).__name__}: {fault})."
+        ) from fault
+    for number, row in enumerate(data, 1):
+        yield f"{name}, {split}, row {number}", dict(row)
+
+
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def _column(source: Source, row: Mapping[str, Any], field: str) -> Any:
+    """A field's value: by the recipe's mapping, else by the first column name that is known."""
+    if field in source.fields:
+        return row.get(source.fields[field])
+    if not source.header and field == "prompt":
+        return row.get("column0")
+    return next((row[name] for name in COLUMNS[field] if row.get(name) is not None), None)
+
+
+def _required(source: Source, row: Mapping[str, Any], field: str, where: str) -> str:
+    value = _column(source, row, field)
+    expected = f"column '{source.fields[field]}'" if field in source.fields else (
+        f"a column {' or '.join(repr(c) for c in COLUMNS[field][:3])}"
+    )
+    if value is None:
+        raise DataError(
+            f"{where}: field '{field}' is missing: expected {expected}, found columns "
+            f"{', '.join(sorted(row))}. Map it with fields: {{{field}: COLUMN}}."
+        )
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{where}: field '{field}': expected text, found {value!r:.60}.")
+    return value.strip()
+
+
+def _messages(source: Source, row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    turns = row.get("messages")
+    if turns is None or "prompt" in source.fields:
+        return (Message(role="user", content=_required(source, row, "prompt", where)),)
+    try:
+        found = tuple(Message(role=t["role"], content=t["content"]) for t in turns)
+    except (KeyError, TypeError, ValueError) as fault:
+        raise DataError(f"{where}: 'messages': expected role and content a turn.") from fault
+    if not any(m.role == "user" for m in found):
+        raise DataError(f"{where}: 'messages': expected a user turn, found none.")
+    return found
+
+
+def _prompt(source: Source, row: Mapping[str, Any], where: str) -> Prompt:
+    messages = _messages(source, row, where)
+    answered = messages[-1].role == "assistant"
+    reference = messages[-1].content if answered else _column(source, row, "reference")
+    return Prompt(
+        messages=messages[:-1] if answered else messages,
+        reference=str(reference) if reference else None,
+        accept=tuple(str(key) for key in _listed(_column(source, row, "accept"))),
+        target=_target(source, row, messages[0].content),
+        kind=str(_column(source, row, "kind") or "plain"),
+        topic=str(_column(source, row, "topic") or ""),
+    )
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    if value is None or value == "":
+        return []
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _target(source: Source, row: Mapping[str, Any], text: str) -> str | None:
+    if source.target_pattern is None:
+        value = _column(source, row, "target")
+        return str(value) if value else None
+    match = re.search(source.target_pattern, text, re.IGNORECASE | re.DOTALL)
+    return match.group(1).strip(" \"'.") if match else None
+
+
+def _labelled(source: Source, row: Mapping[str, Any], where: str) -> Iterator[Labelled]:
+    """The answers of one row: one, or two where the row is a pair."""
+    if "response_0" in row and "is_response_0_safe" in row and not source.fields:
+        yield from _pku_pair(source, row, where)
+        return
+    base = _prompt(source, row, where)
+    response = _required(source, row, "response", where)
+    # An answer that was called bad cannot be the reference, whatever its column is called.
+    reference = None if base.reference == response else base.reference
+    known = base.model_copy(update={"reference": reference})
+    yield Labelled(known, response, _is_bad(source, row, where))
+
+
+def _pku_pair(source: Source, row: Mapping[str, Any], where: str) -> Iterator[Labelled]:
+    """PKU-SafeRLHF: two answers with a safety label each; the safer one is the reference."""
+    answers = [str(row["response_0"]), str(row["response_1"])]
+    safe = [bool(row["is_response_0_safe"]), bool(row["is_response_1_safe"])]
+    reference = next((a for a, ok in zip(answers, safe, strict=True) if ok), None)
+    prompt = Prompt.of(_required(source, row, "prompt", where), reference=reference)
+    for answer, ok in zip(answers, safe, strict=True):
+        yield Labelled(prompt, answer, not ok)
+
+
+def _is_bad(source: Source, row: Mapping[str, Any], where: str) -> bool:
+    label, safe = _column(source, row, "label"), _column(source, row, "safe")
+    if label is None and safe is None:
+        return True
+    value = str(label if label is not None else safe).strip().lower().removesuffix(".0")
+    if value not in BAD | GOOD:
+        raise DataError(
+            f"{where}: field 'label': expected one of {', '.join(sorted(BAD | GOOD))}, "
+            f"found {value!r:.40}."
+        )
+    return value in (BAD if label is not None else GOOD)

@@ -1,0 +1,141 @@
+"""Guided analysis of mistakes, behind a gate.
+
+The model is told that the response may be bad and explains why (paper, section 4.2). The paper
+keeps every analysis; small models often praise the mistake, so here a gate accepts an analysis
+only if it names the fault and does not endorse the bad response. `gate: false` is the paper's
+setting. A refused analysis is sampled again, up to `n` times in all.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from misstep.engines.base import Completion, Engine, Request
+from misstep.policy import Policy, matches
+from misstep.records import Analysis, Mistake
+from misstep.stages.base import Settings, Yield, derive_seed
+
+RECOMMENDS = re.compile(
+    r"\b(should(?! not|n't) (have )?(say|said|be|been|print|answer|output|repl|respond|writ)\w*|"
+    r"(correct|right|better|good) (answer|response))\b",
+    re.IGNORECASE,
+)
+SHORT_WORDS = 3
+
+
+class AnalyseSettings(Settings):
+    """Who analyses the mistakes, and how."""
+
+    engine: str = "self"
+    """`self`, or another model: a Hub id, a folder, a GGUF file."""
+    n: Annotated[int, Field(ge=1)] = 4
+    """So many samples at most for one mistake."""
+    gate: bool = True
+    """Whether only analyses are kept that name the fault; the paper keeps all."""
+    guided: bool = True
+    """Whether the model is told that the response may be bad."""
+    examples: bool = True
+    """Whether the policy's worked examples stand before the request."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    max_tokens: Annotated[int, Field(ge=1)] = 128
+
+
+class Analysed(NamedTuple):
+    """What the stage gives: every analysis, accepted or not, and the count of each."""
+
+    analyses: list[Analysis]
+    counts: Yield
+
+
+def analyse(
+    mistakes: Sequence[Mistake],
+    policy: Policy,
+    engine: Engine,
+    settings: AnalyseSettings,
+    seed: int,
+) -> Analysed:
+    """Ask for an analysis of each mistake until the gate accepts one or `n` were tried."""
+    analyses: list[Analysis] = []
+    pending = [mistake for mistake in mistakes if mistake.confirmed]
+    given = len(pending)
+    for attempt in range(settings.n):
+        if not pending:
+            break
+        answers = engine.generate(
+            [_request(policy, m, settings, derive_seed(seed, m.id, attempt)) for m in pending]
+        )
+        tried = [
+            _analysis(policy, mistake, answer, settings)
+            for mistake, answer in zip(pending, answers, strict=True)
+        ]
+        analyses += tried
+        pending = [analysis.mistake for analysis in tried if not analysis.accepted]
+    reasons = [reason for analysis in analyses for reason in analysis.reasons]
+    return Analysed(analyses, Yield.of(given, len(analyses), given - len(pending), reasons))
+
+
+def gate(policy: Policy, mistake: Mistake, analysis: str) -> tuple[str, ...]:
+    """Why an analysis is refused; empty where it is accepted."""
+    reasons = []
+    if len(analysis.split()) < policy.gate.min_words:
+        reasons.append("too short")
+    if matches(policy.gate.names_fault, analysis) is None:
+        reasons.append("does not name the fault")
+    if matches(policy.gate.endorses, analysis) is not None:
+        reasons.append("endorses the response")
+    elif _recommends(analysis, mistake):
+        reasons.append("recommends the bad response")
+    if any(_contains(analysis, e.response) for e in policy.analysis.examples):
+        reasons.append("speaks of a worked example")
+    return tuple(reasons)
+
+
+def _recommends(analysis: str, mistake: Mistake) -> bool:
+    """Whether a sentence that says what would have been right says the bad text again."""
+    bad = [text for text in (mistake.prompt.target, mistake.response) if text]
+    return any(
+        RECOMMENDS.search(sentence) and any(_contains(sentence, text) for text in bad)
+        for sentence in re.split(r"(?<=[.!?])\s+", analysis)
+    )
+
+
+def _contains(text: str, part: str) -> bool:
+    """Whether a text contains another one, case and punctuation aside; a few words do not count."""
+    plain, wanted = _plain(text), _plain(part)
+    return len(wanted.split()) >= SHORT_WORDS and f" {wanted} " in f" {plain} "
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def _request(policy: Policy, mistake: Mistake, settings: AnalyseSettings, seed: int) -> Request:
+    ask = policy.worked_request if settings.examples else policy.analysis_request
+    return Request(
+        messages=ask(mistake.prompt.text, mistake.response, settings.guided),
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        seed=seed,
+    )
+
+
+def _analysis(
+    policy: Policy, mistake: Mistake, answer: Completion, settings: AnalyseSettings
+) -> Analysis:
+    text = answer.text.strip()
+    reasons = gate(policy, mistake, text) if settings.gate else ()
+    # Training on a text that breaks off would teach the model never to stop.
+    if answer.truncated:
+        reasons = (*reasons, "broken off at the token limit")
+    if not text:
+        reasons = (*reasons, "empty")
+    return Analysis(
+        mistake=mistake,
+        text=text,
+        guided=settings.guided,
+        source=settings.engine,
+        accepted=not reasons,
+        reasons=reasons,
+    )

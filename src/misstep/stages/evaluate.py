@@ -1,0 +1,112 @@
+"""Scores of answers, and what they add up to: rates with intervals, paired differences.
+
+Every setting (a method, guided or not) answers the same prompts, so differences are paired.
+Knows no engine but the one inside a judge.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from misstep.judges.base import Judge
+from misstep.records import Answer, Judgement, Score
+from misstep.results import Comparison, Metric, Row, Side, compare, metric_from_scores, setting_name
+
+Setting = tuple[str, bool]
+Pools = Mapping[str, Sequence[str]]
+Describe = Callable[[str], dict[str, str | None]]
+"""Given a method's name, the sources of its mistakes and analyses."""
+
+BASE: Setting = ("vanilla", False)
+
+
+def judge_answers(answers: Sequence[Answer], judges: Sequence[Judge]) -> list[Judgement]:
+    """Score every test set with every judge that can say something about it."""
+    judgements: list[Judgement] = []
+    for test_set in dict.fromkeys(answer.test_set for answer in answers):
+        members = [answer for answer in answers if answer.test_set == test_set]
+        for judge in judges:
+            if any(judge.applies(answer.response.prompt) for answer in members):
+                scores = judge.score([answer.response for answer in members])
+                judgements += map(_judgement, members, scores)
+    return judgements
+
+
+def _judgement(answer: Answer, score: Score) -> Judgement:
+    return Judgement(
+        method=answer.method,
+        guided=answer.guided,
+        test_set=answer.test_set,
+        seed=answer.seed,
+        score=score,
+    )
+
+
+class Table:
+    """The scores of one run, looked up by setting, test set and metric; pools are test sets."""
+
+    def __init__(
+        self, answers: Sequence[Answer], judgements: Sequence[Judgement], pools: Pools, seed: int
+    ) -> None:
+        self.seed = seed
+        self._responses = defaultdict(list)
+        self._scores = defaultdict(list)
+        belongs = _memberships(answers, pools)
+        for answer in answers:
+            for test_set in belongs[answer.test_set]:
+                key = (answer.method, answer.guided, test_set)
+                self._responses[key].append(answer.response)
+        for item in judgements:
+            for test_set in belongs[item.test_set]:
+                key = (item.method, item.guided, test_set)
+                self._scores[key, item.score.metric].append(item.score)
+        self.test_sets = list(dict.fromkeys(name for names in belongs.values() for name in names))
+        self.settings: list[Setting] = list(dict.fromkeys((a.method, a.guided) for a in answers))
+
+    def rows(self, describe: Describe) -> list[Row]:
+        """One row a setting and test set."""
+        return [
+            Row(
+                method=method,
+                guided=guided,
+                **describe(method),
+                seed=self.seed,
+                test_set=test_set,
+                metrics=metrics,
+            )
+            for method, guided in self.settings
+            for test_set in self.test_sets
+            if (metrics := self._metrics((method, guided), test_set))
+        ]
+
+    def comparisons(self, focus: str) -> list[Comparison]:
+        """Every setting against the model as it was, and the focus method against all others."""
+        pairs = [(a, BASE) for a in self.settings if a != BASE and BASE in self.settings]
+        ours = [setting for setting in self.settings if setting[0] == focus]
+        others = [setting for setting in self.settings if setting[0] != focus and setting != BASE]
+        pairs += [(a, b) for a in ours for b in others]
+        found = (
+            compare(self._side(a, t, m), self._side(b, t, m), m, t, self.seed)
+            for a, b in pairs
+            for t in self.test_sets
+            for m in self._metrics(a, t)
+        )
+        return [comparison for comparison in found if comparison is not None]
+
+    def _metrics(self, setting: Setting, test_set: str) -> dict[str, Metric]:
+        key = (*setting, test_set)
+        return {
+            metric: metric_from_scores(scores, self.seed)
+            for (where, metric), scores in self._scores.items()
+            if where == key
+        }
+
+    def _side(self, setting: Setting, test_set: str, metric: str) -> Side:
+        key = (*setting, test_set)
+        return Side(setting_name(*setting), self._responses[key], self._scores[key, metric])
+
+
+def _memberships(answers: Iterable[Answer], pools: Pools) -> dict[str, list[str]]:
+    """Each test set with itself and the pools that it is part of."""
+    names = dict.fromkeys(answer.test_set for answer in answers)
+    return {n: [n, *(pool for pool, members in pools.items() if n in members)] for n in names}
+

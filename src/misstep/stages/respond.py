@@ -1,0 +1,54 @@
+"""Answers to test prompts, with the guide and without it.
+
+The guide stands around the prompt's last user turn (paper, section 4.4: guided generation); the
+record keeps the prompt as it was.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from misstep.engines.base import Engine, Request
+from misstep.policy import Policy
+from misstep.records import Prompt, Response
+from misstep.stages.base import Settings, derive_seed
+
+
+class RespondSettings(Settings):
+    """How test prompts are answered."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy decoding, so that a difference is the model's and not the dice's."""
+    guided: tuple[bool, ...] = (False, True)
+
+
+def respond(
+    prompts: Sequence[Prompt],
+    policy: Policy,
+    engine: Engine,
+    settings: RespondSettings,
+    guided: bool,
+    seed: int,
+) -> list[Response]:
+    """Answer every prompt once, in order."""
+    requests = [
+        Request(
+            messages=policy.guided_prompt(prompt) if guided else prompt.messages,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            seed=derive_seed(seed, prompt.id),
+        )
+        for prompt in prompts
+    ]
+    return [
+        Response(
+            prompt=prompt,
+            text=answer.text,
+            model=engine.identity,
+            guided=guided,
+            truncated=answer.truncated,
+        )
+        for prompt, answer in zip(prompts, engine.generate(requests), strict=True)
+    ]

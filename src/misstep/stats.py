@@ -1,0 +1,219 @@
+"""Intervals and tests for what a run measures.
+
+Every interval is 95 % and every p is two-sided. This module knows numbers only: no record, no
+judge and no file. Nothing to count is an error here (`ValueError`), never a NaN: whoever has no
+values has no rate, and says so itself.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 10_000
+"""Bootstrap resamples, and sign flips where too many exist to try them all."""
+
+Floats = NDArray[np.float64]
+
+_NORMAL = NormalDist()
+_Z = _NORMAL.inv_cdf(0.975)
+_EXACT_PAIRS = 13
+"""Up to here all sign flips are tried: 2^13 are fewer than `RESAMPLES`."""
+_CELLS_AT_ONCE = 4_000_000
+"""Random numbers held in memory at once, so that a large test set needs no large machine."""
+
+
+class Interval(NamedTuple):
+    """An estimate from `n` values with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class Difference(NamedTuple):
+    """The paired difference a minus b, its 95 % interval, and the p of no difference at all."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    test: str
+    n: int
+
+
+def wilson(successes: int, n: int) -> Interval:
+    """A proportion with Wilson's score interval (1927), which holds near 0 and 1.
+
+    Raises:
+        ValueError: `n` is 0, or `successes` lies outside 0 to `n`.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"expected 0 <= successes <= n and n >= 1, found {successes} of {n}")
+    rate = successes / n
+    shrink = 1 + _Z**2 / n
+    centre = (rate + _Z**2 / (2 * n)) / shrink
+    half = _Z / shrink * math.sqrt(rate * (1 - rate) / n + _Z**2 / (4 * n**2))
+    # At the ends the score interval touches 0 or 1 exactly; rounding alone would miss them.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return Interval(rate, low, high, n)
+
+
+def mean_interval(values: Sequence[float], seed: int) -> Interval:
+    """A mean with its bias-corrected accelerated (BCa) bootstrap interval (Efron 1987).
+
+    The order of the values does not matter. Values that are all equal (a single one, too) show
+    no spread: the interval is then that value alone, and `n` says how little it may mean.
+
+    Raises:
+        ValueError: there are no values, or one of them is no finite number.
+    """
+    data = _finite(values)
+    mean = float(data.mean())
+    if data[0] == data[-1]:
+        return Interval(float(data[0]), float(data[0]), float(data[0]), len(data))
+    means = _bootstrap_means(data, seed)
+    low, high = np.quantile(means, _bca_levels(data, means))
+    # The estimate stays inside its own interval even where the correction is extreme.
+    return Interval(mean, min(float(low), mean), max(float(high), mean), len(data))
+
+
+def paired_binary(a: Sequence[bool], b: Sequence[bool]) -> Difference:
+    """The difference of two proportions over the same cases.
+
+    The p is McNemar's exact one: a binomial test on the discordant pairs; without such pairs it
+    is 1. The interval is method 10 of Newcombe, "Improved confidence intervals for the
+    difference between binomial proportions based on paired data", Statistics in Medicine 17
+    (1998): Wilson's intervals of both proportions, joined by their correlation.
+
+    Raises:
+        ValueError: there are no pairs, or the lengths differ.
+    """
+    from scipy.stats import binomtest
+
+    _check_pairs(len(a), len(b))
+    left, right = np.asarray(a, dtype=bool), np.asarray(b, dtype=bool)
+    only_a, only_b = int((left & ~right).sum()), int((right & ~left).sum())
+    discordant = only_a + only_b
+    p = float(binomtest(only_a, discordant).pvalue) if discordant else 1.0
+    low, high = _newcombe(int((left & right).sum()), only_a, only_b, len(left))
+    return Difference((only_a - only_b) / len(left), low, high, p, "McNemar exact", len(left))
+
+
+def paired_mean(a: Sequence[float], b: Sequence[float], seed: int) -> Difference:
+    """The mean difference over the same cases.
+
+    The interval is the BCa bootstrap of the differences. The p comes from flipping their signs:
+    all flips for few pairs, else `RESAMPLES` random ones with the observed one counted among
+    them. Differences that are all 0 give p = 1.
+
+    Raises:
+        ValueError: there are no pairs, the lengths differ, or a value is no finite number.
+    """
+    _check_pairs(len(a), len(b))
+    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
+    value, low, high, n = mean_interval(differences.tolist(), seed)
+    return Difference(value, low, high, _sign_flip_p(differences, seed), "sign-flip", n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values adjusted for their number by Holm's step-down method (1979), in their order.
+
+    Raises:
+        ValueError: a value lies outside 0 to 1.
+    """
+    if not all(0 <= p <= 1 for p in p_values):
+        raise ValueError(f"expected p values from 0 to 1, found {list(p_values)}")
+    adjusted = [0.0] * len(p_values)
+    highest = 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = highest
+    return adjusted
+
+
+def _check_pairs(a: int, b: int) -> None:
+    if a != b or a == 0:
+        raise ValueError(
+            f"expected as many of a as of b, and at least one; found {a} and {b}"
+        )
+
+
+def _finite(values: Sequence[float]) -> Floats:
+    """The values in ascending order, so that equal sets of values give equal resamples."""
+    data = np.sort(np.asarray(values, dtype=np.float64))
+    if len(data) == 0:
+        raise ValueError("expected at least one value, found none")
+    if not np.isfinite(data).all():
+        raise ValueError("expected finite numbers, found infinity or NaN")
+    return data
+
+
+def _batches(width: int) -> list[int]:
+    """`RESAMPLES` in pieces of which each fits in memory at `width` numbers a resample."""
+    size = max(1, min(RESAMPLES, _CELLS_AT_ONCE // width))
+    return [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]
+
+
+def _bootstrap_means(data: Floats, seed: int) -> Floats:
+    rng = np.random.default_rng(seed)
+    n = len(data)
+    draws = (rng.integers(n, size=(rows, n)) for rows in _batches(n))
+    return np.concatenate([data[drawn].mean(axis=1) for drawn in draws])
+
+
+def _bca_levels(data: Floats, means: Floats) -> list[float]:
+    """The two quantiles of the resampled means that bound the interval."""
+    centred = data - data.mean()
+    # For a mean, the jackknife's acceleration is a sixth of the skewness over the root of n.
+    acceleration = (centred**3).sum() / (6 * (centred**2).sum() ** 1.5)
+    below = (means < data.mean()).mean() + (means == data.mean()).mean() / 2
+    bias = _NORMAL.inv_cdf(float(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES)))
+    shifted = [bias + sign * _Z for sign in (-1, 1)]
+    return [_NORMAL.cdf(bias + z / (1 - float(acceleration) * z)) for z in shifted]
+
+
+def _newcombe(both: int, only_a: int, only_b: int, n: int) -> tuple[float, float]:
+    a, b = wilson(both + only_a, n), wilson(both + only_b, n)
+    phi = _correlation(both, only_a, only_b, n - both - only_a - only_b)
+    difference = (only_a - only_b) / n
+    down, up = (a.value - a.low, b.high - b.value), (a.high - a.value, b.value - b.low)
+    return difference - _joined(*down, phi), difference + _joined(*up, phi)
+
+
+def _joined(one: float, other: float, phi: float) -> float:
+    # Where both sides agree in all cases the terms cancel; rounding may leave less than 0.
+    return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
+
+
+def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:
+    """The phi of a paired 2 x 2 table, with method 10's continuity correction towards 0."""
+    n = both + only_a + only_b + neither
+    margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    if margins == 0:
+        return 0.0
+    product = float(both * neither - only_a * only_b)
+    if product > 0:
+        product = max(0.0, product - n / 2)
+    return product / math.sqrt(margins)
+
+
+def _sign_flip_p(differences: Floats, seed: int) -> float:
+    # A difference of 0 has no sign to flip; without it more cases can be tried in full.
+    moved = np.sort(differences[differences != 0])
+    if len(moved) == 0:
+        return 1.0
+    # Sums that are equal on paper may differ in the last bit.
+    observed = abs(float(moved.sum())) - 1e-9 * float(np.abs(moved).sum())
+    if len(moved) <= _EXACT_PAIRS:
+        signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
+        return float((np.abs(signs @ moved) >= observed).mean())
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(2, size=(rows, len(moved))) for rows in _batches(len(moved)))
+    extreme = sum(int((np.abs((2 * d - 1) @ moved) >= observed).sum()) for d in draws)
+    return (extreme + 1) / (RESAMPLES + 1)
