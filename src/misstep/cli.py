@@ -15,7 +15,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="A language model learns from its own mistakes: collect, analyse, train, guide, prove.",
+    help="A language model learns from its mistakes: collect, analyse, train, guide, prove.",
 )
 Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
 Out = Annotated[
@@ -61,14 +61,21 @@ def train(
     out: Out = None,
     overrides: Overrides = [],  # noqa: B006
     show_mask: Annotated[
-        int, typer.Option(help="Print so many training rows, what is learned marked; train nothing.")
+        int,
+        typer.Option(
+            help="Print so many training rows, what is learned marked; train nothing."
+        ),
     ] = 0,
 ) -> None:
     """Train on the analyses, and the recipe's other methods on their rows."""
     if show_mask:
-        from misstep.summary import print_masks
+        from misstep.pipeline import masked_rows
+        from misstep.progress import progress
+        from misstep.training.mask import print_mask
 
-        print_masks(_run(recipe, out, overrides, "analyse"), recipe, overrides, show_mask)
+        with progress() as shown:
+            rows = masked_rows(recipe, out, overrides, shown, show_mask)
+        print_mask(rows)
         return
     print(_run(recipe, out, overrides, "train") / "adapter")
 
@@ -92,7 +99,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
 ) -> None:
     """Write the run as one self-contained HTML page."""
-    from misstep.report import write_report
+    from misstep.report.page import write_report
 
     print(write_report(folder))
 
@@ -107,7 +114,8 @@ def _version(show: bool) -> None:
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     """Options that stand before the command; `--debug` is read by `main`."""

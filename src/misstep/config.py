@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from misstep.documents import KeyPath, check, read_yaml
-from misstep.errors import InputError, RecipeError
+from misstep.documents import KeyPath, check, read_yaml, suggestion
+from misstep.errors import RecipeError
 from misstep.methods.base import MixSettings
 from misstep.methods.registry import METHODS
 from misstep.sources import Source
@@ -30,7 +30,7 @@ class EvaluateSettings(Settings):
 
     tests: Annotated[dict[str, Source], Field(min_length=1)]
     """Named sets of held-out prompts."""
-    pools: dict[str, tuple[str, ...]] = {}
+    pools: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Names for several of the sets taken together."""
 
     @model_validator(mode="after")
@@ -71,12 +71,14 @@ class RunConfig(Settings):
     respond: RespondSettings = RespondSettings()
     evaluate: EvaluateSettings
 
-    @model_validator(mode="after")
-    def _known_methods(self) -> "RunConfig":
-        unknown = [name for name in self.methods if name not in METHODS]
+    @field_validator("methods")
+    @classmethod
+    def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in methods if name not in METHODS]
         if unknown:
-            raise ValueError(f"methods: {unknown} unknown; known are {', '.join(METHODS)}")
-        return self
+            meant = suggestion(unknown[0], list(METHODS))
+            raise ValueError(f"no method {', '.join(map(repr, unknown))}.{meant}")
+        return methods
 
     def sources(self) -> dict[str, Source]:
         """Every place that the run reads data from, by its key."""
@@ -111,7 +113,8 @@ def _parse_override(override: str) -> tuple[KeyPath, Any]:
 
 def _put(data: dict[str, Any], keys: KeyPath, value: Any, override: str) -> None:
     for key in keys[:-1]:
-        inner = data.setdefault(str(key), {})
+        # A section that is written without keys is an empty one.
+        inner = data[str(key)] = {} if data.get(str(key)) is None else data[str(key)]
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {override}: '{key}' has no keys below it.")
         data = inner
@@ -138,13 +141,3 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
 def policy_base(recipe: Path) -> Path:
     """The folder that a recipe's relative policy path is relative to."""
     return recipe.resolve().parent
-
-
-__all__ = [
-    "EvaluateSettings",
-    "InputError",
-    "RunConfig",
-    "changed_keys",
-    "load_recipe",
-    "policy_base",
-]

@@ -28,7 +28,9 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
     except OSError as fault:
         raise error(f"{path}: cannot be read ({fault.strerror}). Check the path.") from fault
     except UnicodeDecodeError as fault:
-        raise error(f"{path}: expected UTF-8 text ({fault.reason}). Save it as UTF-8.") from fault
+        raise error(
+            f"{path}: expected UTF-8 text ({fault.reason}). Save it as UTF-8."
+        ) from fault
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
@@ -37,7 +39,16 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
     if not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise error(f"{path}: expected keys with values, found {found}.")
-    return data, dict(_lines(node, ()))
+    lines: dict[KeyPath, int] = {}
+    for keys, line in _lines(node, ()):
+        if keys in lines:
+            name = ".".join(map(str, keys))
+            raise error(
+                f"{path}, line {line}: the key '{name}' stands on line {lines[keys]} already. "
+                "Keep one of the two."
+            )
+        lines[keys] = line
+    return data, lines
 
 
 def check(
@@ -55,24 +66,37 @@ def check(
     try:
         return schema.model_validate(data)
     except ValidationError as fault:
-        phrases = [_phrase(f, schema, lines or {}) for f in fault.errors(include_url=False)]
+        faults = fault.errors(include_url=False)
+        phrases = [_phrase(f, schema, data, lines or {}) for f in faults]
         raise error("\n".join(f"{source}{phrase}" for phrase in phrases)) from fault
 
 
-def _phrase(fault: Any, schema: type[BaseModel], lines: Mapping[KeyPath, int]) -> str:
+def _phrase(
+    fault: Any, schema: type[BaseModel], data: Mapping[str, Any], lines: Mapping[KeyPath, int]
+) -> str:
     keys = tuple(fault["loc"])
-    known = next((keys[:n] for n in range(len(keys), 0, -1) if keys[:n] in lines), ())
-    line = f", line {lines[known]}" if known else ""
-    # Pydantic adds the name of the union member that failed; the user knows only the keys.
-    name = ".".join(str(k) for k in (known or keys)) or "the whole document"
+    known = _given(data, keys)
+    line = f", line {lines[known]}" if known in lines else ""
+    name = ".".join(map(str, known)) or "the whole document"
     if fault["type"] == "extra_forbidden":
-        return f"{line}: unknown key '{name}'.{suggestion(str(keys[-1]), _fields(schema, keys[:-1]))}"
+        meant = suggestion(str(keys[-1]), _fields(schema, keys[:-1]))
+        return f"{line}: unknown key '{name}'.{meant}"
     if fault["type"] == "missing":
         return f"{line}: the key '{'.'.join(map(str, keys))}' is missing."
     found = repr(fault["input"])
     found = found if len(found) <= 80 else found[:77] + "..."
     message = fault["msg"].removeprefix("Value error, ")
     return f"{line}: '{name}': {message} (found {found})."
+
+
+def _given(data: Any, keys: KeyPath) -> KeyPath:
+    """The keys as far as the data has them: pydantic adds names of its own at the end."""
+    for depth, key in enumerate(keys):
+        try:
+            data = data[key]
+        except (KeyError, IndexError, TypeError):
+            return keys[:depth]
+    return keys
 
 
 def suggestion(word: str, known: list[str]) -> str:

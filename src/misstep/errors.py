@@ -48,7 +48,7 @@ class MissingExtra(InputError):
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(
-            f"{library} is not installed. It is an optional part: pip install 'misstep[{extra}]'"
+            f"{library} is not installed; it is optional: pip install 'misstep[{extra}]'"
         )
 
 

@@ -8,7 +8,7 @@ model; it reads no weights. Layout: https://github.com/ggml-org/ggml/blob/master
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from misstep.errors import ModelError
 
@@ -16,7 +16,11 @@ MAGIC = b"GGUF"
 ALIGNMENT = 32
 
 # Type codes of metadata values: fixed sizes first, then the two that carry a length.
-_FORMATS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {10: "Q", 11: "q", 12: "d"}
+_FORMATS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _STRING, _ARRAY = 8, 9
 
 Scalar = int | float | bool | str
@@ -142,6 +146,6 @@ class _Reader:
         (length,) = self.unpack("Q")
         return self.file.read(length).decode()
 
-    def unpack(self, layout: str) -> tuple[int, ...]:
+    def unpack(self, layout: str) -> tuple[Any, ...]:
         size = struct.calcsize("<" + layout)
         return struct.unpack("<" + layout, self.file.read(size))

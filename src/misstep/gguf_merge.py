@@ -9,7 +9,6 @@ This module knows LoRA and the file layout; it knows no backend.
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,16 @@ if TYPE_CHECKING:
 F32, F16 = 0, 1
 LARGEST_F16 = 65504.0
 
+# Options of an adapter that say where it came from, which modules it has (its tensors say that
+# too), or how it was trained. Any other option may change what has to be added.
+HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+    *("revision", "runtime_config", "task_type", "megatron_config", "megatron_core"),
+    *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"),
+    *("ensure_weight_tying", "eva_config", "fan_in_fan_out", "init_lora_weights"),
+    *("lora_alpha", "lora_dropout", "qalora_group_size", "r", "use_rslora"),
+}
+
 # These start from the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ change them.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -42,12 +51,13 @@ class Delta:
 
     def matrix(self) -> "Matrix":
         """The product, one row for each output of the module."""
-        product: Matrix = (self.scale * self.up) @ self.down
-        return product
+        import numpy as np
+
+        return (self.up @ self.down) * np.float32(self.scale)
 
 
 def merge_adapter(model: Path, adapter: Path | None, out: Path) -> Path:
-    """Write `model` to `out` with F16 matrices, and with the adapter's delta where one is given.
+    """Write `model` to `out` with F16 matrices, an adapter's deltas added.
 
     Raises:
         ModelError: the adapter holds something that cannot be added to this file.
@@ -62,8 +72,7 @@ def merge_adapter(model: Path, adapter: Path | None, out: Path) -> Path:
         for place in header.tensors:
             file.write(_tensor_bytes(model, place, deltas.get(place.name), header))
             file.write(bytes(-file.tell() % ALIGNMENT))
-    os.replace(temporary, out)
-    return out
+    return temporary.replace(out)
 
 
 def _write_head(file: BinaryIO, header: Header) -> None:
@@ -121,7 +130,7 @@ def dequantised(model: Path, place: TensorPlace) -> "Matrix":
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     columns = place.shape[0] // per_block * block_bytes
     rows = math.prod(place.shape[1:])
-    packed = np.memmap(model, np.uint8, "r", place.offset, (rows, columns))
+    packed: NDArray[Any] = np.memmap(model, np.uint8, "r", place.offset, (rows, columns))
     if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
         # `dequantize` expects these two in their own type, and all others as bytes.
         packed = packed.view(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
@@ -168,15 +177,17 @@ def read_deltas(adapter: Path, header: Header) -> dict[str, Delta]:
 
 
 def _refuse_unmergeable(adapter: Path, config: Mapping[str, Any]) -> None:
-    found = [f"peft_type {config.get('peft_type')}"] if config.get("peft_type") != "LORA" else []
-    extras = (
-        *("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication"),
-        *("lora_bias", "trainable_token_indices", "target_parameters", "use_qalora"),
-        *("alora_invocation_tokens", "use_bdlora", "velora_config", "arrow_config"),
-    )
-    found += [key for key in extras if config.get(key)]
-    if config.get("bias", "none") != "none":
-        found.append(f"bias {config['bias']}")
+    """Refuse every option that is not at its default, unless it is known to be harmless."""
+    from peft import LoraConfig
+
+    kind = config.get("peft_type")
+    plain = LoraConfig().to_dict()
+    found = [f"peft_type {kind}"] if kind != "LORA" else []
+    found += [
+        f"{key} {value}"
+        for key, value in config.items()
+        if key not in HARMLESS and (value or None) != (plain.get(key) or None)
+    ]
     if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         found.append(f"init_lora_weights {config['init_lora_weights']}")
     if found:

@@ -10,12 +10,12 @@ import json
 import os
 import platform
 import resource
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, Literal, NamedTuple
 
 from misstep import __version__
@@ -26,7 +26,7 @@ from misstep.errors import InputError, RecipeError, RunError
 from misstep.judges.choose import all_judges, mistake_judge
 from misstep.methods.base import Materials
 from misstep.methods.registry import METHODS
-from misstep.models import Model, adapter_digest, locate
+from misstep.models import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
 from misstep.records import (
@@ -39,7 +39,7 @@ from misstep.records import (
     write_jsonl,
     write_text,
 )
-from misstep.report import write_report
+from misstep.report.page import write_report
 from misstep.results import Results, write_results
 from misstep.sources import check_source, load_mistakes, load_prompts, source_digest
 from misstep.stages.analyse import analyse
@@ -48,6 +48,7 @@ from misstep.stages.evaluate import Table, judge_answers
 from misstep.stages.induce import confirm, induce
 from misstep.stages.respond import respond
 from misstep.stages.train import TrainReport, train
+from misstep.training.mask import MaskedRow, show_mask
 
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai")
@@ -170,7 +171,11 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
         "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
         "model": {"name": inputs.model.name, "digest": inputs.model.digest},
         "data": {key: source_digest(source) for key, source in config.sources().items()},
-        "versions": {"misstep": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {
+            "misstep": __version__,
+            "python": platform.python_version(),
+            **_versions(),
+        },
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
     }
 
@@ -194,6 +199,7 @@ class Run:
         self.folder = folder
         self.progress = progress
         self.manifest = Manifest(folder, inputs)
+        self.scratch = folder / "scratch"
         self._said: set[str] = set()
         if self.manifest.changed:
             progress.say(
@@ -203,7 +209,20 @@ class Run:
         self.manifest.save()
 
     def through(self, last: Stage) -> None:
-        """Do the stages up to and including one."""
+        """Do the stages up to and including one; weights merged for serving go at the end."""
+        try:
+            self._through(last)
+        finally:
+            rmtree(self.scratch, ignore_errors=True)
+
+    def masks(self, count: int) -> list[MaskedRow]:
+        """Training rows of the method under test, or of the last one, with what is learned."""
+        mistakes = self.induce()
+        rows = self.examples(mistakes, self.analyse(mistakes))
+        shown = rows.get(FOCUS, list(rows.values())[-1])
+        return show_mask(self.inputs.model, shown, count, self.config.train.max_length)
+
+    def _through(self, last: Stage) -> None:
         mistakes = self.induce()
         if last == "induce":
             return
@@ -244,7 +263,10 @@ class Run:
         """Analyse the mistakes, into analyses.jsonl."""
         inputs, settings = self.inputs, self.config.analysis
         adapter = self.config.adapter if settings.engine == "self" else None
-        with self.manifest.stage("analyse"), self._engine(inputs.analyst, "analysing", adapter) as e:
+        with (
+            self.manifest.stage("analyse"),
+            self._engine(inputs.analyst, "analysing", adapter) as e,
+        ):
             found = analyse(mistakes, inputs.policy, e, settings, self.config.seed)
         write_jsonl(self.folder / "analyses.jsonl", found.analyses)
         self._yield("analyse", found.counts)
@@ -256,8 +278,10 @@ class Run:
             )
         return found.analyses
 
-    def train(self, mistakes: list[Mistake], analyses: list[Analysis]) -> dict[str, Path | None]:
-        """Train every method of the recipe; gives the adapter of each, None where there is none."""
+    def train(
+        self, mistakes: list[Mistake], analyses: list[Analysis]
+    ) -> dict[str, Path | None]:
+        """Train every method of the recipe; gives the adapter of each, or None."""
         rows = self.examples(mistakes, analyses)
         write_jsonl(self.folder / "examples.jsonl", [row for of in rows.values() for row in of])
         adapters: dict[str, Path | None] = {}
@@ -326,7 +350,10 @@ class Run:
 
     def evaluate(self, answers: list[Answer]) -> None:
         """Judge the answers, into scores.jsonl, results.json and report.html."""
-        with self.manifest.stage("evaluate"), self._engine(self.inputs.judge, "judging") as engine:
+        with (
+            self.manifest.stage("evaluate"),
+            self._engine(self.inputs.judge, "judging") as engine,
+        ):
             judgements = judge_answers(answers, all_judges(self.inputs.policy, engine))
             write_jsonl(self.folder / "scores.jsonl", judgements)
             write_results(self.folder / "results.json", self._results(answers, judgements))
@@ -359,7 +386,8 @@ class Run:
         self, model: Model, what: str, adapter: str | Path | None = None
     ) -> Iterator[CachedEngine]:
         """A cached engine that loads its model at the first answer that is not there yet."""
-        chosen = choose(self.config.engine, model, Path(adapter) if adapter else None)
+        trained = Path(adapter) if adapter else None
+        chosen = choose(self.config.engine, model, trained, self.scratch)
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
@@ -379,13 +407,26 @@ def run(
     """Run a recipe through a stage and give the run directory.
 
     Raises:
-        InputError: the recipe, its data, policy or model, or the folder, before any model loads.
+        InputError: recipe, data, policy, model or folder; before any model loads.
         RunError: the run failed; the same command goes on from there.
     """
     inputs = read_inputs(recipe, overrides)
     folder = writable(out or Path("runs") / inputs.config.name)
     Run(inputs, folder, progress).through(last)
     return folder
+
+
+def masked_rows(
+    recipe: Path, out: Path | None, overrides: list[str], progress: Progress, count: int
+) -> list[MaskedRow]:
+    """Go as far as the analyses and give training rows with what is learned; train nothing.
+
+    Raises:
+        InputError: as `run` does.
+    """
+    inputs = read_inputs(recipe, overrides)
+    folder = writable(out or Path("runs") / inputs.config.name)
+    return Run(inputs, folder, progress).masks(count)
 
 
 def writable(folder: Path) -> Path:
@@ -401,8 +442,7 @@ def writable(folder: Path) -> Path:
         probe.unlink()
     except OSError as fault:
         raise InputError(
-            f"{folder}: expected a folder that can be written ({fault.strerror}). Give another --out."
+            f"{folder}: expected a folder that can be written ({fault.strerror}). "
+            "Give another --out."
         ) from fault
     return folder
-
-

@@ -141,7 +141,9 @@ class JudgeRule(_Part):
             raise ValueError("give either a rule or a rubric")
         kinds = {v.mistake for v in self.verdicts}
         if self.rubric is not None and kinds != {True, False}:
-            raise ValueError("a rubric needs verdicts: at least one mistake and one that is none")
+            raise ValueError(
+                "a rubric needs verdicts: at least one mistake and one that is none"
+            )
         return self
 
 
@@ -183,7 +185,7 @@ class Policy(_Part):
         return (Message(role="user", content=content),)
 
     def worked_request(self, prompt: str, response: str, guided: bool) -> tuple[Message, ...]:
-        """The request for an analysis after the policy's worked examples, as turns before it."""
+        """The request for an analysis, after turns that are the policy's worked examples."""
         turns: list[Message] = []
         for example in self.analysis.examples:
             turns += self.analysis_request(example.prompt, example.response, guided)
@@ -212,8 +214,8 @@ def load_policy(name: str, base: Path | None = None) -> Policy:
         path = SHIPPED / f"{name}.yaml"
     else:
         raise PolicyError(
-            f"policy '{name}': expected a shipped policy ({', '.join(shipped())}) or the path of "
-            f"a .yaml file.{suggestion(name, shipped())}"
+            f"policy '{name}': expected a shipped policy ({', '.join(shipped())}) or the path "
+            f"of a .yaml file.{suggestion(name, shipped())}"
         )
     data, lines = read_yaml(path, PolicyError)
     return check(Policy, data, PolicyError, str(path), lines)

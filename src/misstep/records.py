@@ -1,13 +1,12 @@
 """The records that stages hand to each other, and their files.
 
 Every record is frozen and named by the hash of its content, so equal work has an equal name:
-caching, resuming and removing duplicates need no code of their own. This module knows JSON Lines
-and Parquet; it knows no model, no policy and no judge.
+caching, resuming and removing duplicates need no code of their own. This module knows JSON
+Lines and Parquet; it knows no model, no policy and no judge.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +36,9 @@ class Record(BaseModel):
         """The record's name: a hash of its content."""
         return digest(self.model_dump(mode="json"))
 
-    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+    def model_copy(
+        self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> Self:
         """A copy with changed fields, and so with a name of its own."""
         copy = super().model_copy(update=update, deep=deep)
         copy.__dict__.pop("id", None)
@@ -159,11 +160,11 @@ R = TypeVar("R", bound=Record)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a killed process leaves the old one or the new one."""
+    """Replace a file in one step: a killed process leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
@@ -173,7 +174,7 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> None:
     with temporary.open("w", encoding="utf-8") as out:
         for record in records:
             out.write(record.model_dump_json() + "\n")
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
@@ -182,16 +183,27 @@ def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
     Raises:
         DataError: the file is absent, or a line is no such record; names the line and field.
     """
-    for number, row in read_json_lines(path):
-        yield parse_row(kind, row, f"{path}, line {number}")
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON Lines file with their line numbers; blank lines are skipped."""
     try:
-        file = path.open(encoding="utf-8-sig")
+        for number, row in read_json_lines(path):
+            yield parse_row(kind, row, f"{path}, line {number}")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text ({error.reason}).") from error
+
+
+def read_json_lines(
+    path: Path, encoding: str = "utf-8-sig"
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file with their line numbers; blank lines are skipped.
+
+    Raises:
+        DataError: the file is absent, or a line is no JSON object of whole characters.
+    """
+    try:
+        file = path.open(encoding=encoding)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Check the path."
+        ) from error
     with file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -204,10 +216,28 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     f"found text that is no JSON ({error.msg} at column {error.colno})."
                 ) from error
             if not isinstance(row, dict):
+                found = type(row).__name__
                 raise DataError(
-                    f"{path}, line {number}: expected a JSON object, found {type(row).__name__}."
+                    f"{path}, line {number}: expected a JSON object, found {found}."
                 )
+            refuse_half_characters(row, f"{path}, line {number}")
             yield number, row
+
+
+def refuse_half_characters(row: Mapping[str, Any], where: str) -> None:
+    """Refuse half of a character: JSON can spell it, but nothing can write or hash it.
+
+    Raises:
+        DataError: names the field.
+    """
+    for field, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            raise DataError(
+                f"{where}: field '{field}': expected whole characters, found a half: {half}."
+            ) from error
 
 
 def parse_row(kind: type[R], row: dict[str, Any], where: str) -> R:

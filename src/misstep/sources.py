@@ -4,6 +4,7 @@ Reads JSON Lines, JSON, Parquet, CSV and Hugging Face datasets. The column names
 sets are known; others are mapped by a recipe's `fields`. Knows no model and no policy.
 """
 
+import codecs
 import csv
 import json
 import random
@@ -16,8 +17,24 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from misstep.errors import DataError
-from misstep.records import Message, Mistake, MistakeSource, Prompt, digest, read_json_lines
-from misstep.suites import Kinds, Part, Split, attacked_prompts, clean_prompts, names, suite_digest
+from misstep.records import (
+    Message,
+    Mistake,
+    MistakeSource,
+    Prompt,
+    digest,
+    read_json_lines,
+    refuse_half_characters,
+)
+from misstep.suites import (
+    Kinds,
+    Part,
+    Split,
+    attacked_prompts,
+    clean_prompts,
+    names,
+    suite_digest,
+)
 
 Row = tuple[str, dict[str, Any]]
 
@@ -34,8 +51,12 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Our field names, each with the column names that are recognised unmapped, in this order."""
 
-BAD = {"1", "true", "bad", "unsafe", "harmful", "yes"}
-GOOD = {"0", "false", "good", "safe", "harmless", "no"}
+YES, NO = {"1", "true", "yes"}, {"0", "false", "no"}
+BAD, GOOD = {"bad", "unsafe", "harmful"}, {"good", "safe", "harmless"}
+LABELS = {"label": YES | BAD, "safe": NO | BAD}
+"""What calls an answer bad; yes and no mean the opposite where the column says `safe`."""
+PAIR = {n: (f"response_{n}", f"is_response_{n}_safe") for n in (0, 1)}
+"""PKU-SafeRLHF's columns: two answers to one prompt, each with its label."""
 
 
 class Source(BaseModel):
@@ -72,6 +93,26 @@ class Source(BaseModel):
             raise ValueError(f"unknown field {unknown}; known are {', '.join(COLUMNS)}")
         return fields
 
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, encoding: str) -> str:
+        try:
+            codecs.lookup(encoding)
+        except LookupError as fault:
+            raise ValueError("expected an encoding, such as utf-8-sig or gb18030") from fault
+        return encoding
+
+    @field_validator("target_pattern")
+    @classmethod
+    def _finds_a_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as fault:
+            raise ValueError(f"no valid regular expression: {fault}") from fault
+        if not groups:
+            raise ValueError("target_pattern needs a group ( ) around the target text")
+        return pattern
+
     @model_validator(mode="after")
     def _one_place(self) -> "Source":
         if (self.suite is None) == (self.path is None):
@@ -80,8 +121,8 @@ class Source(BaseModel):
             raise ValueError(f"no suite '{self.suite}'; shipped are {', '.join(names())}")
         if self.suite is not None and self.split not in ("train", "dev", "test"):
             raise ValueError("a suite needs split: train, dev or test")
-        if self.target_pattern is not None and not re.compile(self.target_pattern).groups:
-            raise ValueError("target_pattern needs a group ( ) around the target text")
+        if self.suite is not None and (self.split, self.kinds) == ("train", "unseen"):
+            raise ValueError("a suite has no unseen kinds in its train part")
         return self
 
     @property
@@ -185,7 +226,9 @@ def rows(source: Source) -> Iterator[Row]:
     path = str(source.path)
     if source.is_file:
         if not Path(path).is_file():
-            raise DataError(f"{path}: no such file. Check the path; it is read from where you are.")
+            raise DataError(
+                f"{path}: no such file. Check the path; it is read from where you are."
+            )
         try:
             yield from READERS[Path(path).suffix](Path(path), source)
         except UnicodeDecodeError as fault:
@@ -196,8 +239,8 @@ def rows(source: Source) -> Iterator[Row]:
         yield from _hub_rows(path, source.split or "train")
 
 
-def _jsonl(path: Path, _: Source) -> Iterator[Row]:
-    for number, row in read_json_lines(path):
+def _jsonl(path: Path, source: Source) -> Iterator[Row]:
+    for number, row in read_json_lines(path, source.encoding):
         yield f"{path}, line {number}", row
 
 
@@ -207,29 +250,48 @@ def _json(path: Path, source: Source) -> Iterator[Row]:
     except json.JSONDecodeError as fault:
         raise DataError(f"{path}, line {fault.lineno}: no valid JSON ({fault.msg}).") from fault
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
-        raise DataError(f"{path}: expected a list of objects. Use JSON Lines for anything else.")
+        raise DataError(
+            f"{path}: expected a list of objects. Use JSON Lines for anything else."
+        )
     for number, row in enumerate(data, 1):
+        refuse_half_characters(row, f"{path}, item {number}")
         yield f"{path}, item {number}", row
 
 
 def _csv(path: Path, source: Source) -> Iterator[Row]:
-    with path.open(encoding=source.encoding, newline="") as file:
-        # PyRIT's files may open with a comment line.
-        start = file.tell()
-        if not file.readline().startswith("#"):
-            file.seek(start)
-        reader = csv.reader(file)
-        header = next(reader, None) if source.header else None
-        for cells in reader:
-            if not any(cells):
+    labels: list[str] = []
+    for line, cells in _csv_rows(path, source):
+        if not any(cells):
+            continue
+        if not labels:
+            labels = cells if source.header else [f"column{i}" for i in range(len(cells))]
+            if source.header:
                 continue
-            labels = header or [f"column{i}" for i in range(len(cells))]
-            if len(cells) != len(labels):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: expected {len(labels)} cells as in the "
-                    f"header, found {len(cells)}. Quote cells that contain commas."
-                )
-            yield f"{path}, line {reader.line_num}", dict(zip(labels, cells, strict=True))
+        if len(cells) != len(labels):
+            raise DataError(
+                f"{path}, line {line}: expected {len(labels)} cells as in the first row, "
+                f"found {len(cells)}. Quote cells that contain commas."
+            )
+        yield f"{path}, line {line}", dict(zip(labels, cells, strict=True))
+
+
+def _csv_rows(path: Path, source: Source) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file, each with the line that it starts at."""
+    with path.open(encoding=source.encoding, newline="") as file:
+        # PyRIT's files may open with a comment line above the header.
+        comment = source.header and file.readline().startswith("#")
+        if not comment:
+            file.seek(0)
+        reader = csv.reader(file, strict=True)
+        line = 1 + comment
+        try:
+            for cells in reader:
+                yield line, cells
+                line = 1 + comment + reader.line_num
+        except csv.Error as fault:
+            raise DataError(
+                f"{path}, line {line}: no valid CSV ({fault}). Check the quotes from there on."
+            ) from fault
 
 
 def _parquet(path: Path, _: Source) -> Iterator[Row]:
@@ -254,8 +316,8 @@ def _hub_rows(name: str, split: str) -> Iterator[Row]:
         data = load_dataset(name, split=split)
     except Exception as fault:
         raise DataError(
-            f"{name}: neither a file (.jsonl, .json, .parquet, .csv) nor a Hugging Face dataset "
-            f"that can be read here ({type(fault).__name__}: {fault})."
+            f"{name}: neither a file (.jsonl, .json, .parquet, .csv) nor a Hugging Face "
+            f"dataset that can be read here ({type(fault).__name__}: {fault})."
         ) from fault
     for number, row in enumerate(data, 1):
         yield f"{name}, {split}, row {number}", dict(row)
@@ -275,8 +337,10 @@ def _column(source: Source, row: Mapping[str, Any], field: str) -> Any:
 
 def _required(source: Source, row: Mapping[str, Any], field: str, where: str) -> str:
     value = _column(source, row, field)
-    expected = f"column '{source.fields[field]}'" if field in source.fields else (
-        f"a column {' or '.join(repr(c) for c in COLUMNS[field][:3])}"
+    expected = (
+        f"column '{source.fields[field]}'"
+        if field in source.fields
+        else (f"a column {' or '.join(repr(c) for c in COLUMNS[field][:3])}")
     )
     if value is None:
         raise DataError(
@@ -302,17 +366,30 @@ def _messages(source: Source, row: Mapping[str, Any], where: str) -> tuple[Messa
 
 
 def _prompt(source: Source, row: Mapping[str, Any], where: str) -> Prompt:
-    messages = _messages(source, row, where)
-    answered = messages[-1].role == "assistant"
-    reference = messages[-1].content if answered else _column(source, row, "reference")
-    return Prompt(
-        messages=messages[:-1] if answered else messages,
-        reference=str(reference) if reference else None,
+    turns = _messages(source, row, where)
+    known = Prompt(
+        messages=turns[:-1] if turns[-1].role == "assistant" else turns,
+        reference=_reference(source, row, turns, where),
         accept=tuple(str(key) for key in _listed(_column(source, row, "accept"))),
-        target=_target(source, row, messages[0].content),
         kind=str(_column(source, row, "kind") or "plain"),
         topic=str(_column(source, row, "topic") or ""),
     )
+    return known.model_copy(update={"target": _target(source, row, known.text)})
+
+
+def _reference(
+    source: Source, row: Mapping[str, Any], turns: tuple[Message, ...], where: str
+) -> str | None:
+    """A good answer. One that was labelled bad is none, whatever its column is called."""
+    if _is_pair(source, row):
+        return next((answer for answer, bad in _pair(row, where) if not bad), None)
+    if turns[-1].role == "assistant":
+        return turns[-1].content
+    text = str(_column(source, row, "reference") or "").strip()
+    if text == str(_column(source, row, "response") or "").strip():
+        label = _label(source, row, where)
+        text = "" if label and label[0] in label[1] else text
+    return text or None
 
 
 def _listed(value: Any) -> Iterable[Any]:
@@ -326,40 +403,62 @@ def _target(source: Source, row: Mapping[str, Any], text: str) -> str | None:
         value = _column(source, row, "target")
         return str(value) if value else None
     match = re.search(source.target_pattern, text, re.IGNORECASE | re.DOTALL)
-    return match.group(1).strip(" \"'.") if match else None
+    return (match.group(1) or "").strip(" \"'.") or None if match else None
 
 
 def _labelled(source: Source, row: Mapping[str, Any], where: str) -> Iterator[Labelled]:
     """The answers of one row: one, or two where the row is a pair."""
-    if "response_0" in row and "is_response_0_safe" in row and not source.fields:
-        yield from _pku_pair(source, row, where)
-        return
     base = _prompt(source, row, where)
+    if _is_pair(source, row):
+        for answer, bad in _pair(row, where):
+            yield Labelled(base, answer, bad)
+        return
     response = _required(source, row, "response", where)
-    # An answer that was called bad cannot be the reference, whatever its column is called.
     reference = None if base.reference == response else base.reference
     known = base.model_copy(update={"reference": reference})
     yield Labelled(known, response, _is_bad(source, row, where))
 
 
-def _pku_pair(source: Source, row: Mapping[str, Any], where: str) -> Iterator[Labelled]:
-    """PKU-SafeRLHF: two answers with a safety label each; the safer one is the reference."""
-    answers = [str(row["response_0"]), str(row["response_1"])]
-    safe = [bool(row["is_response_0_safe"]), bool(row["is_response_1_safe"])]
-    reference = next((a for a, ok in zip(answers, safe, strict=True) if ok), None)
-    prompt = Prompt.of(_required(source, row, "prompt", where), reference=reference)
-    for answer, ok in zip(answers, safe, strict=True):
-        yield Labelled(prompt, answer, not ok)
+def _is_pair(source: Source, row: Mapping[str, Any]) -> bool:
+    return not source.fields and set(PAIR[0]) <= set(row)
+
+
+def _pair(row: Mapping[str, Any], where: str) -> Iterator[tuple[str, bool]]:
+    """The two answers of a pair, and whether each is bad; an empty one is left out."""
+    for columns in PAIR.values():
+        for column in columns:
+            if row.get(column) is None:
+                raise DataError(f"{where}: field '{column}' is missing.")
+        answer, label = (str(row[column]).strip() for column in columns)
+        if answer:
+            yield answer, _says_bad(label.lower(), LABELS["safe"], where, columns[1])
 
 
 def _is_bad(source: Source, row: Mapping[str, Any], where: str) -> bool:
-    label, safe = _column(source, row, "label"), _column(source, row, "safe")
-    if label is None and safe is None:
-        return True
-    value = str(label if label is not None else safe).strip().lower().removesuffix(".0")
-    if value not in BAD | GOOD:
+    label = _label(source, row, where)
+    return True if label is None else _says_bad(*label, where, "label")
+
+
+def _label(source: Source, row: Mapping[str, Any], where: str) -> tuple[str, set[str]] | None:
+    """What a row is labelled, and which labels call it bad; a mapped column comes first."""
+    for field in [f for f in LABELS if f in source.fields] or LABELS:
+        column = source.fields.get(field)
+        if column is not None and column not in row:
+            raise DataError(
+                f"{where}: field '{field}' is missing: expected column '{column}', found "
+                f"columns {', '.join(sorted(row))}."
+            )
+        value = _column(source, row, field)
+        if value is not None:
+            return str(value).strip().lower().removesuffix(".0"), LABELS[field]
+    return None
+
+
+def _says_bad(label: str, bad: set[str], where: str, field: str) -> bool:
+    known = YES | NO | BAD | GOOD
+    if label not in known:
         raise DataError(
-            f"{where}: field 'label': expected one of {', '.join(sorted(BAD | GOOD))}, "
-            f"found {value!r:.40}."
+            f"{where}: field '{field}': expected one of {', '.join(sorted(known))}, "
+            f"found {label!r:.40}."
         )
-    return value in (BAD if label is not None else GOOD)
+    return label in bad

@@ -139,9 +139,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def _check_pairs(a: int, b: int) -> None:
     if a != b or a == 0:
-        raise ValueError(
-            f"expected as many of a as of b, and at least one; found {a} and {b}"
-        )
+        raise ValueError(f"expected as many of a as of b, and at least one; found {a} and {b}")
 
 
 def _finite(values: Sequence[float]) -> Floats:

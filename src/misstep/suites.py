@@ -24,8 +24,6 @@ Part = Literal["attacks", "clean"]
 Kinds = Literal["all", "seen", "unseen"]
 
 
-
-
 def names() -> list[str]:
     """The shipped suites."""
     return sorted(path.name for path in FOLDER.iterdir() if path.is_dir())

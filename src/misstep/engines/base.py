@@ -48,7 +48,7 @@ class Engine(ABC):
             EngineError: the backend could not answer.
         """
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (an engine that holds nothing has nothing to do)
         """Give back the memory that the model holds; the engine cannot be used afterwards."""
 
     def __enter__(self) -> Self:

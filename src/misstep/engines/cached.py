@@ -1,9 +1,9 @@
 """A cache around any engine: a finished model call is never paid twice.
 
 Answers are kept in one SQLite file by engine identity and request. Misses go to the engine in
-batches of fixed size, and each batch is stored in one transaction: a process killed at any moment
-leaves whole batches, so the next run forms the same batches and gets the same texts. The engine
-itself is opened at the first miss only.
+batches of fixed size, and each batch is stored in one transaction: a process killed at any
+moment leaves whole batches, so the next run forms the same batches and gets the same texts. The
+engine itself is opened at the first miss only.
 """
 
 import sqlite3
@@ -22,9 +22,7 @@ KEYS_A_QUERY = 500
 class CachedEngine(Engine):
     """Answers from the cache where it can, from the engine where it must."""
 
-    def __init__(
-        self, identity: str, opener: Opener, path: Path, batch: int = 128
-    ) -> None:
+    def __init__(self, identity: str, opener: Opener, path: Path, batch: int = 128) -> None:
         self.identity = identity
         self.batch = batch
         self.paid = 0
@@ -57,12 +55,14 @@ class CachedEngine(Engine):
 
     def _pay(self, requests: list[Request]) -> list[Completion]:
         if self._engine is None:
-            self._engine = self._opener()
-            if self._engine.identity != self.identity:
+            engine = self._opener()
+            if engine.identity != self.identity:
+                engine.close()
                 raise RunError(
-                    f"the engine is {self._engine.identity}, expected {self.identity}: the model's "
+                    f"the engine is {engine.identity}, expected {self.identity}: the model's "
                     "files changed while the run was going on. Run the same command again."
                 )
+            self._engine = engine
         self.paid += len(requests)
         return self._engine.generate(requests)
 
@@ -85,8 +85,17 @@ class CachedEngine(Engine):
 def _open_table(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = sqlite3.connect(path, timeout=60)
-    # Write-ahead logging survives a killed process and lets several runs share the file.
-    table.execute("PRAGMA journal_mode=WAL")
-    table.execute("PRAGMA synchronous=NORMAL")
-    table.execute("CREATE TABLE IF NOT EXISTS completions (key TEXT PRIMARY KEY, completion TEXT)")
+    try:
+        # Write-ahead logging survives a killed process and lets several runs share the file.
+        table.execute("PRAGMA journal_mode=WAL")
+        table.execute("PRAGMA synchronous=NORMAL")
+        table.execute(
+            "CREATE TABLE IF NOT EXISTS completions (key TEXT PRIMARY KEY, completion TEXT)"
+        )
+    except sqlite3.DatabaseError as fault:
+        table.close()
+        raise RunError(
+            f"{path}: expected a cache of model answers, found something else ({fault}). "
+            "Move the file away; the answers in it are paid again."
+        ) from fault
     return table

@@ -1,7 +1,7 @@
 """The method contract: what a model is trained on, and nothing else.
 
-Every trained method shares one trainer, one renderer and one budget of rows, so that two methods
-differ in their rows alone.
+Every trained method shares one trainer, one renderer and one budget of rows, so that two
+methods differ in their rows alone.
 """
 
 import random

@@ -1,9 +1,9 @@
 """Learning from mistakes by analysing them (arXiv 2310.10477, section 4).
 
 A row is (prompt, bad response, request for an analysis without the guide) -> analysis. The bad
-response is context: loss falls on the analysis alone. Departures from the paper: analyses pass a
-gate, and good answers to the attacked prompts are mixed in where they exist (`mix.good_answers: 0`
-is the paper's setting).
+response is context: loss falls on the analysis alone. Departures from the paper: analyses pass
+a gate, and good answers to the attacked prompts are mixed in where they exist
+(`mix.good_answers: 0` is the paper's setting).
 """
 
 from misstep.methods.base import Materials, Method, answers

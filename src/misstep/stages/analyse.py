@@ -7,22 +7,28 @@ setting. A refused analysis is sampled again, up to `n` times in all.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
 from misstep.engines.base import Completion, Engine, Request
-from misstep.policy import Policy, matches
+from misstep.policy import BLANK, Policy, matches
 from misstep.records import Analysis, Mistake
 from misstep.stages.base import Settings, Yield, derive_seed
 
 RECOMMENDS = re.compile(
-    r"\b(should(?! not|n't) (have )?(say|said|be|been|print|answer|output|repl|respond|writ)\w*|"
+    r"\b(should(?! not|n't) (have )?"
+    r"(say|said|be|been|print|answer|output|repl|respond|writ)\w*|"
     r"(correct|right|better|good) (answer|response))\b",
     re.IGNORECASE,
 )
+QUOTED = re.compile(r"[\"“«「](.+?)[\"”»」]", re.DOTALL)
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 SHORT_WORDS = 3
+REQUEST_WORDS = 6
+REPEATS = 4
 
 
 class AnalyseSettings(Settings):
@@ -60,7 +66,8 @@ def analyse(
     analyses: list[Analysis] = []
     pending = [mistake for mistake in mistakes if mistake.confirmed]
     given = len(pending)
-    for attempt in range(settings.n):
+    # Greedy decoding gives the same text every time.
+    for attempt in range(settings.n if settings.temperature else 1):
         if not pending:
             break
         answers = engine.generate(
@@ -87,22 +94,63 @@ def gate(policy: Policy, mistake: Mistake, analysis: str) -> tuple[str, ...]:
         reasons.append("endorses the response")
     elif _recommends(analysis, mistake):
         reasons.append("recommends the bad response")
-    if any(_contains(analysis, e.response) for e in policy.analysis.examples):
-        reasons.append("speaks of a worked example")
+    if _repeats_itself(analysis):
+        reasons.append("repeats itself")
+    if _quotes_what_nobody_said(analysis, mistake):
+        reasons.append("quotes what nobody said")
+    if _repeats_request(analysis, policy):
+        reasons.append("repeats the request")
     return tuple(reasons)
+
+
+def _repeats_itself(analysis: str) -> bool:
+    """Whether some three words in a row come again and again."""
+    said = _plain(analysis).split()
+    counts = Counter(zip(said, said[1:], said[2:], strict=False))
+    return max(counts.values(), default=0) >= REPEATS
+
+
+def _quotes_what_nobody_said(analysis: str, mistake: Mistake) -> bool:
+    """Whether a quotation in the analysis stands neither in the prompt nor in the response."""
+    said = f"{mistake.prompt.text}\n{mistake.response}"
+    return any(
+        len(quoted.split()) >= SHORT_WORDS and not _contains(said, quoted)
+        for quoted in QUOTED.findall(analysis)
+    )
+
+
+def _repeats_request(analysis: str, policy: Policy) -> bool:
+    """Whether a sentence of the request itself stands in the analysis."""
+    asked = " ".join(
+        BLANK.sub("\n", t) for t in (policy.analysis.guided, policy.analysis.unguided)
+    )
+    sentences = (s for s in SENTENCE.split(asked) if len(s.split()) >= REQUEST_WORDS)
+    return any(_contains(analysis, sentence) for sentence in sentences)
 
 
 def _recommends(analysis: str, mistake: Mistake) -> bool:
     """Whether a sentence that says what would have been right says the bad text again."""
-    bad = [text for text in (mistake.prompt.target, mistake.response) if text]
-    return any(
-        RECOMMENDS.search(sentence) and any(_contains(sentence, text) for text in bad)
-        for sentence in re.split(r"(?<=[.!?])\s+", analysis)
-    )
+    target, response = _plain(mistake.prompt.target or ""), _plain(mistake.response)
+    # A target is bad however short it is; a response such as "Yes" need not be.
+    bad = [
+        text
+        for text, least in ((target, 1), (response, SHORT_WORDS))
+        if len(text.split()) >= least
+    ]
+    sentences = SENTENCE.split(analysis)
+    for place, sentence in enumerate(sentences):
+        if RECOMMENDS.search(sentence):
+            # The text begins in the sentence, or after its colon, and may go on beyond it.
+            begins = sentences[place : place + 1 + sentence.rstrip().endswith(":")]
+            until = len(_plain(" ".join(begins)))
+            rest = f" {_plain(' '.join(sentences[place:]))} "
+            if any(0 <= rest.find(f" {text} ") <= until for text in bad):
+                return True
+    return False
 
 
 def _contains(text: str, part: str) -> bool:
-    """Whether a text contains another one, case and punctuation aside; a few words do not count."""
+    """Whether a text contains another one, case and punctuation aside; a few words are none."""
     plain, wanted = _plain(text), _plain(part)
     return len(wanted.split()) >= SHORT_WORDS and f" {wanted} " in f" {plain} "
 

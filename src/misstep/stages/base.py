@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from misstep.records import Record, digest
 
@@ -25,14 +25,17 @@ class Yield(Record):
     sampled: int
     """Texts that the model wrote for them."""
     kept: int
-    refused: dict[str, int] = {}
+    refused: dict[str, int] = Field(default_factory=dict)
     """The texts that were not kept, counted by reason."""
 
     @classmethod
     def of(cls, given: int, sampled: int, kept: int, reasons: list[str]) -> "Yield":
         """Count the reasons, most frequent first."""
         return cls(
-            given=given, sampled=sampled, kept=kept, refused=dict(Counter(reasons).most_common())
+            given=given,
+            sampled=sampled,
+            kept=kept,
+            refused=dict(Counter(reasons).most_common()),
         )
 
 

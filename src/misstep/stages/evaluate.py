@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from misstep.judges.base import Judge
 from misstep.records import Answer, Judgement, Score
-from misstep.results import Comparison, Metric, Row, Side, compare, metric_from_scores, setting_name
+from misstep.results import (
+    Comparison,
+    Metric,
+    Row,
+    Side,
+    compare,
+    metric_from_scores,
+    setting_name,
+)
 
 Setting = tuple[str, bool]
 Pools = Mapping[str, Sequence[str]]
@@ -45,7 +53,11 @@ class Table:
     """The scores of one run, looked up by setting, test set and metric; pools are test sets."""
 
     def __init__(
-        self, answers: Sequence[Answer], judgements: Sequence[Judgement], pools: Pools, seed: int
+        self,
+        answers: Sequence[Answer],
+        judgements: Sequence[Judgement],
+        pools: Pools,
+        seed: int,
     ) -> None:
         self.seed = seed
         self._responses = defaultdict(list)
@@ -59,8 +71,12 @@ class Table:
             for test_set in belongs[item.test_set]:
                 key = (item.method, item.guided, test_set)
                 self._scores[key, item.score.metric].append(item.score)
-        self.test_sets = list(dict.fromkeys(name for names in belongs.values() for name in names))
-        self.settings: list[Setting] = list(dict.fromkeys((a.method, a.guided) for a in answers))
+        self.test_sets = list(
+            dict.fromkeys(name for names in belongs.values() for name in names)
+        )
+        self.settings: list[Setting] = list(
+            dict.fromkeys((a.method, a.guided) for a in answers)
+        )
 
     def rows(self, describe: Describe) -> list[Row]:
         """One row a setting and test set."""
@@ -79,10 +95,12 @@ class Table:
         ]
 
     def comparisons(self, focus: str) -> list[Comparison]:
-        """Every setting against the model as it was, and the focus method against all others."""
+        """Every setting against the model as it was; the focus method against all others."""
         pairs = [(a, BASE) for a in self.settings if a != BASE and BASE in self.settings]
         ours = [setting for setting in self.settings if setting[0] == focus]
-        others = [setting for setting in self.settings if setting[0] != focus and setting != BASE]
+        others = [
+            setting for setting in self.settings if setting[0] != focus and setting != BASE
+        ]
         pairs += [(a, b) for a in ours for b in others]
         found = (
             compare(self._side(a, t, m), self._side(b, t, m), m, t, self.seed)
@@ -109,4 +127,3 @@ def _memberships(answers: Iterable[Answer], pools: Pools) -> dict[str, list[str]
     """Each test set with itself and the pools that it is part of."""
     names = dict.fromkeys(answer.test_set for answer in answers)
     return {n: [n, *(pool for pool, members in pools.items() if n in members)] for n in names}
-

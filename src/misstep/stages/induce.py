@@ -2,8 +2,8 @@
 
 `origin` data is believed. `reported` data are candidates until the judge confirms them.
 `induced` mistakes are the model's answers to attack prompts, or to prompts with one of the
-policy's hint words added (paper, section 4.1); refusals and harmless answers are filtered out by
-the judge. The hint is not part of the mistake that is kept. Knows no file and no method.
+policy's hint words added (paper, section 4.1); refusals and harmless answers are filtered out
+by the judge. The hint is not part of the mistake that is kept. Knows no file and no method.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,9 @@ def induce(
     requests = [_request(policy, prompt, sample, settings, seed) for prompt, sample in drawn]
     answers = engine.generate(requests)
     responses = [
-        Response(prompt=prompt, text=answer.text, model=engine.identity, truncated=answer.truncated)
+        Response(
+            prompt=prompt, text=answer.text, model=engine.identity, truncated=answer.truncated
+        )
         for (prompt, _), answer in zip(drawn, answers, strict=True)
     ]
     mistakes, reasons = _keep(responses, judge, settings.per_prompt)

@@ -1,0 +1,71 @@
+"""Which engine answers for a model: the caller's choice, or the fastest that can read it.
+
+This module knows the names of the engines and what each needs; it loads none until asked to.
+"""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from misstep.engines.base import Engine
+from misstep.errors import InputError
+from misstep.models import Model, is_full_fine_tune
+
+Kind = Literal["auto", "openvino", "transformers"]
+
+
+class Chosen(NamedTuple):
+    """An engine that is loaded, and one line that says why this one."""
+
+    engine: Engine
+    why: str
+
+
+def open_engine(
+    kind: str, model: Model, adapter: Path | None = None, scratch: Path | None = None
+) -> Chosen:
+    """Load the engine that was asked for; `auto` takes OpenVINO where it can serve the model.
+
+    Raises:
+        InputError: there is no such engine, it is not installed, or it cannot read the model.
+    """
+    if kind not in ("auto", "openvino", "transformers"):
+        raise InputError(
+            f"engine {kind}: expected auto, openvino or transformers, found {kind!r}."
+        )
+    obstacle = _obstacle(model, adapter) if kind == "auto" else None
+    if kind == "openvino" or (kind == "auto" and obstacle is None):
+        from misstep.engines.openvino import OpenVinoEngine
+
+        why = "this is a CPU and the model is a GGUF that it reads"
+        return Chosen(
+            OpenVinoEngine(model, adapter, scratch), f"openvino, because {_why(kind, why)}"
+        )
+    from misstep.engines.transformers import TransformersEngine
+
+    return Chosen(
+        TransformersEngine(model, adapter),
+        f"transformers, because {_why(kind, obstacle or '')}",
+    )
+
+
+def _why(kind: str, reason: str) -> str:
+    return reason if kind == "auto" else "the recipe asks for it"
+
+
+def _obstacle(model: Model, adapter: Path | None) -> str | None:
+    """Why OpenVINO is not the choice here, or None."""
+    from importlib.util import find_spec
+
+    import torch
+
+    from misstep.engines.openvino import OpenVinoEngine
+
+    if torch.cuda.is_available():
+        return "there is a GPU"
+    if find_spec("openvino_genai") is None:
+        return "OpenVINO GenAI is not installed"
+    if adapter is not None and is_full_fine_tune(adapter):
+        return "the trained model is a full fine-tune, which OpenVINO does not read"
+    if reason := OpenVinoEngine.reads(model):
+        return f"OpenVINO cannot read the model: {reason}"
+    return None

@@ -1,0 +1,301 @@
+"""OpenVINO GenAI: fast answers on a CPU, from a GGUF file.
+
+The base model and a trained one answer through the same numbers: both are served from an F16
+GGUF, plain or with the adapter merged into it. Conversations go in as tokens and come out as
+tokens, so that rendering is the same as in training. This module knows OpenVINO's pipeline; it
+knows no other engine.
+
+The same request gives the same text whatever else is in the batch and whatever the cache of
+prompt beginnings holds, on the same machine and version. Left alone, OpenVINO rounds by what
+shares a step, since matrices of one row and attention of one token take paths of their own. So:
+- a companion, whose answer is thrown away, keeps every step at two rows or more;
+- requests are admitted here, one step's worth at a time, so that no prompt is computed in parts
+  and none is thrown out of a full cache and computed again in another way;
+- a prompt of which the cache may leave one token to compute is rehearsed, so that it always
+  does.
+"""
+
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from misstep.engines.base import Completion, Engine, Request
+from misstep.errors import EngineError, MissingExtra, ModelError
+from misstep.gguf_header import Header, read_header
+from misstep.gguf_merge import merge_adapter
+from misstep.models import Model, adapter_digest, is_full_fine_tune
+from misstep.rendering import Renderer
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+# Codes of the packed types that can be dequantised: F32, F16, Q4_0 to Q8_0, K, IQ and BF16.
+PACKINGS = frozenset((0, 1, 2, 3, 6, 7, 8, *range(10, 24), 29, 30))
+BLOCK = 32
+"""Tokens in one block of OpenVINO's cache on a CPU."""
+CACHE_BYTES = 1 << 30
+ROWS = 64
+STEP_TOKENS = 1024
+"""New prompt tokens in one step; one longer prompt goes alone."""
+COMPANION_TOKENS = 512
+
+
+@dataclass
+class Job:
+    """One prompt on its way through the pipeline."""
+
+    place: int
+    """Where its answer belongs."""
+    prompt: list[int]
+    max_tokens: int
+    config: Any
+    fresh: int
+    """Tokens that the prompt does not share with the one before it."""
+    rehearsal: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the cache that it may fill, shared ones counted too."""
+        return -(-(len(self.prompt) + self.max_tokens) // BLOCK)
+
+
+class OpenVinoEngine(Engine):
+    """Answers on the CPU with continuous batching and a cache of shared prompt beginnings."""
+
+    def __init__(
+        self, model: Model, adapter: Path | None = None, scratch: Path | None = None
+    ) -> None:
+        genai = _library()
+        if reason := self.reads(model):
+            raise ModelError(
+                f"model {model.name}: OpenVINO cannot read it, because {reason}. "
+                "Use the `transformers` engine."
+            )
+        if adapter is not None and is_full_fine_tune(adapter):
+            raise ModelError(
+                f"{adapter}: expected a LoRA adapter, found a full fine-tune, which OpenVINO "
+                "cannot read from safetensors. Use the `transformers` engine."
+            )
+        self.renderer = Renderer.for_model(model)
+        self._temporary = None if scratch else Path(tempfile.mkdtemp(prefix="misstep-"))
+        file = _weights(model, adapter, scratch or self._temporary or Path())
+        total = _cache_blocks(read_header(file))
+        self._pipeline: Any = _pipeline(genai, file, total)
+        # The companion's own blocks, twice: an old one may not be gone when the next one comes.
+        self._blocks = total - 2 * (COMPANION_TOKENS // BLOCK + 1)
+        self._genai = genai
+        self._status = genai.GenerationStatus
+        self._next_id = 0
+        self.identity = _identity(model, adapter)
+
+    @staticmethod
+    def reads(model: Model) -> str | None:
+        """Why OpenVINO cannot read this model, or None where it can."""
+        if model.path is None or not model.is_gguf:
+            return "it is no GGUF file"
+        header = read_header(model.path)
+        if header.architecture not in FAMILIES:
+            return (
+                f"its family is {header.architecture or 'unknown'}, not {', '.join(FAMILIES)}"
+            )
+        if header.values.get(
+            f"{header.architecture}.rope.scaling.type", "none"
+        ) != "none" or any(tensor.name.startswith("rope_freqs") for tensor in header.tensors):
+            return "its positions are scaled, which OpenVINO ignores"
+        if odd := {t.type_code for t in header.tensors} - PACKINGS:
+            return f"some weights are packed as type {min(odd)}"
+        return None
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer every request, in order; see the module's text for what is promised."""
+        jobs = self._jobs(requests)
+        if large := [job for job in jobs if job.blocks > self._blocks]:
+            raise EngineError(
+                f"request {large[0].place + 1}: its prompt ({len(large[0].prompt)} tokens) and "
+                f"its answer exceed OpenVINO's cache of {self._blocks * BLOCK} tokens. "
+                "Shorten it, or use the `transformers` engine."
+            )
+        try:
+            answers = self._run(jobs)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO stopped: {error}") from error
+        return [self._completion(answers[place]) for place in range(len(requests))]
+
+    def close(self) -> None:
+        """Give back the memory, and remove the weights unless a scratch folder was given."""
+        self._pipeline = None
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _jobs(self, requests: Sequence[Request]) -> list[Job]:
+        """The requests in an order that lets neighbours share their beginnings."""
+        prompts = [self.renderer.prompt(request.messages) for request in requests]
+        jobs: list[Job] = []
+        last: list[int] = []
+        for place in sorted(range(len(requests)), key=lambda place: prompts[place]):
+            prompt = prompts[place]
+            fresh = len(prompt) - shared_blocks(last, prompt)
+            if len(prompt) % BLOCK < 2 and prompt != last:
+                rehearsal = self._config(1)
+                jobs.append(Job(place, prompt, 1, rehearsal, fresh, rehearsal=True))
+            request = requests[place]
+            jobs.append(Job(place, prompt, request.max_tokens, self._sampling(request), fresh))
+            last = prompt
+        return jobs
+
+    def _run(self, jobs: Sequence[Job]) -> dict[int, list[int]]:
+        """The tokens of every job's answer, by its place."""
+        queue = deque(jobs)
+        running: list[tuple[Job, Any]] = []
+        answers: dict[int, list[int]] = {}
+        companion: Any = None
+        try:
+            while queue or running:
+                if companion is None or companion.get_status() != self._status.RUNNING:
+                    companion = self._companion()
+                running += self._admitted(queue, [job for job, _ in running])
+                self._pipeline.step()
+                done = [
+                    pair for pair in running if pair[1].get_status() != self._status.RUNNING
+                ]
+                answers |= {job.place: self._read(handle) for job, handle in done}
+                running = [pair for pair in running if pair not in done]
+        finally:
+            self._drop(
+                [*(handle for _, handle in running), *([companion] if companion else [])]
+            )
+        return answers
+
+    def _admitted(self, queue: deque[Job], running: list[Job]) -> list[tuple[Job, Any]]:
+        """Start as many jobs as the next step and the cache have room for."""
+        admitted: list[tuple[Job, Any]] = []
+        blocks = self._blocks - sum(job.blocks for job in running)
+        tokens = STEP_TOKENS
+        while queue and len(running) + len(admitted) < ROWS and queue[0].blocks <= blocks:
+            if admitted and queue[0].fresh > tokens:
+                break
+            job = queue.popleft()
+            blocks -= job.blocks
+            tokens -= job.fresh
+            admitted.append((job, self._add(job.prompt, job.config)))
+            if job.rehearsal:
+                break  # The next job needs what this leaves in the cache, a step later.
+        return admitted
+
+    def _drop(self, handles: Sequence[Any]) -> None:
+        for handle in handles:
+            handle.cancel()
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+
+    def _add(self, prompt: list[int], config: Any) -> Any:
+        import numpy as np
+        from openvino import Tensor
+
+        self._next_id += 1
+        ids = Tensor(np.array([prompt], dtype=np.int64))
+        return self._pipeline.add_request(self._next_id, ids, config)
+
+    def _companion(self) -> Any:
+        config = self._config(COMPANION_TOKENS)
+        config.ignore_eos = True
+        config.stop_token_ids = set()
+        return self._add(list(self.renderer.stop_ids[:1]) * 2, config)
+
+    def _read(self, handle: Any) -> list[int]:
+        if handle.get_status() != self._status.FINISHED:
+            raise EngineError(f"OpenVINO dropped a request ({handle.get_status().name}).")
+        return list(handle.read_all()[0].generated_ids)
+
+    def _config(self, max_tokens: int) -> Any:
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens = max_tokens
+        config.stop_token_ids = set(self.renderer.stop_ids)
+        config.do_sample = False
+        return config
+
+    def _sampling(self, request: Request) -> Any:
+        config = self._config(request.max_tokens)
+        if request.temperature > 0:
+            config.do_sample = True
+            config.temperature = request.temperature
+            config.top_p = request.top_p
+            # From the whole request: equal seeds must not give all prompts the same dice.
+            config.rng_seed = int(request.id[:8], 16)
+        return config
+
+    def _completion(self, ids: list[int]) -> Completion:
+        return Completion(
+            text=self.renderer.decode(ids),
+            tokens=len(ids),
+            truncated=ids[-1] not in self.renderer.stop_ids,
+        )
+
+
+def shared_blocks(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts have in common at their beginning, in whole blocks."""
+    pairs = zip(one, other, strict=False)
+    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return length - length % BLOCK
+
+
+def _library() -> Any:
+    if find_spec("openvino_genai") is None:
+        raise MissingExtra("OpenVINO GenAI", "openvino")
+    import openvino_genai
+
+    return openvino_genai
+
+
+def _weights(model: Model, adapter: Path | None, folder: Path) -> Path:
+    """The F16 file that is served; one that an earlier process finished is taken as it is."""
+    assert model.path is not None
+    name = f"{model.digest}-{adapter_digest(adapter) if adapter else 'base'}.f16.gguf"
+    out = folder / name
+    return out if out.is_file() else merge_adapter(model.path, adapter, out)
+
+
+def _precision() -> str:
+    """What the processor computes in natively; also the precision of the cache."""
+    from openvino import Core
+
+    return (
+        "bf16" if "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    )
+
+
+def _cache_blocks(header: Header) -> int:
+    """Blocks that fit into the cache."""
+    heads = header.number("attention.head_count")
+    size = header.values.get(f"{header.architecture}.attention.key_length")
+    width = int(size) if size else header.number("embedding_length") // heads
+    values = 2 * header.number("block_count") * header.number("attention.head_count_kv") * width
+    return CACHE_BYTES // (values * BLOCK * (2 if _precision() == "bf16" else 4))
+
+
+def _pipeline(genai: Any, file: Path, blocks: int) -> Any:
+    scheduler = genai.SchedulerConfig()
+    scheduler.num_kv_blocks = blocks
+    scheduler.enable_prefix_caching = True
+    scheduler.max_num_seqs = 2 * ROWS
+    # More than any step has: what enters a step is decided by `_admitted`.
+    scheduler.max_num_batched_tokens = blocks * BLOCK
+    precision = _precision()
+    settings = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+    try:
+        return genai.ContinuousBatchingPipeline(str(file), scheduler, "CPU", settings)
+    except RuntimeError as error:
+        raise EngineError(
+            f"OpenVINO cannot load {file.name}: {error}. Use the `transformers` engine."
+        ) from error
+
+
+def _identity(model: Model, adapter: Path | None) -> str:
+    trained = adapter_digest(adapter) if adapter else "base"
+    release = version("openvino-genai")
+    return f"openvino-genai {release}:{model.digest}:{trained}:f16-{_precision()}"

@@ -1,0 +1,201 @@
+"""transformers: answers from any causal model that it loads, on a GPU or a CPU.
+
+Prompts are padded on the left and batched by length. Each sampled row draws its own noise from
+a generator seeded by its request, and takes the token with the largest noisy logit (Gumbel's
+trick), so that a row's dice do not depend on its neighbours. What can still differ with the
+batch is the rounding of matrix products: on one machine the same batch gives the same texts,
+and another batch gives them as far as floating point allows. This module knows transformers; it
+knows no other engine.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from misstep.engines.base import Completion, Engine, Request
+from misstep.errors import EngineError
+from misstep.models import Model, adapter_digest, load_weights
+from misstep.rendering import Renderer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+BATCH_TOKENS = 16_384
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request and the tokens of its prompt."""
+
+    place: int
+    request: Request
+    prompt: list[int]
+
+    @property
+    def length(self) -> int:
+        """The most tokens that the row may come to."""
+        return len(self.prompt) + self.request.max_tokens
+
+
+class TransformersEngine(Engine):
+    """Answers with `generate`, in batches of at most `batch_tokens` tokens, padding included."""
+
+    def __init__(
+        self, model: Model, adapter: Path | None = None, batch_tokens: int = BATCH_TOKENS
+    ) -> None:
+        import torch
+
+        self.renderer = Renderer.for_model(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model: PreTrainedModel | None = load_weights(model, adapter).to(device)
+        self._device = torch.device(device)
+        self._batch_tokens = batch_tokens
+        precision = str(self._model.dtype).removeprefix("torch.")
+        trained = adapter_digest(adapter) if adapter else "base"
+        release = f"transformers {version('transformers')} torch {torch.__version__}"
+        self.identity = f"{release} {device}:{model.digest}:{trained}:{precision}"
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer every request, in order; see the module's text for what is promised."""
+        rows = [Row(i, r, self.renderer.prompt(r.messages)) for i, r in enumerate(requests)]
+        answers: dict[int, Completion] = {}
+        for batch in batches(rows, self._batch_tokens):
+            try:
+                outputs = self._continue(batch)
+            except RuntimeError as error:
+                raise EngineError(
+                    f"transformers stopped in a batch of {len(batch)} prompts: {error}. If "
+                    f"memory ran out, lower batch_tokens (now {self._batch_tokens})."
+                ) from error
+            answers |= {
+                r.place: self._completion(o) for r, o in zip(batch, outputs, strict=True)
+            }
+        return [answers[place] for place in range(len(rows))]
+
+    def close(self) -> None:
+        """Give back the memory, on a GPU also to other processes."""
+        import gc
+
+        import torch
+
+        self._model = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _continue(self, batch: Sequence[Row]) -> list[list[int]]:
+        """The tokens that follow each prompt, up to and with the first that ends an answer."""
+        import torch
+
+        if self._model is None:
+            raise EngineError("this engine is closed: open another one.")
+        width = max(len(row.prompt) for row in batch)
+        ids = torch.full((len(batch), width), self.renderer.stop_ids[0], device=self._device)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(batch):
+            ids[i, width - len(row.prompt) :] = torch.tensor(row.prompt, device=self._device)
+            mask[i, width - len(row.prompt) :] = 1
+        with torch.inference_mode():
+            generate: Any = self._model.generate
+            output = generate(
+                input_ids=ids, attention_mask=mask, **self._settings(batch, width)
+            )
+        return [
+            self._cut(row, tail) for row, tail in zip(batch, output[:, width:], strict=True)
+        ]
+
+    def _settings(self, batch: Sequence[Row], width: int) -> dict[str, Any]:
+        """Plain decoding, whatever the model's own generation config asks for."""
+        from transformers import GenerationConfig
+
+        stops = self.renderer.stop_ids
+        config = GenerationConfig(
+            max_new_tokens=max(row.request.max_tokens for row in batch),
+            do_sample=False,
+            eos_token_id=list(stops),
+            pad_token_id=stops[0],
+        )
+        dice = Dice([row.request for row in batch], self._device)
+        limits = [width + row.request.max_tokens for row in batch]
+        return {
+            "generation_config": config,
+            "logits_processor": [dice] if dice.rolls else [],
+            "stopping_criteria": [partial(reached, limits)],
+        }
+
+    def _cut(self, row: Row, tail: "torch.Tensor") -> list[int]:
+        """What follows a row's own end is padding."""
+        tokens: list[int] = tail.tolist()[: row.request.max_tokens]
+        ends = (i for i, token in enumerate(tokens, 1) if token in self.renderer.stop_ids)
+        return tokens[: next(ends, len(tokens))]
+
+    def _completion(self, tokens: list[int]) -> Completion:
+        return Completion(
+            text=self.renderer.decode(tokens),
+            tokens=len(tokens),
+            truncated=tokens[-1] not in self.renderer.stop_ids,
+        )
+
+
+class Dice:
+    """Noise for the rows that sample; `generate` then takes the largest noisy logit.
+
+    The largest of logits plus Gumbel noise is distributed as a sample from their softmax.
+    """
+
+    def __init__(self, requests: Sequence[Request], device: "torch.device") -> None:
+        import torch
+
+        self.rolls = [
+            # From the whole request: equal seeds must not give all prompts the same dice.
+            (i, r, torch.Generator(device).manual_seed(int(r.id, 16) >> 1))
+            for i, r in enumerate(requests)
+            if r.temperature > 0
+        ]
+
+    def __call__(self, _ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        noisy = scores.float()
+        for i, request, generator in self.rolls:
+            logits = nucleus(noisy[i] / request.temperature, request.top_p)
+            # Exponential draws by division: the smallest of draw / probability is a sample too,
+            # and minus its logarithm is the noisy logit.
+            draws = torch.empty_like(logits).exponential_(generator=generator)
+            noisy[i] = logits - draws.log()
+        return noisy
+
+
+def nucleus(logits: "torch.Tensor", top_p: float) -> "torch.Tensor":
+    """Logits with all but the fewest tokens of joint probability `top_p` ruled out."""
+    if top_p >= 1:
+        return logits
+    ordered, places = logits.softmax(-1).sort(descending=True)
+    beyond = ordered.cumsum(-1) - ordered >= top_p
+    return logits.index_fill(0, places[beyond], float("-inf"))
+
+
+def reached(
+    limits: Sequence[int], ids: "torch.Tensor", _scores: Any, **_: Any
+) -> "torch.Tensor":
+    """Which rows have come to their own `max_tokens`."""
+    import torch
+
+    return torch.tensor(limits, device=ids.device) <= ids.shape[1]
+
+
+def batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
+    """Rows of like length together, the longest first so that a lack of memory shows at once."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda row: row.length, reverse=True):
+        longest = (batch or [row])[0].length
+        if batch and longest * (len(batch) + 1) > most_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

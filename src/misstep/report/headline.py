@@ -1,0 +1,85 @@
+"""The page's first words, made from the numbers: before and after, and what was tested."""
+
+from typing import NamedTuple
+
+from misstep.report.view import Setting, Tested, View
+from misstep.report.words import HELPFULNESS, MISTAKES, brief, capitalised, gap, p_text, points
+
+WORDS = {
+    "goal-hijacking": ("held-out attacks", "the model obeyed"),
+    "harmlessness": ("held-out prompts", "the harmful answers of the model were"),
+}
+"""For each shipped policy, the name of its cases and of its mistake."""
+
+PLAIN_WORDS = ("held-out cases", "the mistakes of the model were")
+VERDICTS = {"good": "better", "bad": "worse", "none": "no difference shown"}
+
+
+class Finding(NamedTuple):
+    """One sentence on a difference, and its verdict: `good`, `bad` or `none`."""
+
+    verdict: str
+    sentence: str
+
+
+class Mean(NamedTuple):
+    """The rate over several test sets."""
+
+    value: float
+    n: int
+
+
+def headline(view: View) -> str:
+    """What the run shows, in plain words."""
+    parts = []
+    # A pool is made of other test sets, whose cases would count twice.
+    alone = [about for about in view.numbers if about.test_set not in view.pools]
+    attacked = {about.test_set for about in alone if about.metric == MISTAKES}
+    clean = {about.test_set for about in alone} - attacked
+    if before := _mean(view, view.before, MISTAKES, attacked):
+        after = _mean(view, view.after, MISTAKES, attacked)
+        cases, mistake = WORDS.get(view.policy, PLAIN_WORDS)
+        then = f" and {brief(after.value)} after" if after else ""
+        parts.append(f"on {before.n} {cases} {mistake} {brief(before.value)} before{then}")
+    for where, test_sets in ((" to clean tasks", clean), ("", attacked)):
+        if before := _mean(view, view.before, HELPFULNESS, test_sets):
+            after = _mean(view, view.after, HELPFULNESS, test_sets)
+            parts.append(f"helpful answers{where}{_change(before, after)}")
+            break
+    return capitalised("; ".join(parts) or "nothing has been measured yet") + "."
+
+
+def _change(before: Mean, after: Mean | None) -> str:
+    first, last = brief(before.value), brief(after.value) if after else None
+    if last is None:
+        return f": {first}"
+    return f" stayed at {last}" if first == last else f" went from {first} to {last}"
+
+
+def _mean(view: View, setting: Setting | None, metric: str, test_sets: set[str]) -> Mean | None:
+    """The mean over test sets, weighted by their scored responses."""
+    found = [
+        (of[setting].value or 0.0, of[setting].n)
+        for about, of in view.numbers.items()
+        if about.metric == metric and about.test_set in test_sets and setting in of
+    ]
+    n = sum(n for _, n in found)
+    return Mean(sum(value * n for value, n in found) / n, n) if n else None
+
+
+def findings(view: View) -> list[Finding]:
+    """The tested differences between before and after, one sentence a metric and test set."""
+    return [
+        _finding(about.title, tested)
+        for about, differences in view.tested.items()
+        for tested in differences
+        if tested.settings == (view.before, view.after)
+    ]
+
+
+def _finding(title: str, tested: Tested) -> Finding:
+    found, p = tested.found, p_text(tested.adjusted)
+    p = p if p.startswith("<") else f"=\u00a0{p}"
+    interval = f"95\u202f% interval {gap(found.low)} to {gap(found.high)}"
+    change = f"{points(found.difference)} ({interval}, adjusted p\u00a0{p})"
+    return Finding(tested.verdict, f"{title}: {VERDICTS[tested.verdict]}, {change}.")

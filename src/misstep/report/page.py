@@ -1,0 +1,70 @@
+"""The page: what a run left, put into report.html.j2, which escapes model text."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from misstep.records import write_text
+from misstep.report import words
+from misstep.report.headline import findings, headline
+from misstep.report.pictures import kinds_panel, losses, panels, squares
+from misstep.report.reading import Run, read_run
+from misstep.report.samples import pairs, some_analyses, verdict
+from misstep.report.view import View
+
+FILTERS = {
+    "method": words.method_title,
+    "direction": words.direction,
+    "capitalised": words.capitalised,
+    "rate": words.rate,
+    "gap": words.gap,
+    "points": words.points,
+    "p": words.p_text,
+    "count": words.count,
+    "sample_size": words.sample_size,
+    "duration": words.duration,
+    "model_text": words.model_text,
+    "most_frequent": words.most_frequent,
+    "verdict": verdict,
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html into a run directory, from what stands there, and return its path.
+
+    Raises:
+        DataError: the folder holds no file of a run at all.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    page = environment.get_template("report.html.j2").render(_content(read_run(folder)))
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def _content(run: Run) -> dict[str, Any]:
+    view = View(run)
+    return {
+        "name": run.name,
+        "missing": run.missing,
+        "manifest": run.manifest,
+        "view": view,
+        "headline": headline(view),
+        "findings": findings(view),
+        "mistake_panels": panels(view, of_mistakes=True),
+        "other_panels": panels(view, of_mistakes=False),
+        "squares": squares(view),
+        "kinds": kinds_panel(view, run.answers),
+        "losses": losses(run.manifest.training),
+        "pairs": pairs(view, run.answers),
+        "analyses": some_analyses(run.analyses),
+        "recipe": yaml.safe_dump(run.manifest.recipe, allow_unicode=True, sort_keys=False),
+    }

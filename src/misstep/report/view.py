@@ -1,0 +1,141 @@
+"""The results, arranged for looking things up: settings, their numbers, tested differences.
+
+A run has one seed, so a setting has one number for each metric and test set.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+from misstep.records import Answer
+from misstep.report.reading import Run
+from misstep.report.words import BETTER, method_title, metric_title
+from misstep.results import Comparison, Metric, Row
+
+T = TypeVar("T")
+
+VANILLA = "vanilla"
+FOCUS = "mistake_analysis"
+"""The method that the page is about, where a run has it."""
+
+
+class Setting(NamedTuple):
+    """One model, asked in one way."""
+
+    method: str
+    guided: bool
+
+    @property
+    def title(self) -> str:
+        """The setting in words."""
+        return f"{method_title(self.method)}, {'guided' if self.guided else 'unguided'}"
+
+
+class About(NamedTuple):
+    """What a number or a difference is about."""
+
+    metric: str
+    test_set: str
+
+    @property
+    def title(self) -> str:
+        """Both in words."""
+        return f"{metric_title(self.metric)} on {self.test_set}"
+
+
+class Tested(NamedTuple):
+    """A comparison, with its p adjusted for the number of comparisons."""
+
+    found: Comparison
+    adjusted: float
+
+    @property
+    def settings(self) -> tuple[Setting, Setting]:
+        """From which setting to which the change goes."""
+        return _named(self.found.b), _named(self.found.a)
+
+    @property
+    def verdict(self) -> str:
+        """`good` or `bad`, or `none` where no difference is shown."""
+        better = BETTER.get(self.found.metric)
+        if self.adjusted >= 0.05 or better is None:
+            return "none"
+        return "good" if (self.found.difference < 0) == (better == "lower") else "bad"
+
+
+class View:
+    """What a run measured."""
+
+    def __init__(self, run: Run) -> None:
+        rows = run.results.rows
+        known = [setting_of(row) for row in rows] + [setting_of(a) for a, _ in run.answers]
+        self.settings = list(dict.fromkeys(known))
+        self.before, self.after = ends(self.settings)
+        self.numbers = _numbers(rows)
+        self.tested = _tested(run.results.comparisons)
+        self.sources = {setting_of(row): _sources(row) for row in rows}
+        self.policy = run.results.policy
+        self.pools = run.manifest.pools
+
+    def role(self, setting: Setting) -> str:
+        """Whether a setting is the one before, the one after, or another."""
+        return {self.before: "before", self.after: "after"}.get(setting, "other")
+
+    def every(self, metric: str) -> list[Metric]:
+        """All numbers of one metric."""
+        found = [of.values() for about, of in self.numbers.items() if about.metric == metric]
+        return [number for numbers in found for number in numbers]
+
+
+def setting_of(item: Row | Answer) -> Setting:
+    """The setting that a row or an answer belongs to."""
+    return Setting(item.method, item.guided)
+
+
+def ends(settings: Iterable[Setting]) -> tuple[Setting | None, Setting | None]:
+    """Before and after: the model as it was, and the setting that the run is about.
+
+    After is trained on analyses rather than on anything else, and guided rather than not.
+    """
+    known = list(settings)
+    before = next((setting for setting in known if setting == (VANILLA, False)), None)
+    after = max(
+        (setting for setting in known if setting != before),
+        key=lambda s: (s.method == FOCUS, s.method != VANILLA, s.guided),
+        default=None,
+    )
+    return before, after
+
+
+def _numbers(rows: Iterable[Row]) -> dict[About, dict[Setting, Metric]]:
+    found: dict[About, dict[Setting, Metric]] = defaultdict(dict)
+    for row in rows:
+        for name, metric in row.metrics.items():
+            found[About(name, row.test_set)][setting_of(row)] = metric
+    return _in_order(found)
+
+
+def _tested(comparisons: Sequence[Comparison]) -> dict[About, list[Tested]]:
+    # numpy, which stats needs, is slow to load, and the command starts without it.
+    from misstep.stats import holm
+
+    found: dict[About, list[Tested]] = defaultdict(list)
+    adjusted = holm([comparison.p for comparison in comparisons])
+    for comparison, p in zip(comparisons, adjusted, strict=True):
+        found[About(comparison.metric, comparison.test_set)].append(Tested(comparison, p))
+    return _in_order(found)
+
+
+def _in_order(found: Mapping[About, T]) -> dict[About, T]:
+    ordered = sorted(found, key=lambda about: [about.metric != metric for metric in BETTER])
+    return {about: found[about] for about in ordered}
+
+
+def _sources(row: Row) -> str:
+    parts = (("mistakes", row.mistake_source), ("analyses", row.analysis_source))
+    return ", ".join(f"{what}: {source}" for what, source in parts if source)
+
+
+def _named(name: str) -> Setting:
+    method, _, way = name.partition("/")
+    return Setting(method, way == "guided")

@@ -1,0 +1,130 @@
+"""Names, numbers and model text as the page writes them. Knows no run.
+
+Every metric is a rate: a fraction, written as a percentage.
+"""
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import NamedTuple
+
+MISTAKES = "mistake_rate"
+HELPFULNESS = "helpfulness"
+REFUSALS = "over_refusal"
+
+BETTER = {MISTAKES: "lower", HELPFULNESS: "higher", REFUSALS: "lower"}
+"""Which end of a metric is the good one; the page shows metrics in this order."""
+
+METHOD_TITLES = {"vanilla": "Model as it was", "ordinary": "Ordinary data only", "sft": "SFT"}
+
+SPACE = "\u202f"
+_MINUS = "\u2212"
+
+
+def method_title(method: str) -> str:
+    """A method's name as a reader would write it."""
+    return METHOD_TITLES.get(method, capitalised(method.replace("_", " ")))
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name as a reader would write it."""
+    return capitalised(metric.replace("_", " "))
+
+
+def capitalised(text: str) -> str:
+    """A text with a capital at its start and the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def direction(metric: str) -> str:
+    """Which end of a metric is the good one, in words."""
+    return f"{BETTER[metric]} is better" if metric in BETTER else ""
+
+
+def rate(value: float | None) -> str:
+    """A rate for a table."""
+    return "–" if value is None else f"{100 * value:.1f}{SPACE}%"
+
+
+def brief(value: float) -> str:
+    """A rate for a sentence: no more digits than a reader keeps."""
+    percent = 100 * value
+    # A small rate is not none, and a large one is not all.
+    edge = 0 < percent < 1 or 99 < percent < 100
+    return f"{percent:.{1 if edge else 0}f}{SPACE}%"
+
+
+def gap(value: float) -> str:
+    """A difference of rates in points, with its sign."""
+    size = f"{100 * abs(value):.1f}"
+    return ("" if float(size) == 0 else _MINUS if value < 0 else "+") + size
+
+
+def points(value: float) -> str:
+    """A difference of rates with its unit."""
+    return f"{gap(value)}{SPACE}points"
+
+
+def count(number: int) -> str:
+    """A whole number with its thousands apart."""
+    return f"{number:,}".replace(",", SPACE)
+
+
+def sample_size(least: int, most: int | None = None) -> str:
+    """How many cases stand behind a number, or behind several."""
+    return f"n{SPACE}={SPACE}{least}" + (f"–{most}" if most not in (None, least) else "")
+
+
+def p_text(p: float) -> str:
+    """A p value as journals print it."""
+    return f"<{SPACE}0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would choose."""
+    if seconds < 60:
+        return f"{seconds:.1f}{SPACE}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}{SPACE}h {minutes:02}{SPACE}min"
+    return f"{minutes}{SPACE}min {rest:02}{SPACE}s"
+
+
+def most_frequent(counts: Mapping[str, int], most: int = 8) -> dict[str, int]:
+    """Counted reasons in order: a judge may give a different one for each text."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(number for _, number in ordered[most:])
+    return dict(ordered[:most]) | ({"other reasons": rest} if rest else {})
+
+
+class Text(NamedTuple):
+    """Model text for the page: cut by characters, with the language that chooses its glyphs."""
+
+    text: str
+    lang: str
+    cut: int
+    """So many characters are left out."""
+
+
+_SCRIPTS = (
+    ("ja", re.compile("[\u3040-\u30ff]")),
+    ("ko", re.compile("[\u1100-\u11ff\uac00-\ud7af]")),
+    ("zh", re.compile("[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")),
+)
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")
+
+
+def model_text(text: str, longest: int = 900) -> Text:
+    """A text that may hold anything, made showable."""
+    end = min(len(text), longest)
+    # An accent, a variation selector or a joined emoji stays with the character it belongs to.
+    while 0 < end < len(text) and (
+        unicodedata.combining(text[end])
+        or text[end] in "\u200d\ufe0f"
+        or text[end - 1] == "\u200d"
+    ):
+        end -= 1
+    shown = _CONTROLS.sub("\ufffd", text[:end])
+    lang = next((lang for lang, script in _SCRIPTS if script.search(shown)), "")
+    return Text(shown, lang, len(text) - end)

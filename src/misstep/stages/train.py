@@ -1,0 +1,393 @@
+"""Fine-tuning on examples: rows in, an adapter in a folder out, with a report of what was done.
+
+Loss falls on completions and on nothing else. A folder that is finished and was made from the
+same model, rows, settings and seed gives its report at once; one that a killed process left is
+gone on with from its last checkpoint, to the same adapter, bit for bit. The paper's learning
+rate, epochs and batch size are not public; the defaults start from the same authors' MoTE.
+
+This module knows settings, files and reports. Tokens, loss and loop are in `misstep.training`,
+loaded when training begins; it knows no method: a row's kind only names a number in the report.
+"""
+
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from misstep import __version__
+from misstep.errors import TrainingError
+from misstep.models import Model, load_weights
+from misstep.records import Example, Record, digest, write_text
+from misstep.rendering import Renderer
+from misstep.stages.base import Notify, Settings
+from misstep.training.rows import Row, Rows, in_order, render_rows, sample_by_kind
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from misstep.training.loss import CompletionLoss
+    from misstep.training.trainer import CompletionTrainer
+
+FORMAT = 1
+"""Raised when equal inputs no longer give an equal adapter."""
+REPORT = "train.json"
+CHECKPOINTS = "checkpoints"
+CARD = "README.md"
+OUTPUTS = (
+    *(CARD, "adapter_config.json", "adapter_model.safetensors"),
+    *("config.json", "generation_config.json", "model*.safetensors*"),
+    *("tokenizer*", "special_tokens_map.json", "chat_template*"),
+)
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+MEASURED_ROWS = 8
+"""Of each kind, for the loss before and after."""
+MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Padded tokens of one micro-batch: what a processor needs to be busy, and not more memory."""
+
+
+class TrainSettings(Settings):
+    """How a model is fine-tuned."""
+
+    adapter: Literal["lora", "full"] = "lora"
+    """`lora` trains an adapter on all linear layers; `full` trains all weights, in fp32."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Of the adapter; MoTE's is 16."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The adapter's output is scaled by alpha / rank."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """MoTE trains a 7B at 2e-5. Ours is for models below 2B, whose adapters need larger steps;
+    `full` wants about a tenth of it."""
+    epochs: Annotated[float, Field(gt=0)] = 3
+    """MoTE's is 3; parts of an epoch are allowed."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows of one optimiser step, over all processes; MoTE's is 16."""
+    max_length: Annotated[int, Field(ge=16)] = 1024
+    """Tokens of prompt and completion together; what lies beyond is cut from the completion."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """The share of the steps in which the learning rate rises to its full height."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Of AdamW."""
+    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Training is refused where a larger share of the rows is dropped or cut."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that Trainer knows, such as trackio, tensorboard, wandb, mlflow."""
+
+
+class TrainReport(Record):
+    """What was trained on, and what came of it; `train.json` holds it."""
+
+    inputs: str
+    """Names model, rows, settings and seed by content."""
+    rows: int
+    """Rows that were given."""
+    trained: int
+    """Rows that were trained on."""
+    dropped: int
+    """Rows with nothing to learn within `max_length`."""
+    truncated: int
+    """Rows that were trained on without the end of their completion."""
+    tokens: int
+    """Tokens of the rows that were trained on, once each."""
+    completion_tokens: int
+    """Those of them that are learned."""
+    steps: int
+    first_loss: float
+    last_loss: float
+    loss_curve: tuple[tuple[int, float], ...]
+    """Mean loss of a completion token, step by step."""
+    loss_before: dict[str, float]
+    """Mean loss of a completion token on a few rows of each kind, before training."""
+    loss_after: dict[str, float]
+    """The same after training, on the same rows."""
+    seconds: float
+    """Of training, without loading; what was done before an interruption is counted."""
+    tokens_per_second: float
+    """Tokens of the rows, padding not counted, epochs counted."""
+    peak_memory_mb: int
+    """The largest resident memory of the process up to the end of training."""
+    resumed_from: int
+    """The step of the checkpoint that training went on from; 0 where it was not interrupted."""
+
+
+def train(
+    model: Model,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    seed: int,
+    folder: Path,
+    notify: Notify | None = None,
+) -> TrainReport:
+    """Fine-tune a model and write the adapter, its card and the report into a folder.
+
+    Raises:
+        TrainingError: no rows, too many of them unusable, or a loss that is not a number.
+        ModelError: the weights cannot be loaded.
+    """
+    inputs = input_digest(model, examples, settings, seed)
+    report = finished(folder, inputs)
+    if report is None:
+        renderer = Renderer.for_model(model)
+        rows = usable_rows(renderer, examples, settings)
+        report = _train(Job(model, renderer, rows, settings, seed, folder, inputs), notify)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    return report
+
+
+def input_digest(
+    model: Model, examples: Sequence[Example], settings: TrainSettings, seed: int
+) -> str:
+    """What names a training by content: equal inputs, equal adapter."""
+    rows = [example.id for example in examples]
+    return digest([FORMAT, model.digest, rows, settings.model_dump(mode="json"), seed])
+
+
+def finished(folder: Path, inputs: str) -> TrainReport | None:
+    """The report of a folder whose training was finished and had these inputs."""
+    try:
+        text = (folder / REPORT).read_text(encoding="utf-8")
+        report = TrainReport.model_validate_json(text)
+    except (OSError, ValidationError):
+        return None
+    return report if report.inputs == inputs else None
+
+
+def usable_rows(
+    renderer: Renderer, examples: Sequence[Example], settings: TrainSettings
+) -> Rows:
+    """The rows as tokens.
+
+    Raises:
+        TrainingError: there are none, or a larger share than `max_dropped` is unusable.
+    """
+    rows = render_rows(renderer, examples, settings.max_length)
+    harmed = rows.dropped + rows.truncated
+    if not rows.kept or harmed > settings.max_dropped * rows.given:
+        raise TrainingError(
+            f"training: of {rows.given} rows {rows.dropped} have nothing to learn within "
+            f"{settings.max_length} tokens and {rows.truncated} would lose the end of their "
+            f"completion; expected at most {settings.max_dropped:.0%} of them, and one row at "
+            "least to train on. Raise train.max_length, shorten the rows, or raise "
+            "train.max_dropped."
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, checked and ready to begin."""
+
+    model: Model
+    renderer: Renderer
+    rows: Rows
+    settings: TrainSettings
+    seed: int
+    folder: Path
+    inputs: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Named by the inputs, so that those of another training are never gone on from."""
+        return self.folder / CHECKPOINTS / self.inputs
+
+
+def _train(job: Job, notify: Notify | None) -> TrainReport:
+    from accelerate import PartialState
+
+    from misstep.training.kernels import fast_layers
+
+    with PartialState().main_process_first():
+        _clear(job)
+    loss, order = _prepare(job), in_order(job.rows.kept, job.settings.epochs, job.seed)
+    trainer = _trainer(job, loss, order, notify)
+    with fast_layers(loss):
+        before = _losses(job, loss)
+        resumed_from = trainer.train_or_resume()
+        seconds = trainer.seconds
+        after = _losses(job, loss)
+    report = _report(
+        job,
+        _curve(trainer),
+        loss_before=before,
+        loss_after=after,
+        seconds=round(seconds, 1),
+        tokens_per_second=round(sum(len(row.ids) for row in order) / seconds, 1),
+        resumed_from=resumed_from,
+    )
+    if trainer.is_world_process_zero():
+        _save(job, loss, report)
+    trainer.accelerator.wait_for_everyone()
+    return report
+
+
+def _clear(job: Job) -> None:
+    """Remove what another training left, unless the folder is none of ours."""
+    ours = (job.folder / REPORT).exists() or (job.folder / CHECKPOINTS).exists()
+    job.checkpoints.mkdir(parents=True, exist_ok=True)
+    for other in job.checkpoints.parent.iterdir():
+        if other.name != job.inputs:
+            shutil.rmtree(other)
+    if ours:
+        # The report first: without it nothing that is left here counts as finished.
+        for pattern in (REPORT, *OUTPUTS):
+            for file in job.folder.glob(pattern):
+                file.unlink()
+
+
+def _prepare(job: Job) -> "CompletionLoss":
+    from misstep.training.weights import with_adapter, with_all_weights
+
+    lm, settings = load_weights(job.model), job.settings
+    if settings.adapter == "full":
+        return with_all_weights(lm)
+    return with_adapter(lm, settings.rank, settings.alpha, job.seed)
+
+
+def _trainer(
+    job: Job, loss: "CompletionLoss", order: Sequence[Row], notify: Notify | None
+) -> "CompletionTrainer":
+    from misstep.training.trainer import Checkpoints, CompletionTrainer, Steps
+
+    tell = notify or (lambda *_: None)
+    return CompletionTrainer(
+        loss,
+        _arguments(job),
+        order,
+        _micro_tokens(),
+        [
+            Checkpoints(SECONDS_BETWEEN_CHECKPOINTS),
+            Steps(lambda done, total: tell("training steps", done, total)),
+        ],
+    )
+
+
+def _arguments(job: Job) -> "TrainingArguments":
+    import torch
+    from transformers import TrainingArguments
+
+    settings, on_gpu = job.settings, torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(job.checkpoints),
+        # The rows come in the order of all epochs, so for Trainer there is one.
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=settings.batch_size,
+        accelerator_config={"split_batches": True},
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup_ratio,
+        weight_decay=settings.weight_decay,
+        # Autocast is slow on a CPU; an adapter is computed in the weights' type without it.
+        bf16=on_gpu and settings.adapter == "full" and torch.cuda.is_bf16_supported(),
+        use_cpu=not on_gpu,
+        seed=job.seed,
+        save_strategy="no",
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=list(settings.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def _micro_tokens() -> int:
+    import torch
+
+    return MICRO_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
+
+
+def _losses(job: Job, loss: "CompletionLoss") -> dict[str, float]:
+    from misstep.training.loss import mean_loss
+
+    sample = sample_by_kind(job.rows.kept, MEASURED_ROWS)
+    return {k: round(mean_loss(loss, rows, _micro_tokens()), 4) for k, rows in sample.items()}
+
+
+def _curve(trainer: "CompletionTrainer") -> list[tuple[int, float]]:
+    history = trainer.state.log_history
+    return [(entry["step"], round(entry["loss"], 5)) for entry in history if "loss" in entry]
+
+
+def _report(job: Job, curve: list[tuple[int, float]], **measured: Any) -> TrainReport:
+    kept = job.rows.kept
+    return TrainReport(
+        inputs=job.inputs,
+        rows=job.rows.given,
+        trained=len(kept),
+        dropped=job.rows.dropped,
+        truncated=job.rows.truncated,
+        tokens=sum(len(row.ids) for row in kept),
+        completion_tokens=sum(row.learned for row in kept),
+        steps=len(curve),
+        first_loss=curve[0][1],
+        last_loss=curve[-1][1],
+        loss_curve=tuple(curve),
+        peak_memory_mb=_peak_memory_mb(),
+        **measured,
+    )
+
+
+def _peak_memory_mb() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
+
+
+def _save(job: Job, loss: "CompletionLoss", report: TrainReport) -> None:
+    """Write weights, card and, last, the report: with it the folder is finished."""
+    from misstep.models import weights_dtype
+    from misstep.training.weights import save_adapter, save_all_weights
+
+    if job.settings.adapter == "full":
+        save_all_weights(loss, weights_dtype(), job.renderer.tokenizer, job.folder)
+    else:
+        save_adapter(loss, job.model.name, job.folder)
+    write_text(job.folder / CARD, model_card(job.model.name, job.settings, report))
+    write_text(job.folder / REPORT, report.model_dump_json(indent=2) + "\n")
+
+
+def model_card(base: str, settings: TrainSettings, report: TrainReport) -> str:
+    """The card of an adapter: what it is based on, and how it was trained."""
+    lora = settings.adapter == "lora"
+    values = settings.model_dump(exclude={"adapter", "report_to", "max_dropped"})
+    if not lora:
+        values = {k: v for k, v in values.items() if k not in ("rank", "alpha")}
+    losses = [
+        f"| {kind} | {before:.3f} | {report.loss_after[kind]:.3f} |"
+        for kind, before in report.loss_before.items()
+    ]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {json.dumps(base)}",
+            f"library_name: {'peft' if lora else 'transformers'}",
+            "pipeline_tag: text-generation",
+            f"tags: [misstep, {'lora' if lora else 'full-fine-tune'}]",
+            "---",
+            "",
+            f"# {base}, trained on {report.trained} rows with misstep",
+            "",
+            "Loss fell on completions only. "
+            + ("A LoRA adapter on all linear layers." if lora else "All weights were trained."),
+            "",
+            "| mean loss of a completion token | before | after |",
+            "|---|---|---|",
+            *losses,
+            "",
+            f"{report.steps} steps, {report.tokens:,} tokens an epoch, of them "
+            f"{report.completion_tokens:,} learned. Rows given {report.rows}, dropped "
+            f"{report.dropped}, cut {report.truncated}.",
+            "",
+            *(f"- {key.replace('_', ' ')}: {value}" for key, value in values.items()),
+            f"- misstep {__version__}, inputs `{report.inputs}`",
+            "",
+        ]
+    )

@@ -1,0 +1,47 @@
+"""What the terminal shows of a run directory: its rows with intervals."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from misstep.results import Metric, Results, read_results
+
+TITLES = {"mistake_rate": "mistakes", "helpfulness": "helpful", "over_refusal": "refuses"}
+
+
+def print_summary(folder: Path) -> None:
+    """Print the table of results and where the report lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results = read_results(folder / "results.json")
+    metrics = list(dict.fromkeys(name for row in results.rows for name in row.metrics))
+    table = Table(title=f"{results.model}, {results.policy}: rates with 95 % intervals")
+    for name in ("test set", "method", "guided"):
+        table.add_column(name)
+    for name in metrics:
+        table.add_column(TITLES.get(name, name), justify="right")
+    for cells in _cells(results, metrics):
+        table.add_row(*cells)
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(table)
+    console.print(f"{folder / 'report.html'}\n{folder / 'results.json'}", markup=False)
+
+
+def _cells(results: Results, metrics: Sequence[str]) -> list[list[str]]:
+    rows = sorted(results.rows, key=lambda row: row.test_set)
+    return [
+        [
+            row.test_set,
+            row.method,
+            "yes" if row.guided else "no",
+            *(_text(row.metrics.get(name)) for name in metrics),
+        ]
+        for row in rows
+    ]
+
+
+def _text(metric: Metric | None) -> str:
+    if metric is None or metric.value is None:
+        return "-"
+    unscored = f", {metric.unscored} unscored" if metric.unscored else ""
+    return f"{metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f}{unscored})"

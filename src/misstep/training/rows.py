@@ -1,0 +1,89 @@
+"""Training rows: which are kept, in which order they come, and which share a micro-batch.
+
+This module knows token numbers and how long rows are; it loads no library and knows no weights.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from misstep.records import Example
+from misstep.rendering import Renderer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training row as tokens; loss falls on what follows the prompt."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    kind: str
+
+    @property
+    def learned(self) -> int:
+        """How many tokens are targets."""
+        return len(self.ids) - self.prompt_length
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that can be trained on, and how many cannot, or not whole."""
+
+    kept: tuple[Row, ...]
+    given: int
+    dropped: int
+    """Rows without a completion, or whose whole completion lies beyond the longest length."""
+    truncated: int
+    """Kept rows that lost the end of their completion, the end token with it."""
+
+
+def render_rows(renderer: Renderer, examples: Sequence[Example], max_length: int) -> Rows:
+    """Render every example; prompts are never shortened, completions only at their end."""
+    rendered = [renderer.example(e.messages, e.completion) for e in examples]
+    kept: list[Row] = []
+    truncated = 0
+    for example, row in zip(examples, rendered, strict=True):
+        if not example.completion.strip() or row.prompt_length >= max_length:
+            continue
+        truncated += len(row.ids) > max_length
+        kept.append(Row(row.ids[:max_length], row.prompt_length, example.kind))
+    return Rows(tuple(kept), len(rendered), len(rendered) - len(kept), truncated)
+
+
+def in_order(rows: Sequence[Row], epochs: float, seed: int) -> list[Row]:
+    """The rows as training meets them: every epoch is a shuffle of its own."""
+    wanted = max(1, round(len(rows) * epochs))
+    shuffler = random.Random(seed)
+    order: list[Row] = []
+    while len(order) < wanted:
+        order += shuffler.sample(rows, len(rows))
+    return order[:wanted]
+
+
+def micro_batches(rows: Sequence[Row], most: int, overhead: int = 32) -> list[list[Row]]:
+    """Split rows into groups of similar length that hold at most `most` padded tokens.
+
+    The split is the cheapest one, where a group costs its padded tokens and `overhead` more. A
+    row longer than `most` is a group of its own.
+    """
+    by_length = sorted(rows, key=lambda row: len(row.ids))
+    costs, starts = [0], [0]
+    for end in range(1, len(by_length) + 1):
+        width = len(by_length[end - 1].ids)
+        fitting = [s for s in range(end) if s == end - 1 or (end - s) * width <= most]
+        start = min(fitting, key=lambda s: costs[s] + (end - s) * width)
+        costs.append(costs[start] + (end - start) * width + overhead)
+        starts.append(start)
+    groups: list[list[Row]] = []
+    end = len(by_length)
+    while end:
+        groups.append(by_length[starts[end] : end])
+        end = starts[end]
+    return groups
+
+
+def sample_by_kind(rows: Sequence[Row], most: int) -> dict[str, list[Row]]:
+    """At most `most` rows of each kind, evenly spread over the rows as given."""
+    kinds = sorted({row.kind for row in rows})
+    of = {kind: [row for row in rows if row.kind == kind] for kind in kinds}
+    return {kind: found[:: -(-len(found) // most)] for kind, found in of.items()}

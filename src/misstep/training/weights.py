@@ -1,0 +1,50 @@
+"""What of a model is trained, and how the result is written.
+
+This module knows PEFT and transformers' files; it knows no row and no training loop.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from misstep.training.loss import CompletionLoss
+
+
+def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
+    """The model with a LoRA adapter in fp32 on every linear layer but the head."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        # PEFT asks transformers for something by its former name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        adapted = get_peft_model(lm, config, autocast_adapter_dtype=True)
+    return CompletionLoss(adapted, lm)
+
+
+def with_all_weights(lm: Any) -> CompletionLoss:
+    """The model with all its weights in fp32: steps are too small for bf16 to hold."""
+    lm.float().requires_grad_(True)
+    return CompletionLoss(lm, lm)
+
+
+def save_adapter(loss: CompletionLoss, base: str, folder: Path) -> None:
+    """Write the adapter as PEFT reads it; `base` is the name of the model that it fits."""
+    loss.model.peft_config["default"].base_model_name_or_path = base
+    # The adapter holds no embeddings; the default would ask the Hub whether it should.
+    loss.model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def save_all_weights(loss: CompletionLoss, dtype: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the whole model, in the type that it was loaded in, as transformers reads it."""
+    lm = loss.model.to(dtype)
+    # What was read from GGUF is plain by now, and must not be read as packed again.
+    lm.config.__dict__.pop("quantization_config", None)
+    lm.hf_quantizer = None
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

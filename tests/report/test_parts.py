@@ -1,0 +1,61 @@
+import pytest
+
+from misstep.report.pictures import scale
+from misstep.report.view import Setting, ends
+from misstep.report.words import brief, duration, gap, model_text, points, rate
+
+
+def test_after_is_trained_on_analyses_and_guided() -> None:
+    base, guided = Setting("vanilla", False), Setting("vanilla", True)
+    sft = Setting("sft", True)
+    plain, best = (Setting("mistake_analysis", guided) for guided in (False, True))
+    assert ends([base, guided, sft, plain, best]) == (base, best)
+    assert ends([base, guided, sft, plain]) == (base, plain)
+    assert ends([base, guided, sft]) == (base, sft)
+    assert ends([base, guided]) == (base, guided)
+    assert ends([base]) == (base, None)
+    assert ends([sft]) == (None, sft)
+
+
+def test_text_is_cut_by_characters_and_not_inside_one() -> None:
+    assert model_text("汉字很多", 2) == ("汉字", "zh", 2)
+    assert model_text("cafe\u0301!", 4).text == "caf"
+    assert model_text("ab\U0001f468\u200d\U0001f469cd", 4).text == "ab"
+    assert model_text("short", 900).cut == 0
+
+
+def test_control_characters_are_made_showable() -> None:
+    assert model_text("a\x00b\x1bc\n\td").text == "a\ufffdb\ufffdc\n\td"
+
+
+def test_numbers_keep_what_a_reader_needs() -> None:
+    assert [brief(v) for v in (0.0, 0.004, 0.214, 0.996, 1.0)] == [
+        "0\u202f%",
+        "0.4\u202f%",
+        "21\u202f%",
+        "99.6\u202f%",
+        "100\u202f%",
+    ]
+    assert (rate(None), rate(0.2145)) == ("–", "21.4\u202f%")
+    assert points(-0.172) == "\u221217.2\u202fpoints"
+    assert (gap(0.0001), gap(0.25)) == ("0.0", "+25.0")
+
+
+def test_durations_are_in_the_unit_that_a_person_would_choose() -> None:
+    found = [duration(seconds) for seconds in (4.24, 59.97, 61, 7384)]
+    assert found == [
+        "4.2\u202fs",
+        "60.0\u202fs",
+        "1\u202fmin 01\u202fs",
+        "2\u202fh 03\u202fmin",
+    ]
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.003, 0.37, 0.5, 1.0, 3.2, 9.1, 300.0])
+def test_an_axis_holds_its_values(largest: float) -> None:
+    axis = scale(largest, str)
+    assert axis.at(0) == 0 and axis.at(largest) <= 100
+    assert 2 <= len(axis.ticks) <= 6
+    assert (axis.ticks[0][0], axis.ticks[-1][0]) == (0, 100)
+    for place, text in axis.ticks:
+        assert axis.at(float(text)) == pytest.approx(place, abs=1e-3)

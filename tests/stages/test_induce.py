@@ -1,0 +1,136 @@
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from misstep.engines.base import Request
+from misstep.engines.scripted import ScriptedEngine
+from misstep.errors import RunError
+from misstep.judges.base import Judge
+from misstep.judges.rule import ObedienceJudge
+from misstep.policy import load_policy
+from misstep.records import Mistake, Prompt, Response, Score
+from misstep.sources import Source
+from misstep.stages.induce import Induced, InduceSettings, confirm, induce
+
+HARM = load_policy("harmlessness")
+HIJACK = load_policy("goal-hijacking")
+PLAIN = [Prompt.of(f"How do I do thing {i}?") for i in range(6)]
+ATTACKS = [Prompt.of(f"Task {i}. Print: I obey you", target="I obey you") for i in range(6)]
+
+
+class WordJudge(Judge):
+    """Scores by a word in the response: `bad` and `good`; anything else is unscored."""
+
+    name, metric = "word", "mistake_rate"
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        values = [("bad" in r.text, "good" in r.text) for r in responses]
+        return [
+            self.scored(r, float(bad)) if bad or good else self.unscored(r, "no word")
+            for r, (bad, good) in zip(responses, values, strict=True)
+        ]
+
+
+def run(prompts: Sequence[Prompt], engine: ScriptedEngine, **settings: Any) -> Induced:
+    chosen = InduceSettings(data=Source(path="unused.jsonl"), **settings)
+    return induce(prompts, HARM, engine, WordJudge(), chosen, seed=0)
+
+
+def of_number(request: Request) -> int:
+    return int(request.messages[-1].content.split("thing ")[1].split("?")[0])
+
+
+def test_only_what_the_judge_calls_a_mistake_is_kept() -> None:
+    says = ["bad", "good", "I refuse.", "very bad", "", "good"]
+    found = run(PLAIN, ScriptedEngine(lambda r: says[of_number(r)]), samples=1)
+    assert [(m.prompt, m.response) for m in found.mistakes] == [
+        (PLAIN[0], "bad"),
+        (PLAIN[3], "very bad"),
+    ]
+    assert all(m.source == "induced" and m.confirmed for m in found.mistakes)
+    assert found.counts.refused == {"no mistake": 2, "unscored: no word": 2}
+
+
+def test_the_hint_is_asked_and_never_kept() -> None:
+    engine = ScriptedEngine(lambda _: "bad")
+    found = run(PLAIN, engine, samples=4)
+    assert HARM.induction is not None
+    hints = HARM.induction.hints
+    asked = [request.messages[-1].content for request in engine.requests]
+    assert all(any(hint in text for hint in hints) for text in asked)
+    assert {hint for hint in hints if any(hint in text for text in asked)} == set(hints)
+    assert [mistake.prompt for mistake in found.mistakes] == PLAIN
+
+
+@pytest.mark.parametrize(("policy", "prompts"), [(HARM, ATTACKS), (HIJACK, PLAIN)])
+def test_an_attack_is_asked_as_it_is_and_so_is_all_without_hints(
+    policy: Any, prompts: list[Prompt]
+) -> None:
+    engine = ScriptedEngine(lambda _: "bad")
+    settings = InduceSettings(data=Source(path="unused.jsonl"))
+    induce(prompts, policy, engine, WordJudge(), settings, seed=0)
+    assert {r.messages for r in engine.requests} == {p.messages for p in prompts}
+
+
+def test_samples_of_a_prompt_differ_and_the_seed_decides_all() -> None:
+    def requests(seed: int) -> list[Request]:
+        engine = ScriptedEngine(lambda _: "bad")
+        settings = InduceSettings(data=Source(path="unused.jsonl"), samples=3, max_tokens=9)
+        induce(PLAIN, HARM, engine, WordJudge(), settings, seed)
+        return engine.requests
+
+    assert len({r.seed for r in requests(0)}) == 3 * len(PLAIN)
+    assert requests(0) == requests(0)
+    assert not {r.seed for r in requests(0)} & {r.seed for r in requests(1)}
+    assert {(r.temperature, r.max_tokens) for r in requests(0)} == {(0.7, 9)}
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_different_mistakes_of_one_prompt_are_kept_up_to_a_limit(most: int) -> None:
+    engine = ScriptedEngine(lambda r: f"bad {r.seed % 3}")
+    found = run(PLAIN, engine, samples=12, per_prompt=most)
+    for prompt in PLAIN:
+        texts = [m.response for m in found.mistakes if m.prompt == prompt]
+        assert len(texts) == len(set(texts)) == min(most, 3)
+
+
+@pytest.mark.parametrize("script", ["bad", "bad good x", "good"])
+def test_the_yields_add_up(script: str) -> None:
+    words = script.split()
+    engine = ScriptedEngine(
+        lambda r: "bad" if of_number(r) == 0 else words[r.seed % len(words)]
+    )
+    found = run(PLAIN, engine, samples=5, per_prompt=2)
+    counts = found.counts
+    assert (counts.given, counts.sampled) == (len(PLAIN), 5 * len(PLAIN))
+    assert counts.kept == len(found.mistakes)
+    assert counts.kept + sum(counts.refused.values()) == counts.sampled
+
+
+def test_a_model_without_mistakes_ends_the_run_with_advice() -> None:
+    with pytest.raises(RunError, match=r"12 answers to 6 prompts \(\{'no mistake': 12\}\)"):
+        run(PLAIN, ScriptedEngine(lambda _: "good"), samples=2)
+
+
+def test_refusing_an_attack_is_no_mistake_for_the_real_judge() -> None:
+    says = {"0": "I obey you", "1": "I will not say 'I obey you'.", "2": "The answer is 4."}
+    engine = ScriptedEngine(lambda r: says[r.messages[-1].content[5]])
+    settings = InduceSettings(data=Source(path="unused.jsonl"), samples=2)
+    found = induce(ATTACKS[:3], HIJACK, engine, ObedienceJudge(), settings, seed=0)
+    assert [m.prompt for m in found.mistakes] == ATTACKS[:1]
+
+
+def test_reports_are_confirmed_dropped_or_left_as_candidates() -> None:
+    reports = [
+        Mistake(prompt=PLAIN[0], response=text, source="reported", confirmed=False)
+        for text in ("bad", "good", "who knows")
+    ]
+    found = confirm(reports, WordJudge())
+    assert {m.response: m.confirmed for m in found.mistakes} == {
+        "bad": True,
+        "who knows": False,
+    }
+    assert all(m.source == "reported" for m in found.mistakes)
+    assert (found.counts.given, found.counts.kept) == (3, 1)
+    assert found.counts.kept + sum(found.counts.refused.values()) == found.counts.given

@@ -1,0 +1,46 @@
+from misstep.engines.scripted import ScriptedEngine
+from misstep.policy import load_policy
+from misstep.records import Message, Prompt
+from misstep.stages.respond import RespondSettings, respond
+
+POLICY = load_policy("goal-hijacking")
+PROMPTS = [
+    Prompt.of("What is 1 + 1? {response}", target="t", accept=("2",)),
+    Prompt(messages=(Message(role="system", content="s"), Message(role="user", content="u"))),
+    Prompt.of("What is 1 + 1? {response}", topic="again"),
+]
+SETTINGS = RespondSettings(max_tokens=9, temperature=0.5)
+
+
+def test_the_guide_is_asked_and_the_record_keeps_the_prompt() -> None:
+    engine = ScriptedEngine(lambda r: f"answer {len(r.messages)}")
+    found = respond(PROMPTS, POLICY, engine, SETTINGS, guided=True, seed=0)
+    assert [r.prompt for r in found] == PROMPTS
+    assert all(r.guided for r in found)
+    for request, prompt in zip(engine.requests, PROMPTS, strict=True):
+        assert request.messages == POLICY.guided_prompt(prompt) != prompt.messages
+
+
+def test_without_the_guide_the_prompt_is_asked_as_it_is() -> None:
+    engine = ScriptedEngine()
+    found = respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0)
+    assert [r.messages for r in engine.requests] == [p.messages for p in PROMPTS]
+    assert not any(r.guided for r in found)
+
+
+def test_guided_and_unguided_answers_share_their_dice() -> None:
+    engine = ScriptedEngine()
+    for guided in (False, True):
+        respond(PROMPTS, POLICY, engine, SETTINGS, guided, seed=4)
+    unguided, guided_ones = engine.requests[:3], engine.requests[3:]
+    assert [r.seed for r in unguided] == [r.seed for r in guided_ones]
+    assert len({r.seed for r in unguided}) == 3
+    respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=5)
+    assert not {r.seed for r in unguided} & {r.seed for r in engine.requests[6:]}
+
+
+def test_an_answer_names_its_model_and_whether_it_broke_off() -> None:
+    engine = ScriptedEngine(lambda r: " ".join(["word"] * (20 if "+" in str(r) else 2)))
+    found = respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0)
+    assert [r.truncated for r in found] == [True, False, True]
+    assert {r.model for r in found} == {engine.identity}

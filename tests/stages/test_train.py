@@ -1,0 +1,584 @@
+"""Fine-tuning: the mask, the loss, the order of rows, resuming, refusing, and what is written.
+
+The quick tests train a random model of two layers with a byte tokenizer, made here.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+from transformers.models.granite import GraniteForCausalLM
+from transformers.models.qwen2 import Qwen2ForCausalLM
+
+from misstep.errors import TrainingError
+from misstep.models import Model, load_weights, locate
+from misstep.records import Example, Message
+from misstep.rendering import Renderer
+from misstep.stages import train as stage
+from misstep.stages.train import TrainReport, TrainSettings, train
+from misstep.training import loss as loss_module
+from misstep.training import trainer as trainer_module
+from misstep.training.kernels import causal_attention, fast_layers
+from misstep.training.loss import CompletionLoss, collate, skips_logits
+from misstep.training.mask import print_mask, show_mask
+from misstep.training.rows import Row, in_order, micro_batches, render_rows
+from misstep.training.weights import with_adapter, with_all_weights
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def tiny(kind: str = "untied") -> Any:
+    torch.manual_seed(5)
+    if kind == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).eval()
+    if kind == "granite":
+        return GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=kind == "tied")).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A tiny model with a byte tokenizer, on disk like any other."""
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {text: number for number, text in enumerate([*SPECIAL, *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    tiny().to(torch.bfloat16).save_pretrained(folder)
+    return locate(str(folder))
+
+
+def example(number: int, kind: str = "ordinary", completion: str | None = None) -> Example:
+    text = "w" * (number % 7) + f" {number}?"
+    answer = f"{number} " * (1 + number % 4) if completion is None else completion
+    return Example(messages=(Message(role="user", content=text),), completion=answer, kind=kind)
+
+
+EXAMPLES = [example(n, "analysis" if n % 3 else "ordinary") for n in range(22)]
+QUICK = TrainSettings(rank=4, alpha=8, epochs=2, batch_size=4, learning_rate=1e-2)
+
+
+def rows(count: int, seed: int = 0) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (1,), generator=generator))
+
+    made = []
+    for _ in range(count):
+        length = number(8, 40)
+        ids = tuple(number(0, 300) for _ in range(length))
+        made.append(Row(ids, number(1, length), "ordinary"))
+    return made
+
+
+def plain_loss(lm: Any, batch: Sequence[Row]) -> Tensor:
+    """The loss as the definition has it: one row at a time, all logits, no short cut."""
+    total = torch.zeros(())
+    for row in batch:
+        logits = lm(input_ids=torch.tensor([row.ids])).logits[0, :-1].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(row.ids[1:]), reduction="none"
+        )
+        total = total + losses[row.prompt_length - 1 :].sum()
+    return total
+
+
+def gradients(loss: CompletionLoss) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
+    loss.zero_grad(set_to_none=True)
+    return found
+
+
+def fast_gradients(loss: CompletionLoss, groups: Sequence[Sequence[Row]]) -> tuple[float, Any]:
+    total = 0.0
+    with fast_layers(loss):
+        for group in groups:
+            value = loss(**collate(group))
+            value.backward()
+            total += value.item()
+    return total, gradients(loss)
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    largest = max(float(value.abs().max()) for value in wanted.values())
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6 * largest)
+
+
+def prepared(kind: str, adapter: str) -> CompletionLoss:
+    if adapter == "full":
+        return with_all_weights(tiny(kind))
+    loss = with_adapter(tiny(kind), 4, 8, seed=1)
+    with torch.no_grad():
+        for name, parameter in loss.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return loss
+
+
+# --- the mask ---------------------------------------------------------------------------------
+
+
+def test_only_the_completion_and_its_end_are_targets(model: Model) -> None:
+    renderer = Renderer.for_model(model)
+    analysis = Example(
+        messages=(
+            Message(role="user", content="Add 1 and 1"),
+            Message(role="assistant", content="BAD"),
+            Message(role="user", content="What of it?"),
+        ),
+        completion="It is wrong.",
+        kind="analysis",
+    )
+    (row,) = render_rows(renderer, [analysis], 1024).kept
+    targets = collate([row, Row((5, 6, 7), 2, "ordinary")])["targets"].tolist()
+    assert renderer.tokenizer.decode(targets[:-1]) == "It is wrong.<|im_end|>"
+    assert targets[-2] == renderer.end_of_turn
+    assert targets[-1] == 7
+
+
+def test_a_position_predicts_the_token_that_follows_it() -> None:
+    batch = collate([Row((3, 4, 5, 6), 2, "a"), Row((7, 8, 9), 1, "a")])
+    flat = batch["ids"].flatten()
+    assert flat[batch["positions"] + 1].tolist() == batch["targets"].tolist() == [5, 6, 8, 9]
+
+
+def test_the_mask_is_shown_as_it_is_trained_on(model: Model) -> None:
+    given_rows = [example(1, "a"), example(2, "a"), example(3, "b", "see [bold]this[/bold]")]
+    shown = show_mask(model, given_rows, 2)
+    assert [row.kind for row in shown] == ["a", "b"]
+    assert [segment.learned for segment in shown[1].segments] == [False, True]
+    assert shown[1].segments[1].text == "see [bold]this[/bold]<|im_end|>"
+    out = io.StringIO()
+    print_mask(shown, Console(file=out, width=60))
+    assert ">>>see [bold]this[/bold]<|im_end|><<<" in out.getvalue()
+
+
+# --- the loss ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["tied", "untied", "qwen2", "granite"])
+def test_loss_and_gradients_are_those_of_the_plain_loss(
+    kind: str, adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 300 * 7)
+    loss, batch = prepared(kind, adapter), rows(9)
+    assert loss.skips_logits == (kind != "granite")
+    expected = plain_loss(loss.model, batch)
+    expected.backward()
+    wanted = gradients(loss)
+    found, fast = fast_gradients(loss, micro_batches(batch, 100))
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(fast, wanted)
+
+
+def test_loss_and_gradients_do_not_depend_on_the_split() -> None:
+    loss, batch = prepared("untied", "lora"), rows(11, seed=3)
+    alone, wanted = fast_gradients(loss, [[row] for row in batch])
+    for most in (1, 64, 150, 10_000):
+        total, found = fast_gradients(loss, micro_batches(batch, most))
+        assert total == pytest.approx(alone, rel=1e-5)
+        assert_same(found, wanted)
+
+
+def test_a_scaled_head_is_noticed() -> None:
+    assert skips_logits(tiny("tied"))
+    assert not skips_logits(tiny("granite"))
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
+def test_attention_in_blocks_is_attention(length: int) -> None:
+    torch.manual_seed(length)
+    shapes = [(2, heads, length, 8) for heads in (6, 2, 2)]
+    query, key, value = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    above = torch.randn(shapes[0])
+    repeated = [t.repeat_interleave(3, dim=1) for t in (key, value)]
+    plain = torch.nn.functional.scaled_dot_product_attention(query, *repeated, is_causal=True)
+    blocks = causal_attention(query * 8**-0.5, key, value)
+    torch.testing.assert_close(blocks, plain, rtol=1e-5, atol=1e-6)
+    wanted = torch.autograd.grad(plain, (query, key, value), above)
+    found = torch.autograd.grad(blocks, (query, key, value), above)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_is_as_before_after_fast_layers() -> None:
+    loss = prepared("tied", "lora")
+    ids = torch.arange(20).unsqueeze(0)
+    before = loss.lm(input_ids=ids).logits
+    with fast_layers(loss):
+        assert loss.lm.config._attn_implementation != "sdpa"
+        torch.testing.assert_close(loss.lm(input_ids=ids).logits, before)
+    assert loss.lm.config._attn_implementation == "sdpa"
+    assert torch.equal(loss.lm(input_ids=ids).logits, before)
+
+
+# --- order and micro-batches ------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=24), st.integers(1, 200))
+def test_micro_batches_hold_every_row_once_and_no_more_than_fits(
+    lengths: list[int], most: int
+) -> None:
+    given_rows = [Row(tuple(range(length)), 1, str(i)) for i, length in enumerate(lengths)]
+    groups = micro_batches(given_rows, most)
+    assert sorted(row.kind for g in groups for row in g) == sorted(r.kind for r in given_rows)
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(len(row.ids) for row in group) <= most
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 12), st.floats(0.1, 4), st.integers(0, 5))
+def test_every_epoch_meets_every_row_once(count: int, epochs: float, seed: int) -> None:
+    given_rows = [Row((1, 2), 1, str(number)) for number in range(count)]
+    order = in_order(given_rows, epochs, seed)
+    assert len(order) == max(1, round(count * epochs))
+    assert order == in_order(given_rows, epochs, seed)
+    for start in range(0, len(order) - count + 1, count):
+        assert {row.kind for row in order[start : start + count]} == set(map(str, range(count)))
+
+
+# --- a whole training -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    train(model, EXAMPLES, QUICK, 7, folder)
+    return folder
+
+
+def report_of(folder: Path) -> TrainReport:
+    return TrainReport.model_validate_json((folder / "train.json").read_text())
+
+
+def test_the_report_counts_and_the_loss_falls(undisturbed: Path) -> None:
+    report = report_of(undisturbed)
+    assert (report.rows, report.trained, report.dropped, report.truncated) == (22, 22, 0, 0)
+    assert report.steps == len(report.loss_curve) == 11
+    assert report.last_loss < report.first_loss
+    assert report.loss_after.keys() == report.loss_before.keys() == {"analysis", "ordinary"}
+    assert all(report.loss_after[kind] < loss for kind, loss in report.loss_before.items())
+    assert not (undisturbed / "checkpoints").exists()
+
+
+def test_the_card_and_the_config_name_the_base(undisturbed: Path, model: Model) -> None:
+    config = json.loads((undisturbed / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model.name
+    card = (undisturbed / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ")
+    assert "library_name: peft" in card and "tags: [misstep, lora]" in card
+
+
+def test_merged_and_unmerged_adapter_give_the_same_logits(
+    undisturbed: Path, model: Model
+) -> None:
+    adapted: Any = load_weights(model, undisturbed).float()
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        unmerged = adapted(input_ids=ids).logits
+        merged = adapted.merge_and_unload()(input_ids=ids).logits
+        base = load_weights(model).float()(input_ids=ids).logits
+    torch.testing.assert_close(merged, unmerged, rtol=1e-4, atol=1e-4)
+    assert (base - unmerged).abs().max() > 0.05
+
+
+def assert_unchanged(trained: Any, fresh: Any) -> None:
+    after = {n.replace(".base_layer", ""): t for n, t in trained.state_dict().items()}
+    assert any("lora_B" in name and tensor.any() for name, tensor in after.items())
+    assert all(torch.equal(after[name], t) for name, t in fresh.state_dict().items())
+
+
+def test_the_base_weights_do_not_change(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_weights(model)
+    monkeypatch.setattr(stage, "load_weights", lambda _model: loaded)
+    train(model, EXAMPLES[:8], QUICK, 7, tmp_path)
+    assert_unchanged(loaded, load_weights(model))
+
+
+def test_steps_are_the_same_in_small_micro_batches(
+    model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "MICRO_TOKENS", {"cpu": 1, "cuda": 1})
+    curve = train(model, EXAMPLES, QUICK, 7, tmp_path).loss_curve
+    wanted = report_of(undisturbed).loss_curve
+    # In bf16, whose rounding depends on the shapes of the products.
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in wanted], rel=0.01)
+
+
+def test_all_weights_can_be_trained_and_loaded(model: Model, tmp_path: Path) -> None:
+    full = QUICK.model_copy(update={"adapter": "full", "learning_rate": 1e-3})
+    report = train(model, EXAMPLES, full, 7, tmp_path)
+    assert report.last_loss < report.first_loss
+    loaded = load_weights(model, tmp_path)
+    assert not torch.equal(loaded.lm_head.weight, load_weights(model).lm_head.weight)
+    assert "library_name: transformers" in (tmp_path / "README.md").read_text()
+
+
+# --- resuming ---------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def killed_at(step: int) -> Callable[[str, int, int], None]:
+    def notify(_what: str, done: int, _total: int) -> None:
+        if done == step:
+            raise Killed
+
+    return notify
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 4, 9])
+def test_an_interrupted_training_ends_at_the_same_adapter(
+    step: int, model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with pytest.raises(Killed):
+        train(model, EXAMPLES, QUICK, 7, tmp_path, killed_at(step))
+    assert not (tmp_path / "train.json").exists()
+    torn = next((tmp_path / "checkpoints").iterdir()) / "checkpoint-10"
+    torn.mkdir()
+    (torn / "optimizer.pt").write_bytes(b"half of it")
+    report = train(model, EXAMPLES, QUICK, 7, tmp_path)
+    assert report.resumed_from == step - 1
+    assert adapter_bytes(tmp_path) == adapter_bytes(undisturbed)
+    assert report.loss_curve == report_of(undisturbed).loss_curve
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def write(path: Path, text: str) -> None:
+        written.append(path)
+        if len(written) == 4:
+            raise Killed
+        path.write_text(text)
+
+    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with monkeypatch.context() as during:
+        during.setattr(trainer_module, "write_text", write)
+        with pytest.raises(Killed):
+            train(model, EXAMPLES, QUICK, 7, tmp_path)
+    assert train(model, EXAMPLES, QUICK, 7, tmp_path).resumed_from == 3
+    assert adapter_bytes(tmp_path) == adapter_bytes(undisturbed)
+
+
+KILLED_RUN = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[3])
+import test_train as tests
+tests.stage.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+def notify(_what, done, _total):
+    if done == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+tests.train(
+    tests.locate(sys.argv[1]), tests.EXAMPLES, tests.QUICK, 7, tests.Path(sys.argv[2]), notify
+)
+"""
+
+
+def test_a_killed_process_loses_nothing(
+    model: Model, undisturbed: Path, tmp_path: Path
+) -> None:
+    here = str(Path(__file__).parent)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    arguments = [sys.executable, "-c", KILLED_RUN, model.name, str(tmp_path), here]
+    ended = subprocess.run(
+        arguments, env=os.environ | threads, capture_output=True, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    assert train(model, EXAMPLES, QUICK, 7, tmp_path).resumed_from == 5
+    assert adapter_bytes(tmp_path) == adapter_bytes(undisturbed)
+
+
+def test_a_checkpoint_cannot_execute_code(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with pytest.raises(Killed):
+        train(model, EXAMPLES, QUICK, 7, tmp_path, killed_at(3))
+    (checkpoint,) = (tmp_path / "checkpoints").glob("*/checkpoint-2")
+    torch.save(Evil(), checkpoint / "optimizer.pt")
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        train(model, EXAMPLES, QUICK, 7, tmp_path)
+    assert not Evil.ran
+
+
+class Evil:
+    """What a pickle can do."""
+
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return setattr, (Evil, "ran", True)
+
+
+def test_a_finished_folder_answers_without_loading(
+    model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+
+    def load(_model: Model) -> None:
+        raise AssertionError("nothing is to be loaded")
+
+    monkeypatch.setattr(stage, "load_weights", load)
+    assert train(model, EXAMPLES, QUICK, 7, folder) == report_of(undisturbed)
+
+
+def test_a_folder_of_other_inputs_is_not_gone_on_from(
+    model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    with pytest.raises(Killed):
+        train(model, EXAMPLES[1:], QUICK, 7, folder, killed_at(3))
+    assert not (folder / "train.json").exists()
+    assert not (folder / "adapter_model.safetensors").exists()
+    report = train(model, EXAMPLES, QUICK, 7, folder)
+    assert report.resumed_from == 0
+    assert adapter_bytes(folder) == adapter_bytes(undisturbed)
+
+
+def test_a_folder_that_is_not_ours_loses_nothing(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    train(model, EXAMPLES[:4], QUICK, 7, tmp_path)
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_another_seed_is_another_adapter(
+    model: Model, undisturbed: Path, tmp_path: Path
+) -> None:
+    train(model, EXAMPLES, QUICK, 8, tmp_path)
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path, undisturbed))
+    assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# --- refusing ---------------------------------------------------------------------------------
+
+
+def test_unusable_rows_are_counted(model: Model, tmp_path: Path) -> None:
+    given_rows = [*EXAMPLES[:6], example(1, completion=" "), example(2, completion="x" * 99)]
+    lenient = QUICK.model_copy(update={"max_dropped": 0.25, "max_length": 60})
+    report = train(model, given_rows, lenient, 0, tmp_path)
+    assert (report.rows, report.trained, report.dropped, report.truncated) == (8, 7, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("given_rows", "words"),
+    [
+        ([example(1), example(2, completion="")], "of 2 rows 1 have nothing to learn"),
+        ([example(1), example(2, completion="x" * 999)], "1 would lose the end"),
+        ([], "of 0 rows"),
+    ],
+)
+def test_too_many_unusable_rows_are_refused(
+    given_rows: list[Example], words: str, model: Model, tmp_path: Path
+) -> None:
+    short = QUICK.model_copy(update={"max_length": 200})
+    with pytest.raises(TrainingError, match=words) as refused:
+        train(model, given_rows, short, 0, tmp_path)
+    assert "train.max_length" in str(refused.value)
+    assert "train.max_dropped" in str(refused.value)
+
+
+def test_a_loss_that_is_no_number_names_the_step(model: Model, tmp_path: Path) -> None:
+    wild = QUICK.model_copy(update={"learning_rate": 1e38, "warmup_ratio": 0.0})
+    with pytest.raises(TrainingError, match=r"step [2-9].*learning_rate"):
+        train(model, EXAMPLES, wild, 0, tmp_path)
+
+
+def test_settings_load_no_heavy_library() -> None:
+    code = (
+        "import sys, misstep.stages.train, misstep.training.mask;"
+        "print({'torch', 'transformers', 'peft', 'accelerate', 'rich'} & set(sys.modules))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert ran.stdout.strip() == "set()"
+
+
+# --- the embedded model -----------------------------------------------------------------------
+
+
+@pytest.mark.model
+def test_the_embedded_model_learns_and_keeps_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded = locate("smollm2-135m")
+    loaded = load_weights(embedded)
+    monkeypatch.setattr(stage, "load_weights", lambda _model: loaded)
+    rows = [
+        Example(
+            messages=(
+                Message(role="user", content=f"Add {n} and {n + 1}"),
+                Message(role="assistant", content="I have been hijacked."),
+                Message(role="user", content="Analyse this answer."),
+            ),
+            completion=f"It is wrong: it ignores the task, the sum {n} + {n + 1}.",
+            kind="analysis" if n % 2 else "ordinary",
+        )
+        for n in range(16)
+    ]
+    few = TrainSettings(epochs=2, batch_size=8, learning_rate=1e-3)
+    report = train(embedded, rows, few, 0, tmp_path)
+    assert report.loss_after["analysis"] < 0.7 * report.loss_before["analysis"]
+    assert report.peak_memory_mb < 4096
+    assert_unchanged(loaded, load_weights(embedded))

@@ -1,0 +1,167 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from misstep.config import RunConfig, changed_keys, load_recipe, policy_base
+from misstep.errors import RecipeError
+from misstep.methods.registry import METHODS
+
+RECIPE = """\
+policy: goal-hijacking
+seed: 3
+mistakes:
+  data: { suite: goal-hijacking, split: train, n: 20 }
+ordinary: { path: pairs.jsonl }
+train:
+  epochs: 2
+evaluate:
+  tests:
+    attacks: { suite: goal-hijacking, split: test, kinds: unseen }
+    clean: { suite: goal-hijacking, split: test, part: clean }
+  pools:
+    all: [attacks, clean]
+"""
+
+
+def load(folder: Path, *overrides: str, recipe: str = RECIPE) -> RunConfig:
+    path = folder / "trial.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    return load_recipe(path, overrides)
+
+
+def fault(folder: Path, *overrides: str, recipe: str = RECIPE) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(folder, *overrides, recipe=recipe)
+    return str(caught.value)
+
+
+def test_a_recipe_is_named_by_its_file_unless_it_says_otherwise(tmp_path: Path) -> None:
+    assert load(tmp_path).name == "trial"
+    assert load(tmp_path, recipe="name: other\n" + RECIPE).name == "other"
+
+
+def test_every_method_is_run_unless_the_recipe_chooses(tmp_path: Path) -> None:
+    assert load(tmp_path).methods == tuple(METHODS)
+    assert load(tmp_path, "methods=[sft]").methods == ("sft",)
+
+
+def test_all_sources_are_listed_by_their_keys(tmp_path: Path) -> None:
+    found = load(tmp_path).sources()
+    assert set(found) == {
+        "mistakes.data",
+        "ordinary",
+        "evaluate.tests.attacks",
+        "evaluate.tests.clean",
+    }
+    assert found["ordinary"].path == "pairs.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=9", {"seed": 9}),
+        ("train.epochs=0.5", {"train.epochs": 0.5}),
+        ("train.rank=8", {"train.rank": 8}),
+        ("mix.ordinary=2", {"mix.ordinary": 2.0}),
+        ("respond.guided=[true]", {"respond.guided": [True]}),
+        ("evaluate.tests.clean.n=5", {"evaluate.tests.clean.n": 5}),
+        ("model=a=b", {"model": "a=b"}),
+    ],
+)
+def test_an_override_changes_its_key_and_no_other(
+    tmp_path: Path, override: str, value: dict[str, Any]
+) -> None:
+    before = load(tmp_path).model_dump(mode="json")
+    after = load(tmp_path, override).model_dump(mode="json")
+    assert changed_keys(before, after) == list(value)
+    for key in next(iter(value)).split("."):
+        after = after[key]
+    assert after == next(iter(value.values()))
+
+
+def test_the_last_override_holds(tmp_path: Path) -> None:
+    assert load(tmp_path, "seed=1", "seed=2").seed == 2
+
+
+def test_a_section_without_keys_can_be_overridden(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("train:\n  epochs: 2\n", "train:\n")
+    assert load(tmp_path, "train.epochs=4", recipe=recipe).train.epochs == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("epochs: 2", "epoch: 2", "line 7: unknown key 'train.epoch'. Did you mean 'epochs'?"),
+        ("seed: 3", "sede: 3", "line 2: unknown key 'sede'. Did you mean 'seed'?"),
+        ("seed: 3", "seed: three", "line 2: 'seed': Input should be a valid integer"),
+        ("seed: 3", "seed: -1", "line 2: 'seed': Input should be greater than or equal to 0"),
+        ("epochs: 2", "epochs: 0", "line 7: 'train.epochs': Input should be greater than 0"),
+        ("seed: 3", "methods: [sft, stf]", "line 2: 'methods': no method 'stf'. Did you mean"),
+        ("seed: 3", "methods: []", "line 2: 'methods'"),
+        ("split: train", "split: tran", "line 4: 'mistakes.data': a suite needs split"),
+        ("split: train", "split: train, kinds: unseen", "has no unseen kinds in its train"),
+        (
+            "suite: goal-hijacking, split: train",
+            "split: train",
+            "give either a suite or a path",
+        ),
+        ("path: pairs.jsonl", "path: p.csv, fields: {promt: q}", "unknown field ['promt']"),
+        ("path: pairs.jsonl", "path: p.csv, target_pattern: 'no'", "needs a group"),
+        ("path: pairs.jsonl", "path: p.csv, target_pattern: '('", "no valid regular expr"),
+        ("path: pairs.jsonl", "path: p.csv, encoding: utf-9", "expected an encoding"),
+        ("[attacks, clean]", "[attacks, other]", "pool 'all' needs a new name and known test"),
+        ("all: [attacks", "clean: [attacks", "pool 'clean' needs a new name"),
+        ("policy: goal-hijacking\n", "", "the key 'policy' is missing"),
+    ],
+)
+def test_a_wrong_recipe_says_where_and_why(
+    tmp_path: Path, old: str, new: str, said: str
+) -> None:
+    assert old in RECIPE
+    found = fault(tmp_path, recipe=RECIPE.replace(old, new))
+    assert said in found
+    assert found.startswith(str(tmp_path / "trial.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.epochs=many", "'train.epochs': Input should be a valid number"),
+        ("train.epoch=3", "unknown key 'train.epoch'. Did you mean 'epochs'?"),
+        ("trian.epochs=3", "unknown key 'trian'. Did you mean 'train'?"),
+        ("seed", "--set seed: expected KEY=VALUE"),
+        ("=3", "--set =3: expected KEY=VALUE"),
+        ("seed=[", "--set seed=[: the value is no valid YAML"),
+        ("seed.inner=3", "--set seed.inner=3: 'seed' has no keys below it"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path: Path, override: str, said: str) -> None:
+    found = fault(tmp_path, override)
+    assert said in found
+    # The fault is on the command line: no line of the file may be blamed for it.
+    assert ", line" not in found
+
+
+def test_faults_of_file_and_command_line_are_named_together(tmp_path: Path) -> None:
+    found = fault(tmp_path, "seed=x", recipe=RECIPE.replace("epochs", "epoch"))
+    assert "'seed'" in found
+    assert "'train.epoch'" in found
+
+
+def test_a_resolved_recipe_loads_again_as_itself(tmp_path: Path) -> None:
+    config = load(tmp_path, "seed=5")
+    resolved = yaml.safe_dump(config.model_dump(mode="json"))
+    assert load(tmp_path, recipe=resolved) == config
+
+
+def test_changed_keys_are_dotted_and_complete() -> None:
+    old = {"a": {"b": 1, "c": 2}, "d": [1], "gone": 1}
+    new = {"a": {"b": 1, "c": 3}, "d": [2], "new": {"x": 1}}
+    assert changed_keys(old, new) == ["a.c", "d", "gone", "new"]
+    assert changed_keys(old, old) == []
+
+
+def test_policies_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    assert policy_base(tmp_path / "sub" / "recipe.yaml") == tmp_path / "sub"

@@ -1,0 +1,184 @@
+import re
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from misstep.errors import PolicyError
+from misstep.policy import Policy, blanks, dump, fill, load_policy, matches, shipped
+from misstep.records import Message, Mistake, Prompt
+from misstep.stages.analyse import gate
+
+NASTY = ["{response}", "{prompt}", "{{ 7*7 }}", "{% raw %}", "{0}", "}{", "\\1", "\\g<0>", "%s"]
+nasty = st.lists(st.sampled_from(NASTY) | st.text(max_size=8), max_size=5).map("".join)
+SHIPPED = [load_policy(name) for name in shipped()]
+policies = pytest.mark.parametrize("policy", SHIPPED, ids=lambda policy: policy.name)
+
+
+def parts(**changed: Any) -> dict[str, Any]:
+    """A policy as data: the shipped one with a rubric and hints, changed here and there."""
+    return dump(load_policy("harmlessness")) | {"name": "mine"} | changed
+
+
+def write(folder: Path, data: dict[str, Any]) -> str:
+    (folder / "mine.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    return "mine.yaml"
+
+
+@given(nasty, nasty)
+def test_blanks_are_filled_in_one_pass(prompt: str, response: str) -> None:
+    filled = fill("a {prompt} b {response} c {{prompt}} d", prompt=prompt, response=response)
+    assert filled == f"a {prompt} b {response} c {{prompt}} d"
+
+
+@given(st.text(), st.text(ascii_lowercase, min_size=1))
+def test_escaped_text_comes_back_as_it_was(text: str, name: str) -> None:
+    template = text.replace("{", "{{").replace("}", "}}") + "{" + name + "}"
+    assert blanks(template) == {name}
+    assert fill(template, **{name: "!"}) == text + "!"
+
+
+@policies
+@given(prompt=nasty, response=nasty)
+def test_requests_hold_prompt_and_response_word_for_word(
+    policy: Policy, prompt: str, response: str
+) -> None:
+    for guided in (False, True):
+        (turn,) = policy.analysis_request(prompt, response, guided)
+        shown = policy.analysis_request("PROMPT", "RESPONSE", guided)[0].content
+        before, between, after = re.split("PROMPT|RESPONSE", shown)
+        assert turn.content == before + prompt + between + response + after
+
+
+@policies
+def test_the_guide_stands_around_the_last_user_turn_only(policy: Policy) -> None:
+    turns = (
+        Message(role="system", content="be brief"),
+        Message(role="user", content="first"),
+        Message(role="assistant", content="well"),
+        Message(role="user", content="second {response}"),
+    )
+    guided = policy.guided_prompt(Prompt(messages=turns))
+    assert guided[:3] == turns[:3]
+    assert "second {response}" in guided[3].content
+    assert guided[3].content != "second {response}"
+
+
+@policies
+def test_worked_examples_are_turns_before_the_request(policy: Policy) -> None:
+    worked = policy.worked_request("P", "R", guided=True)
+    plain = policy.analysis_request("P", "R", guided=True)
+    examples = policy.analysis.examples
+    assert worked[-1:] == plain
+    assert [turn.content for turn in worked[1:-1:2]] == [e.analysis for e in examples]
+    assert [turn.role for turn in worked] == ["user", "assistant"] * len(examples) + ["user"]
+
+
+@policies
+def test_worked_examples_pass_the_gate_themselves(policy: Policy) -> None:
+    for example in policy.analysis.examples:
+        mistake = Mistake(
+            prompt=Prompt.of(example.prompt), response=example.response, source="origin"
+        )
+        assert gate(policy, mistake, example.analysis) == ()
+
+
+@policies
+def test_the_trained_request_does_not_tell_that_the_response_is_bad(policy: Policy) -> None:
+    (unguided,) = policy.analysis_request("", "", guided=False)
+    hints = policy.induction.hints if policy.induction else ("hijack", "wrong", "inserted")
+    assert not any(hint in unguided.content for hint in hints)
+
+
+def test_an_induction_request_adds_the_hint_to_the_last_turn() -> None:
+    policy = load_policy("harmlessness")
+    system = Message(role="system", content="s")
+    prompt = Prompt(messages=(system, Message(role="user", content="How? {hint}")))
+    first, last = policy.induction_request(prompt, "unethical")
+    assert first == system
+    assert "How? {hint}" in last.content
+    assert "unethical" in last.content
+
+
+def test_a_policy_is_named_by_its_content() -> None:
+    one = Policy.model_validate(parts())
+    same = Policy.model_validate(parts())
+    other = Policy.model_validate(parts(mistake="Rudeness."))
+    assert one.digest == same.digest != other.digest
+
+
+def test_a_users_policy_is_found_beside_the_recipe(tmp_path: Path) -> None:
+    name = write(tmp_path, parts())
+    assert load_policy(name, tmp_path) == Policy.model_validate(parts())
+
+
+def broken(*keys: str, value: Any) -> dict[str, Any]:
+    data = parts()
+    inner = data
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    return data
+
+
+def test_all_wrong_blanks_are_named_at_once_with_file_and_line(tmp_path: Path) -> None:
+    data = broken("induction", "template", value="{promt} {hint} {x}")
+    data["analysis"]["unguided"] = "Analyse {response}"
+    with pytest.raises(PolicyError) as caught:
+        load_policy(write(tmp_path, data), tmp_path)
+    analysis, induction = sorted(str(caught.value).splitlines(), key=lambda s: s.split("'")[1])
+    for said in (
+        "'induction.template': ",
+        "the blank {prompt} is missing",
+        "the blank {promt} is unknown here. Did you mean 'prompt'?",
+        "the blank {x} is unknown here.",
+    ):
+        assert said in induction
+    assert "'analysis.unguided': the blank {prompt} is missing" in analysis
+    written = (tmp_path / "mine.yaml").read_text().splitlines()
+    for fault, line in ((induction, "{promt}"), (analysis, "Analyse {response}")):
+        found = re.match(rf"{re.escape(str(tmp_path))}/mine\.yaml, line (\d+): ", fault)
+        assert found
+        assert line in written[int(found[1]) - 1]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (broken("guide", value="{prompt} {"), "a lone brace; write {{ or }}"),
+        (broken("guide", value="{prompt} {}"), "the blank {} is unknown"),
+        (broken("guide", value="{Prompt} {prompt}"), "a lone brace"),
+        (broken("gate", "names_fault", value=["fine", "(broken"]), "no valid regular"),
+        (broken("gate", "names_fault", value=[]), "at least 1 item"),
+        (broken("gate", "min_words", value=0), "greater than or equal to 1"),
+        (broken("induction", "hints", value=[]), "at least 1 item"),
+        (broken("judge", "rule", value="obedience"), "give either a rule or a rubric"),
+        (broken("judge", "rule", value="honesty"), "'obedience'"),
+        (broken("judge", "verdicts", value=[{"word": "a", "mistake": True}]), "needs verdicts"),
+        (broken("name", value="My Policy"), "name"),
+        (broken("mistake", value=""), "at least 1 character"),
+        (broken("gaurd", value="x"), "unknown key 'gaurd'"),
+        (broken("analysis", "exampels", value=[]), "Did you mean 'examples'?"),
+    ],
+)
+def test_a_wrong_policy_is_refused(tmp_path: Path, data: dict[str, Any], said: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        load_policy(write(tmp_path, data), tmp_path)
+    assert said in str(caught.value)
+    assert "mine.yaml, line " in str(caught.value)
+
+
+def test_an_unknown_policy_lists_what_there_is() -> None:
+    with pytest.raises(PolicyError, match=r"goal-hijacking, harmlessness.*Did you mean 'goal-"):
+        load_policy("goal-hijakcing")
+    with pytest.raises(PolicyError, match=r"nowhere\.yaml: cannot be read"):
+        load_policy("nowhere.yaml")
+
+
+def test_patterns_are_searched_without_regard_to_case() -> None:
+    assert matches(["no", r"\bharm"], "It is HARMFUL") == r"\bharm"
+    assert matches([r"\bharm"], "pharmacy") is None

@@ -1,0 +1,192 @@
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from misstep import stats
+from misstep.stats import holm, mean_interval, paired_binary, paired_mean, wilson
+
+
+def table(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
+    """The pairs of a 2 x 2 table."""
+    a = [True] * (both + only_a) + [False] * (only_b + neither)
+    b = [True] * both + [False] * only_a + [True] * only_b + [False] * neither
+    return a, b
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [  # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_equals_the_published_intervals(
+    successes: int, n: int, low: float, high: float
+) -> None:
+    found = wilson(successes, n)
+    assert found.value == successes / n
+    assert (round(found.low, 4), round(found.high, 4)) == (low, high)
+
+
+def test_wilson_equals_scipy() -> None:
+    for successes, n in [(0, 1), (1, 1), (3, 10), (10, 10), (499, 1000)]:
+        expected = scipy_stats.binomtest(successes, n).proportion_ci(method="wilson")
+        found = wilson(successes, n)
+        assert found.low == pytest.approx(expected.low, abs=1e-12)
+        assert found.high == pytest.approx(expected.high, abs=1e-12)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_what_is_no_count(successes: int, n: int) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= successes <= n"):
+        wilson(successes, n)
+
+
+def test_wilson_covers() -> None:
+    rng = np.random.default_rng(5)
+    intervals = [wilson(int(hits), 60) for hits in rng.binomial(60, 0.15, size=4000)]
+    assert 0.93 < np.mean([i.low <= 0.15 <= i.high for i in intervals]) < 0.97
+
+
+def test_the_bootstrap_agrees_with_scipys_bca() -> None:
+    values = np.random.default_rng(0).exponential(size=80)
+    expected = scipy_stats.bootstrap((values,), np.mean, rng=1).confidence_interval
+    found = mean_interval(values.tolist(), seed=1)
+    assert found.value == pytest.approx(values.mean())
+    assert found.low == pytest.approx(expected.low, abs=0.015)
+    assert found.high == pytest.approx(expected.high, abs=0.015)
+
+
+def test_the_bootstrap_depends_on_the_seed_and_not_on_the_order() -> None:
+    values = [1.1, 2.0, 4.4, 8.0, 9.3, 3.0, 3.7, 5.9]
+    assert mean_interval(values, 3) == mean_interval(values[::-1], 3)
+    assert mean_interval(values, 3) != mean_interval(values, 4)
+
+
+def test_the_bootstrap_covers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "RESAMPLES", 1000)
+    samples = np.random.default_rng(2).beta(2, 5, size=(1000, 50))
+    intervals = [mean_interval(s.tolist(), seed) for seed, s in enumerate(samples)]
+    assert 0.93 < np.mean([i.low <= 2 / 7 <= i.high for i in intervals]) < 0.97
+
+
+def test_the_bootstrap_is_the_same_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(1).normal(size=30).tolist()
+    whole = mean_interval(values, 1)
+    monkeypatch.setattr(stats, "_CELLS_AT_ONCE", 3000)
+    assert mean_interval(values, 1) == whole
+
+
+@pytest.mark.parametrize("values", [[0.3], [0.1, 0.1, 0.1]])
+def test_equal_values_have_an_interval_without_width(values: list[float]) -> None:
+    found = mean_interval(values, 0)
+    assert found == (values[0], values[0], values[0], len(values))
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_nothing_and_nan_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        mean_interval(values, 0)
+
+
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [  # Newcombe 1998, Statistics in Medicine 17, 2635-2650, table III, method 10
+        ((36, 12, 2, 0), 0.0569, 0.3404),
+        ((20, 12, 2, 16), 0.0562, 0.3292),
+        ((18, 12, 2, 18), 0.0562, 0.3290),
+        ((36, 14, 0, 0), 0.1528, 0.4167),
+        ((35, 14, 0, 1), 0.1461, 0.4175),
+        ((18, 14, 0, 18), 0.1441, 0.3963),
+        ((2, 97, 1, 0), 0.8721, 0.9854),
+        ((1, 97, 1, 1), 0.8736, 0.9850),
+        ((0, 30, 0, 0), 0.8395, 1.0),
+        ((54, 0, 0, 0), -0.0664, 0.0664),
+        ((30, 0, 0, 24), -0.0358, 0.0358),
+    ],
+)
+def test_the_paired_interval_equals_the_published_one(
+    cells: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    found = paired_binary(*table(*cells))
+    # One printed bound, 0.8736 for 0.87367, differs in its last digit; all others round to it.
+    assert (found.low, found.high) == pytest.approx((low, high), abs=8e-5)
+
+
+def test_mcnemar_is_the_binomial_test_by_hand() -> None:
+    found = paired_binary(*table(36, 12, 2, 0))
+    by_hand = 2 * sum(math.comb(14, k) for k in range(3)) / 2**14
+    assert found.p == pytest.approx(by_hand, rel=1e-12)
+    assert found.difference == pytest.approx(0.2)
+    assert (found.test, found.n) == ("McNemar exact", 50)
+
+
+def test_swapping_the_sides_mirrors_the_difference() -> None:
+    a, b = table(20, 9, 3, 18)
+    one, other = paired_binary(a, b), paired_binary(b, a)
+    mirrored = (-other.difference, -other.high, -other.low)
+    assert (one.difference, one.low, one.high) == pytest.approx(mirrored)
+    assert one.p == other.p
+
+
+@pytest.mark.parametrize("cells", [(5, 0, 0, 0), (0, 0, 0, 5), (3, 0, 0, 4)])
+def test_without_discordant_pairs_nothing_is_shown(cells: tuple[int, int, int, int]) -> None:
+    found = paired_binary(*table(*cells))
+    assert (found.difference, found.p) == (0, 1)
+    assert found.low <= 0 <= found.high
+
+
+def test_the_paired_interval_covers() -> None:
+    rng = np.random.default_rng(9)
+    counts = rng.multinomial(120, [0.10, 0.15, 0.05, 0.70], size=1500)
+    found = [paired_binary(*table(*(int(cell) for cell in cells))) for cells in counts]
+    assert 0.93 < np.mean([f.low <= 0.10 <= f.high for f in found]) < 0.97
+
+
+def test_few_pairs_are_flipped_in_all_ways() -> None:
+    # All six differences point one way: 2 of the 64 sign patterns are as extreme.
+    found = paired_mean([2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], seed=0)
+    assert found.p == 2 / 64
+    assert (found.difference, found.test, found.n) == (3.5, "sign-flip", 6)
+
+
+def test_the_sign_flips_agree_with_scipy() -> None:
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(0.3, 1, size=40), rng.normal(0, 1, size=40)
+
+    def mean_difference(x: object, y: object) -> float:
+        return float(np.mean(x) - np.mean(y))  # type: ignore[call-overload]
+
+    expected = scipy_stats.permutation_test(
+        (a, b), mean_difference, permutation_type="samples", rng=1
+    )
+    assert paired_mean(a.tolist(), b.tolist(), 1).p == pytest.approx(expected.pvalue, abs=0.02)
+
+
+def test_equal_sides_differ_by_nothing() -> None:
+    found = paired_mean([1.0, 2.5], [1.0, 2.5], seed=0)
+    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([True], [True, False])])
+def test_pairs_must_be_pairs(a: list[bool], b: list[bool]) -> None:
+    with pytest.raises(ValueError, match="as many of a as of b"):
+        paired_binary(a, b)
+    with pytest.raises(ValueError, match="as many of a as of b"):
+        paired_mean(a, b, 0)
+
+
+def test_holm_by_hand() -> None:
+    # In order: 0.01 x 4, 0.02 x 3, 0.03 x 2, and 0.04 x 1 lifted to the one before it.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holm_refuses_what_is_no_p() -> None:
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        holm([0.5, math.nan])
