@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 import misstep
-from misstep.config import load_recipe, policy_base
+from misstep.config import load_recipe
 from misstep.policy import load_policy, shipped
 
 PACKAGE = Path(misstep.__file__).parent
@@ -170,4 +170,4 @@ def test_shipped_policies_load_under_their_file_names(name: str) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path: Path) -> None:
-    assert load_policy(load_recipe(path).policy, policy_base(path))
+    assert load_policy(load_recipe(path).policy)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
-from misstep.config import RunConfig, changed_keys, load_recipe, policy_base
+from misstep.config import RunConfig, changed_keys, load_recipe
 from misstep.errors import RecipeError
 from misstep.methods.registry import METHODS
 
@@ -161,7 +161,3 @@ def test_changed_keys_are_dotted_and_complete() -> None:
     new = {"a": {"b": 1, "c": 3}, "d": [2], "new": {"x": 1}}
     assert changed_keys(old, new) == ["a.c", "d", "gone", "new"]
     assert changed_keys(old, old) == []
-
-
-def test_policies_are_relative_to_the_recipe(tmp_path: Path) -> None:
-    assert policy_base(tmp_path / "sub" / "recipe.yaml") == tmp_path / "sub"

@@ -111,9 +111,9 @@ def test_a_policy_is_named_by_its_content() -> None:
     assert one.digest == same.digest != other.digest
 
 
-def test_a_users_policy_is_found_beside_the_recipe(tmp_path: Path) -> None:
+def test_a_users_policy_is_a_path(tmp_path: Path) -> None:
     name = write(tmp_path, parts())
-    assert load_policy(name, tmp_path) == Policy.model_validate(parts())
+    assert load_policy(str(tmp_path / name)) == Policy.model_validate(parts())
 
 
 def broken(*keys: str, value: Any) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def test_all_wrong_blanks_are_named_at_once_with_file_and_line(tmp_path: Path) -
     data = broken("induction", "template", value="{promt} {hint} {x}")
     data["analysis"]["unguided"] = "Analyse {response}"
     with pytest.raises(PolicyError) as caught:
-        load_policy(write(tmp_path, data), tmp_path)
+        load_policy(str(tmp_path / write(tmp_path, data)))
     analysis, induction = sorted(str(caught.value).splitlines(), key=lambda s: s.split("'")[1])
     for said in (
         "'induction.template': ",
@@ -167,7 +167,7 @@ def test_all_wrong_blanks_are_named_at_once_with_file_and_line(tmp_path: Path) -
 )
 def test_a_wrong_policy_is_refused(tmp_path: Path, data: dict[str, Any], said: str) -> None:
     with pytest.raises(PolicyError) as caught:
-        load_policy(write(tmp_path, data), tmp_path)
+        load_policy(str(tmp_path / write(tmp_path, data)))
     assert said in str(caught.value)
     assert "mine.yaml, line " in str(caught.value)
 

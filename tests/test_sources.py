@@ -1,5 +1,8 @@
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -298,6 +301,30 @@ def test_other_encodings_are_read_when_named(tmp_path: Path, name: str) -> None:
         prompts(path)
 
 
+def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], Any]) -> None:
+    """A stand-in for the library: no network, the same call."""
+    library = ModuleType("datasets")
+    library.__dict__["load_dataset"] = lambda name, split: answer(name, split)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+
+
+def test_any_other_path_is_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub(monkeypatch, lambda name, split: [{"prompt": f"{name} {split}"}, {"prompt": " "}])
+    source = Source(path="org/data", split="test")
+    assert next(rows(source))[1] == {"prompt": "org/data test"}
+    with pytest.raises(DataError, match="org/data, test, row 2: field 'prompt': expected text"):
+        load_prompts(source, 0)
+
+
+def test_a_dataset_that_cannot_be_read_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, split: str) -> None:
+        raise ConnectionError("no network")
+
+    hub(monkeypatch, fail)
+    with pytest.raises(DataError, match=r"data\.tsv: neither a file \(\.jsonl.*no network"):
+        load_prompts(Source(path="data.tsv"), 0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -343,8 +370,13 @@ def test_safe_rlhf_mini_loads_unmapped() -> None:
     labelled = [row for _, row in rows(Source(path=path))]
     bad = {(r["question"].strip(), r["answer"].strip()) for r in labelled if r["label"] == "1"}
     assert sum(r["label"] == "1" for r in labelled) == 2302
-    assert {(m.prompt.text, m.response) for m in mistakes(path)} == bad
-    assert all(m.prompt.reference is None for m in mistakes(path))
+    good = {(r["question"].strip(), r["answer"].strip()) for r in labelled if r["label"] == "0"}
+    found = mistakes(path)
+    assert {(m.prompt.text, m.response) for m in found} == bad
+    answered = {(m.prompt.text, m.prompt.reference) for m in found if m.prompt.reference}
+    assert answered <= good
+    # So many questions have both a safe and an unsafe answer.
+    assert len({question for question, _ in answered}) == 356
     assert all((p.text, p.reference) not in bad for p in prompts(path))
 
 
@@ -398,3 +430,18 @@ def test_jade_loads_with_its_encoding_and_a_mapping(level: str, n: int) -> None:
 )
 def test_common_prompt_sets_load_unmapped(name: str, n: int) -> None:
     assert len(prompts(shared(name))) == n
+
+
+def test_a_good_answer_to_the_same_question_becomes_the_reference(tmp_path: Path) -> None:
+    path = tmp_path / "labelled.csv"
+    path.write_text("question,answer,label\nWhy?,Because you smell.,1\nWhy?,For a reason.,0\n")
+    (mistake,) = load_mistakes(Source(path=str(path)), "origin", 0)
+    assert mistake.response == "Because you smell."
+    assert mistake.prompt.reference == "For a reason."
+
+
+def test_a_question_that_comes_twice_is_asked_once(tmp_path: Path) -> None:
+    path = tmp_path / "twice.csv"
+    path.write_text("question,answer\nWhy?,For a reason.\nWhy?,Just so.\n")
+    (prompt,) = load_prompts(Source(path=str(path)), 0)
+    assert prompt.reference == "For a reason."

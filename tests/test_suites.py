@@ -92,7 +92,13 @@ def test_every_task_comes_once_before_any_comes_twice(suite: str, split: Split) 
 @suites
 def test_the_seed_decides_all(suite: str) -> None:
     assert attacks(suite, "dev", 50, seed=1) == attacks(suite, "dev", 50, seed=1)
-    assert attacks(suite, "dev", 50, seed=1) != attacks(suite, "dev", 50, seed=2)
+    tasks, kinds, targets = (
+        [[getattr(p, name) for p in attacks(suite, "dev", 50, seed)] for seed in (1, 2)]
+        for name in ("reference", "kind", "target")
+    )
+    assert tasks[0] != tasks[1]
+    assert targets[0] != targets[1]
+    assert kinds[0] == kinds[1]
     assert clean_prompts(suite, "dev", 1) == clean_prompts(suite, "dev", 1)
     assert clean_prompts(suite, "dev", 1) != clean_prompts(suite, "dev", 2)
     texts = [{p.text for p in clean_prompts(suite, "dev", seed)} for seed in (1, 2)]

@@ -97,8 +97,16 @@ def evaluate(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the run's numbers as Markdown instead.")
+    ] = False,
 ) -> None:
     """Write the run as one self-contained HTML page."""
+    if markdown:
+        from misstep.report.markdown import markdown_page
+
+        print(markdown_page(folder), end="")
+        return
     from misstep.report.page import write_report
 
     print(write_report(folder))

@@ -51,7 +51,7 @@ class RunConfig(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Names the run; the file's name where it is left out."""
     policy: str
-    """A shipped policy, or the path of a policy file (relative to the recipe)."""
+    """A shipped policy, or the path of a policy file."""
     model: str = "smollm2-135m"
     """`smollm2-135m`, a Hugging Face id, a folder of safetensors, or a GGUF file."""
     adapter: str | None = None
@@ -136,8 +136,3 @@ def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif before != after:
             found.append(name)
     return found
-
-
-def policy_base(recipe: Path) -> Path:
-    """The folder that a recipe's relative policy path is relative to."""
-    return recipe.resolve().parent

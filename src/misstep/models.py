@@ -8,9 +8,11 @@ Hub; it knows no engine and renders no conversation.
 import difflib
 import hashlib
 import importlib.util
+import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -294,16 +296,32 @@ def _from_pretrained(source: Path, is_file: bool) -> "PreTrainedModel":
         # Without `dequantize` the matrices would stay packed, and training needs them plain.
         where = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.parent if is_file else source,
-            dtype=weights_dtype(),
-            use_safetensors=None if is_file else True,
-            trust_remote_code=False,
-            **where,
-        )
+        with _no_progress_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                source.parent if is_file else source,
+                dtype=weights_dtype(),
+                use_safetensors=None if is_file else True,
+                trust_remote_code=False,
+                **where,
+            )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise ModelError(f"model {source}: transformers cannot load it: {error}") from error
     return model
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # The bar over a GGUF's tensors has no switch; log messages keep their own handle.
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _with_adapter(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":

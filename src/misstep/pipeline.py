@@ -1,9 +1,9 @@
 """The stages in order, into one run directory.
 
 Every stage is a function of content: model calls are cached by model and request, trained
-adapters are named by their rows. So a second run of the same recipe, after whatever end the first
-one came to, passes through what is done and goes on where it stopped; a changed recipe pays only
-for what the change reaches.
+adapters are named by their rows. So a second run of the same recipe, after whatever end the
+first one came to, passes through what is done and goes on where it stopped; a changed recipe
+pays only for what the change reaches.
 """
 
 import json
@@ -19,7 +19,7 @@ from shutil import rmtree
 from typing import Any, Literal, NamedTuple
 
 from misstep import __version__
-from misstep.config import RunConfig, changed_keys, load_recipe, policy_base
+from misstep.config import RunConfig, changed_keys, load_recipe
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.errors import InputError, RecipeError, RunError
@@ -78,7 +78,7 @@ def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
         InputError: what is wrong with the recipe, the policy, the data or the model.
     """
     config = load_recipe(recipe, overrides)
-    policy = load_policy(config.policy, policy_base(recipe))
+    policy = load_policy(config.policy)
     for source in config.sources().values():
         check_source(source)
     model = locate(config.model)
@@ -101,8 +101,8 @@ def _with_references(prompts: list[Prompt]) -> list[Prompt]:
     found = [prompt for prompt in prompts if prompt.reference]
     if not found:
         raise RecipeError(
-            "ordinary: expected prompts with reference answers, found none. Map the column with "
-            "fields: {reference: COLUMN}."
+            "ordinary: expected prompts with reference answers, found none. Map the column "
+            "with fields: {reference: COLUMN}."
         )
     return found
 
@@ -203,8 +203,8 @@ class Run:
         self._said: set[str] = set()
         if self.manifest.changed:
             progress.say(
-                f"The recipe has changed since the last run: {', '.join(self.manifest.changed)}. "
-                "Only what depends on that is done again."
+                f"The recipe has changed since the last run: "
+                f"{', '.join(self.manifest.changed)}. Only what depends on that is done again."
             )
         self.manifest.save()
 

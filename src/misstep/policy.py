@@ -198,18 +198,17 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
-def load_policy(name: str, base: Path | None = None) -> Policy:
+def load_policy(name: str) -> Policy:
     """Load a shipped policy by its name, or a user's own by its path.
 
     Args:
         name: a shipped name, or a path that ends in `.yaml` or `.yml`.
-        base: the folder that a relative path is relative to.
 
     Raises:
         PolicyError: no such policy, or all that is wrong with it, a line each.
     """
     if name.endswith((".yaml", ".yml")):
-        path = (base or Path()) / name
+        path = Path(name)
     elif name in shipped():
         path = SHIPPED / f"{name}.yaml"
     else:

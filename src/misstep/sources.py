@@ -169,25 +169,29 @@ def load_prompts(source: Source, seed: int) -> list[Prompt]:
     """
     if source.suite is not None:
         return _suite_prompts(source, seed)
-    found = {p.id: p for where, row in rows(source) for p in [_prompt(source, row, where)]}
+    found: dict[tuple[Message, ...], Prompt] = {}
+    for where, row in rows(source):
+        prompt = _prompt(source, row, where)
+        found.setdefault(prompt.messages, prompt)
     return _draw(list(found.values()), source.n, seed)
 
 
 def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> list[Mistake]:
     """The bad answers of labelled data or of users' reports; reports are unconfirmed.
 
-    Rows that are labelled good are left out; rows without any label all count as bad.
+    Rows that are labelled good are no mistakes; the first good answer to a prompt becomes the
+    reference of the bad ones. Rows without any label all count as bad.
 
     Raises:
         DataError: names file, line and field; or there is no bad answer in the data.
     """
     labelled = [item for where, row in rows(source) for item in _labelled(source, row, where)]
-    mistakes = {
-        mistake.id: mistake
-        for item in labelled
-        if item.bad
-        for mistake in [_mistake(item, kind)]
-    }
+    good: dict[tuple[Message, ...], str] = {}
+    for item in labelled:
+        if not item.bad:
+            good.setdefault(item.prompt.messages, item.response)
+    found = [_mistake(item, kind, good) for item in labelled if item.bad]
+    mistakes = {mistake.id: mistake for mistake in found}
     if not mistakes:
         raise DataError(
             f"{source.path}: expected bad answers, found none in {len(labelled)} answers. "
@@ -196,9 +200,15 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> list[Mistak
     return _draw(list(mistakes.values()), source.n, seed)
 
 
-def _mistake(item: Labelled, kind: MistakeSource) -> Mistake:
+def _mistake(
+    item: Labelled, kind: MistakeSource, good: Mapping[tuple[Message, ...], str]
+) -> Mistake:
+    known = item.prompt.reference or good.get(item.prompt.messages)
     return Mistake(
-        prompt=item.prompt, response=item.response, source=kind, confirmed=kind != "reported"
+        prompt=item.prompt.model_copy(update={"reference": known}),
+        response=item.response,
+        source=kind,
+        confirmed=kind != "reported",
     )
 
 

@@ -48,12 +48,15 @@ def attacked_prompts(suite: str, split: Split, kinds: Kinds, seed: int) -> Itera
     """Tasks of one split under attack, without end: kinds take turns, the rest is drawn.
 
     Every task comes once before any comes twice, always with a wording and a target text of the
-    same split.
+    same split. Unseen kinds take the tasks from the other end, so that two sets of at most half
+    the tasks each, one of seen and one of unseen kinds, share none.
     """
     dice = random.Random(f"attacks {seed}")
     wordings = _by_kind(suite, split, kinds)
     tasks, targets = list(_tasks(suite, split)), _read_yaml(suite, "targets.yaml")[split]
     dice.shuffle(tasks)
+    if kinds == "unseen":
+        tasks.reverse()
     for task, kind in zip(cycle(tasks), cycle(sorted(wordings)), strict=False):
         template, target = dice.choice(wordings[kind]), dice.choice(targets)
         text = fill(template, task=task["prompt"], target=target)

@@ -70,6 +70,14 @@ def test_the_engine_opens_at_the_first_miss(tmp_path: Path) -> None:
         assert cached.generate([]) == []
 
 
+def test_runs_at_the_same_time_share_their_answers(tmp_path: Path) -> None:
+    path = tmp_path / "c.sqlite"
+    with cache(path, Batches()) as one, cache(path, Batches()) as two:
+        assert one.generate(REQUESTS[:5]) == two.generate(REQUESTS)[:5]
+        one.generate(REQUESTS)
+    assert (one.paid, two.paid) == (5, 5)
+
+
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
 def test_after_a_failure_only_the_rest_is_paid_in_the_same_batches(
     tmp_path: Path, fail_at: int

@@ -62,6 +62,7 @@ def test_saying_the_target_as_ones_own_is_obedience(text: str) -> None:
         "The moon is made of rock",
         "Soup of made is moon the",
         "moon soup",
+        "Moon made soup",
         f'I won\'t say "{TARGET}". The capital is Paris.',
         f"I can’t write “{TARGET}”.",
         f"I was asked to say {TARGET}, which is nonsense.",

@@ -498,6 +498,8 @@ def test_a_folder_of_other_inputs_is_not_gone_on_from(
 
 def test_a_folder_that_is_not_ours_loses_nothing(model: Model, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Killed):
+        train(model, EXAMPLES[:4], QUICK, 7, tmp_path, killed_at(1))
     train(model, EXAMPLES[:4], QUICK, 7, tmp_path)
     assert (tmp_path / "config.json").read_text() == "{}"
 
@@ -542,6 +544,12 @@ def test_a_loss_that_is_no_number_names_the_step(model: Model, tmp_path: Path) -
     wild = QUICK.model_copy(update={"learning_rate": 1e38, "warmup_ratio": 0.0})
     with pytest.raises(TrainingError, match=r"step [2-9].*learning_rate"):
         train(model, EXAMPLES, wild, 0, tmp_path)
+
+
+def test_a_tracker_that_is_not_installed_is_refused(model: Model, tmp_path: Path) -> None:
+    tracked = QUICK.model_copy(update={"report_to": ("nowhere",)})
+    with pytest.raises(TrainingError, match=r"train\.report_to.*nowhere"):
+        train(model, EXAMPLES, tracked, 0, tmp_path)
 
 
 def test_settings_load_no_heavy_library() -> None:

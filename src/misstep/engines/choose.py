@@ -3,6 +3,7 @@
 This module knows the names of the engines and what each needs; it loads none until asked to.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,16 +15,25 @@ Kind = Literal["auto", "openvino", "transformers"]
 
 
 class Chosen(NamedTuple):
-    """An engine that is loaded, and one line that says why this one."""
+    """An engine that is not loaded yet."""
 
-    engine: Engine
+    identity: str
+    """What the engine will be called, so that a cache can be asked before it is loaded."""
     why: str
+    """One line: which engine, and for what reason."""
+    open: Callable[[], Engine]
 
 
-def open_engine(
+def choose(
     kind: str, model: Model, adapter: Path | None = None, scratch: Path | None = None
 ) -> Chosen:
-    """Load the engine that was asked for; `auto` takes OpenVINO where it can serve the model.
+    """Choose the engine that was asked for; `auto` takes OpenVINO where it can serve the model.
+
+    Args:
+        kind: auto, openvino or transformers.
+        model: the weights.
+        adapter: a PEFT folder or a full fine-tune.
+        scratch: a folder for merged weights; the engine's own temporary one where left out.
 
     Raises:
         InputError: there is no such engine, it is not installed, or it cannot read the model.
@@ -34,17 +44,20 @@ def open_engine(
         )
     obstacle = _obstacle(model, adapter) if kind == "auto" else None
     if kind == "openvino" or (kind == "auto" and obstacle is None):
-        from misstep.engines.openvino import OpenVinoEngine
+        from misstep.engines import openvino
 
         why = "this is a CPU and the model is a GGUF that it reads"
         return Chosen(
-            OpenVinoEngine(model, adapter, scratch), f"openvino, because {_why(kind, why)}"
+            openvino.identity(model, adapter),
+            f"openvino, because {_why(kind, why)}",
+            lambda: openvino.OpenVinoEngine(model, adapter, scratch),
         )
-    from misstep.engines.transformers import TransformersEngine
+    from misstep.engines import transformers
 
     return Chosen(
-        TransformersEngine(model, adapter),
+        transformers.identity(model, adapter),
         f"transformers, because {_why(kind, obstacle or '')}",
+        lambda: transformers.TransformersEngine(model, adapter),
     )
 
 

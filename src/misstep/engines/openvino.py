@@ -15,8 +15,6 @@ shares a step, since matrices of one row and attention of one token take paths o
   does.
 """
 
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from misstep.engines.base import Completion, Engine, Request
@@ -71,19 +70,12 @@ class OpenVinoEngine(Engine):
         self, model: Model, adapter: Path | None = None, scratch: Path | None = None
     ) -> None:
         genai = _library()
-        if reason := self.reads(model):
-            raise ModelError(
-                f"model {model.name}: OpenVINO cannot read it, because {reason}. "
-                "Use the `transformers` engine."
-            )
-        if adapter is not None and is_full_fine_tune(adapter):
-            raise ModelError(
-                f"{adapter}: expected a LoRA adapter, found a full fine-tune, which OpenVINO "
-                "cannot read from safetensors. Use the `transformers` engine."
-            )
+        self.identity = identity(model, adapter)
         self.renderer = Renderer.for_model(model)
-        self._temporary = None if scratch else Path(tempfile.mkdtemp(prefix="misstep-"))
-        file = _weights(model, adapter, scratch or self._temporary or Path())
+        self._temporary = None if scratch else TemporaryDirectory(prefix="misstep-")
+        folder = Path(self._temporary.name) if self._temporary else scratch
+        assert folder is not None
+        file = _weights(model, adapter, folder)
         total = _cache_blocks(read_header(file))
         self._pipeline: Any = _pipeline(genai, file, total)
         # The companion's own blocks, twice: an old one may not be gone when the next one comes.
@@ -91,7 +83,6 @@ class OpenVinoEngine(Engine):
         self._genai = genai
         self._status = genai.GenerationStatus
         self._next_id = 0
-        self.identity = _identity(model, adapter)
 
     @staticmethod
     def reads(model: Model) -> str | None:
@@ -103,9 +94,8 @@ class OpenVinoEngine(Engine):
             return (
                 f"its family is {header.architecture or 'unknown'}, not {', '.join(FAMILIES)}"
             )
-        if header.values.get(
-            f"{header.architecture}.rope.scaling.type", "none"
-        ) != "none" or any(tensor.name.startswith("rope_freqs") for tensor in header.tensors):
+        scaling = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
+        if scaling != "none" or any(t.name.startswith("rope_freqs") for t in header.tensors):
             return "its positions are scaled, which OpenVINO ignores"
         if odd := {t.type_code for t in header.tensors} - PACKINGS:
             return f"some weights are packed as type {min(odd)}"
@@ -130,7 +120,7 @@ class OpenVinoEngine(Engine):
         """Give back the memory, and remove the weights unless a scratch folder was given."""
         self._pipeline = None
         if self._temporary:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.cleanup()
 
     def _jobs(self, requests: Sequence[Request]) -> list[Job]:
         """The requests in an order that lets neighbours share their beginnings."""
@@ -264,9 +254,8 @@ def _precision() -> str:
     """What the processor computes in natively; also the precision of the cache."""
     from openvino import Core
 
-    return (
-        "bf16" if "BF16" in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
-    )
+    able = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bf16" if "BF16" in able else "f32"
 
 
 def _cache_blocks(header: Header) -> int:
@@ -295,7 +284,24 @@ def _pipeline(genai: Any, file: Path, blocks: int) -> Any:
         ) from error
 
 
-def _identity(model: Model, adapter: Path | None) -> str:
+def identity(model: Model, adapter: Path | None) -> str:
+    """What an engine for this model will be called; loads no weights.
+
+    Raises:
+        MissingExtra: OpenVINO GenAI is not installed.
+        ModelError: it cannot read this model, or what was trained on it.
+    """
+    _library()
+    if reason := OpenVinoEngine.reads(model):
+        raise ModelError(
+            f"model {model.name}: OpenVINO cannot read it, because {reason}. "
+            "Use the `transformers` engine."
+        )
+    if adapter is not None and is_full_fine_tune(adapter):
+        raise ModelError(
+            f"{adapter}: expected a LoRA adapter, found a full fine-tune, which OpenVINO "
+            "cannot read from safetensors. Use the `transformers` engine."
+        )
     trained = adapter_digest(adapter) if adapter else "base"
     release = version("openvino-genai")
     return f"openvino-genai {release}:{model.digest}:{trained}:f16-{_precision()}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import EngineError
-from misstep.models import Model, adapter_digest, load_weights
+from misstep.models import Model, adapter_digest, load_weights, weights_dtype
 from misstep.rendering import Renderer
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Row:
 
 
 class TransformersEngine(Engine):
-    """Answers with `generate`, in batches of at most `batch_tokens` tokens, padding included."""
+    """Answers with `generate`, in batches of at most `batch_tokens` tokens with padding."""
 
     def __init__(
         self, model: Model, adapter: Path | None = None, batch_tokens: int = BATCH_TOKENS
@@ -50,14 +50,10 @@ class TransformersEngine(Engine):
         import torch
 
         self.renderer = Renderer.for_model(model)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: PreTrainedModel | None = load_weights(model, adapter).to(device)
-        self._device = torch.device(device)
+        self._device = torch.device(_device())
+        self._model: PreTrainedModel | None = load_weights(model, adapter).to(self._device)
         self._batch_tokens = batch_tokens
-        precision = str(self._model.dtype).removeprefix("torch.")
-        trained = adapter_digest(adapter) if adapter else "base"
-        release = f"transformers {version('transformers')} torch {torch.__version__}"
-        self.identity = f"{release} {device}:{model.digest}:{trained}:{precision}"
+        self.identity = identity(model, adapter)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer every request, in order; see the module's text for what is promised."""
@@ -141,6 +137,20 @@ class TransformersEngine(Engine):
         )
 
 
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def identity(model: Model, adapter: Path | None) -> str:
+    """What an engine for this model will be called; loads no weights."""
+    trained = adapter_digest(adapter) if adapter else "base"
+    precision = str(weights_dtype()).removeprefix("torch.")
+    release = f"transformers {version('transformers')} torch {version('torch')}"
+    return f"{release} {_device()}:{model.digest}:{trained}:{precision}"
+
+
 class Dice:
     """Noise for the rows that sample; `generate` then takes the largest noisy logit.
 
@@ -189,7 +199,7 @@ def reached(
 
 
 def batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
-    """Rows of like length together, the longest first so that a lack of memory shows at once."""
+    """Rows of like length together, longest first: a lack of memory shows at once."""
     batch: list[Row] = []
     for row in sorted(rows, key=lambda row: row.length, reverse=True):
         longest = (batch or [row])[0].length

@@ -9,6 +9,7 @@ This module knows settings, files and reports. Tokens, loss and loop are in `mis
 loaded when training begins; it knows no method: a row's kind only names a number in the report.
 """
 
+import gc
 import json
 import resource
 import shutil
@@ -128,7 +129,8 @@ def train(
     """Fine-tune a model and write the adapter, its card and the report into a folder.
 
     Raises:
-        TrainingError: no rows, too many of them unusable, or a loss that is not a number.
+        TrainingError: no rows, too many of them unusable, a tracker that is not installed, or a
+            loss that is not a number.
         ModelError: the weights cannot be loaded.
     """
     inputs = input_digest(model, examples, settings, seed)
@@ -136,7 +138,10 @@ def train(
     if report is None:
         renderer = Renderer.for_model(model)
         rows = usable_rows(renderer, examples, settings)
+        _check_trackers(settings)
         report = _train(Job(model, renderer, rows, settings, seed, folder, inputs), notify)
+        # Trainer and its callbacks hold each other, and the model with them.
+        gc.collect()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return report
 
@@ -178,6 +183,20 @@ def usable_rows(
             "train.max_dropped."
         )
     return rows
+
+
+def _check_trackers(settings: TrainSettings) -> None:
+    if not settings.report_to:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    missing = sorted(set(settings.report_to) - set(installed))
+    if missing:
+        raise TrainingError(
+            f"train.report_to: expected trackers that are installed "
+            f"({', '.join(installed) or 'there are none'}), found {', '.join(missing)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -228,17 +247,21 @@ def _train(job: Job, notify: Notify | None) -> TrainReport:
 
 
 def _clear(job: Job) -> None:
-    """Remove what another training left, unless the folder is none of ours."""
-    ours = (job.folder / REPORT).exists() or (job.folder / CHECKPOINTS).exists()
+    """Remove what a finished training of other inputs left; files not of ours stay."""
     job.checkpoints.mkdir(parents=True, exist_ok=True)
     for other in job.checkpoints.parent.iterdir():
         if other.name != job.inputs:
-            shutil.rmtree(other)
-    if ours:
-        # The report first: without it nothing that is left here counts as finished.
-        for pattern in (REPORT, *OUTPUTS):
+            shutil.rmtree(other, ignore_errors=True)
+    report, old = job.folder / REPORT, job.folder / f"{REPORT}.old"
+    if report.exists():
+        # Renamed first and removed last: a kill in between leaves a folder that is unfinished
+        # and known to be ours.
+        report.replace(old)
+    if old.exists():
+        for pattern in OUTPUTS:
             for file in job.folder.glob(pattern):
-                file.unlink()
+                file.unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
 
 
 def _prepare(job: Job) -> "CompletionLoss":

@@ -1,0 +1,99 @@
+"""A run as a Markdown page, for a repository's own documents.
+
+Made from results.json and manifest.json alone, so that a page in the repository can be held equal
+to the files it was made from.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from misstep.report.words import BETTER, duration, metric_title, rate
+from misstep.results import Comparison, Metric, Results, read_results
+
+FOCUS = "mistake_analysis/"
+
+
+def markdown_page(folder: Path) -> str:
+    """The page of a run directory.
+
+    Raises:
+        DataError: results.json is absent or unreadable.
+    """
+    results = read_results(folder / "results.json")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    parts = [
+        f"# {manifest['recipe']['name']}: {results.policy} on {results.model}",
+        _made_by(manifest),
+        "## Rates with 95 % intervals",
+        rows_table(results),
+        "## Paired differences (a minus b)",
+        _comparisons_table(results.comparisons),
+        "## Yields",
+        _yields(manifest["yields"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def rows_table(results: Results, only: Sequence[str] = ()) -> str:
+    """Every row of the results, or those of some test sets."""
+    metrics = [m for m in BETTER if any(m in row.metrics for row in results.rows)]
+    titles = [f"{metric_title(m)} ({BETTER[m]} is better)" for m in metrics]
+    lines = _table(["test set", "method", "guided", *titles])
+    for row in sorted(results.rows, key=lambda row: row.test_set):
+        if only and row.test_set not in only:
+            continue
+        cells = [_metric(row.metrics.get(m)) for m in metrics]
+        lines.append(_line([row.test_set, row.method, "yes" if row.guided else "no", *cells]))
+    return "\n".join(lines)
+
+
+def _comparisons_table(comparisons: Iterable[Comparison]) -> str:
+    lines = _table(["metric", "test set", "a", "b", "difference", "95 % interval", "p", "n"])
+    lines += [
+        _line(
+            [
+                *(c.metric, c.test_set, c.a, c.b, f"{c.difference:+.3f}"),
+                *(f"{c.low:+.3f} to {c.high:+.3f}", f"{c.p:.2g}", str(c.n)),
+            ]
+        )
+        for c in comparisons
+        if c.a.startswith(FOCUS)
+    ]
+    return "\n".join(lines)
+
+
+def _made_by(manifest: dict[str, Any]) -> str:
+    stages = manifest["stages"].items()
+    spent = ", ".join(f"{name} {duration(stage['seconds'])}" for name, stage in stages)
+    versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
+    return (
+        f"`results.json` and `manifest.json` (the recipe as resolved) lie beside this page.\n"
+        f"Machine: {manifest['device']}. Time: {spent}. "
+        f"Peak memory: {manifest['peak_memory_mb']} MB. Seed {manifest['seed']}. {versions}."
+    )
+
+
+def _yields(yields: dict[str, Any]) -> str:
+    lines = _table(["stage", "given", "sampled", "kept", "refused"])
+    for stage, counts in yields.items():
+        reasons = "; ".join(f"{why}: {n}" for why, n in counts["refused"].items())
+        numbers = [str(counts[key]) for key in ("given", "sampled", "kept")]
+        lines.append(_line([stage, *numbers, reasons]))
+    return "\n".join(lines)
+
+
+def _metric(metric: Metric | None) -> str:
+    if metric is None or metric.value is None:
+        return "–"
+    unscored = f", {metric.unscored} unscored" if metric.unscored else ""
+    return f"{rate(metric.value)} ({rate(metric.low)} to {rate(metric.high)}{unscored})"
+
+
+def _table(titles: Sequence[str]) -> list[str]:
+    return [_line(titles), _line(["---"] * len(titles))]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,35 @@
+"""The pages of docs/results say what the committed files beside them say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from misstep.report.markdown import markdown_page, rows_table
+from misstep.results import read_results
+
+ROOT = Path(__file__).parents[2]
+RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_a_results_page_is_made_from_its_results(run: Path) -> None:
+    page = (ROOT / "docs/results" / f"{run.name}.md").read_text(encoding="utf-8")
+    assert markdown_page(run) in page, (
+        f"make it anew: misstep report --markdown docs/results/{run.name}"
+    )
+
+
+def test_the_readme_shows_the_committed_quickstart() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = read_results(ROOT / "docs/results/quickstart/results.json")
+    assert rows_table(results, ("attacks", "clean")) in readme
+
+
+def test_every_rate_stands_in_the_page() -> None:
+    for run in RUNS:
+        page, results = markdown_page(run), read_results(run / "results.json")
+        for row in results.rows:
+            for metric in row.metrics.values():
+                if metric.value is not None:
+                    assert re.search(rf"{100 * metric.value:.1f}.%", page)
