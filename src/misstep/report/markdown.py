@@ -1,7 +1,7 @@
 """A run as a Markdown page, for a repository's own documents.
 
-Made from results.json and manifest.json alone, so that a page in the repository can be held equal
-to the files it was made from.
+Made from results.json and manifest.json alone, so that a page in the repository can be held
+equal to the files it was made from.
 """
 
 import json
