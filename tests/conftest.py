@@ -1,8 +1,12 @@
 """Shared parts: a tiny model with random weights, real in every other respect."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# As the command line does: before torch loads, or busy machines make the tests crawl.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -37,6 +37,7 @@ LAYERS = [
     "misstep.models",
     "misstep.rendering",
     "misstep.gguf_merge",
+    "misstep.folding",
     "misstep.training*",
     "misstep.engines.base",
     "misstep.engines*",

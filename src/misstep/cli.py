@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Knows no model and no stage's inside."""
 
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -131,6 +132,9 @@ def options(
 
 def main() -> None:
     """Run the command line: status 0 done, 1 a run failed, 2 the input is wrong."""
+    # Threads that wait by spinning slow training many times over on a machine that others use
+    # too; this must be set before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
     # The option may stand anywhere, as people type it last after a failure.
     sys.argv = [arg for arg in sys.argv if arg != "--debug"]

@@ -55,7 +55,7 @@ class RunConfig(Settings):
     model: str = "smollm2-135m"
     """`smollm2-135m`, a Hugging Face id, a folder of safetensors, or a GGUF file."""
     adapter: str | None = None
-    """A PEFT folder on top of the model."""
+    """A PEFT folder; the run starts from the model with this adapter in it."""
     engine: Literal["auto", "openvino", "transformers"] = "auto"
     judge: str = "self"
     """The model that a policy's rubric is put to; `self` is the model as it is. A policy with a

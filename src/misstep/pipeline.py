@@ -23,6 +23,7 @@ from misstep.config import RunConfig, changed_keys, load_recipe
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.errors import InputError, RecipeError, RunError
+from misstep.folding import check_adapter, folded
 from misstep.judges.choose import all_judges, mistake_judge
 from misstep.methods.base import Materials
 from misstep.methods.registry import METHODS
@@ -61,6 +62,8 @@ class Inputs(NamedTuple):
     config: RunConfig
     policy: Policy
     model: Model
+    """As the recipe names it; the run adds the recipe's adapter to it."""
+    adapter: Path | None
     analyst: Model
     judge: Model
     prompts: list[Prompt]
@@ -88,6 +91,7 @@ def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
         config=config,
         policy=policy,
         model=model,
+        adapter=check_adapter(config.adapter) if config.adapter else None,
         analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
         judge=model if config.judge == "self" else locate(config.judge),
         prompts=load_prompts(mistakes.data, seed) if induced else [],
@@ -200,6 +204,9 @@ class Run:
         self.progress = progress
         self.manifest = Manifest(folder, inputs)
         self.scratch = folder / "scratch"
+        self.model, self.analyst, self.judge = (
+            self._whole(model) for model in (inputs.model, inputs.analyst, inputs.judge)
+        )
         self._said: set[str] = set()
         if self.manifest.changed:
             progress.say(
@@ -220,7 +227,13 @@ class Run:
         mistakes = self.induce()
         rows = self.examples(mistakes, self.analyse(mistakes))
         shown = rows.get(FOCUS, list(rows.values())[-1])
-        return show_mask(self.inputs.model, shown, count, self.config.train.max_length)
+        return show_mask(self.model, shown, count, self.config.train.max_length)
+
+    def _whole(self, model: Model) -> Model:
+        """The recipe's model with the recipe's adapter in it; any other model as it is."""
+        if self.inputs.adapter is None or model != self.inputs.model:
+            return model
+        return folded(model, self.inputs.adapter, self.folder / "base")
 
     def _through(self, last: Stage) -> None:
         mistakes = self.induce()
@@ -240,10 +253,10 @@ class Run:
     def induce(self) -> list[Mistake]:
         """Collect the mistakes, into mistakes.jsonl."""
         inputs, settings = self.inputs, self.config.mistakes
-        with self.manifest.stage("induce"), self._engine(inputs.judge, "judging") as judging:
+        with self.manifest.stage("induce"), self._engine(self.judge, "judging") as judging:
             judge = mistake_judge(inputs.policy, judging)
             if settings.source == "induced":
-                with self._engine(inputs.model, "inducing", self.config.adapter) as engine:
+                with self._engine(self.model, "inducing") as engine:
                     found = induce(
                         inputs.prompts, inputs.policy, engine, judge, settings, self.config.seed
                     )
@@ -262,10 +275,9 @@ class Run:
     def analyse(self, mistakes: list[Mistake]) -> list[Analysis]:
         """Analyse the mistakes, into analyses.jsonl."""
         inputs, settings = self.inputs, self.config.analysis
-        adapter = self.config.adapter if settings.engine == "self" else None
         with (
             self.manifest.stage("analyse"),
-            self._engine(inputs.analyst, "analysing", adapter) as e,
+            self._engine(self.analyst, "analysing") as e,
         ):
             found = analyse(mistakes, inputs.policy, e, settings, self.config.seed)
         write_jsonl(self.folder / "analyses.jsonl", found.analyses)
@@ -287,7 +299,7 @@ class Run:
         adapters: dict[str, Path | None] = {}
         with self.manifest.stage("train"):
             for method, examples in rows.items():
-                adapters[method] = self._train(method, examples) if examples else self._given()
+                adapters[method] = self._train(method, examples) if examples else None
         return adapters
 
     def examples(
@@ -309,7 +321,7 @@ class Run:
         folder = self.folder / ("adapter" if method == FOCUS else f"adapters/{method}")
         self.progress.say(f"Training {method} on {len(examples)} rows")
         report: TrainReport = train(
-            self.inputs.model,
+            self.model,
             examples,
             self.config.train,
             self.config.seed,
@@ -320,15 +332,12 @@ class Run:
         self.manifest.save()
         return folder
 
-    def _given(self) -> Path | None:
-        return Path(self.config.adapter) if self.config.adapter else None
-
     def respond(self, adapters: Mapping[str, Path | None]) -> list[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
         answers: list[Answer] = []
         with self.manifest.stage("respond"):
             for method, adapter in adapters.items():
-                with self._engine(self.inputs.model, f"answering, {method}", adapter) as engine:
+                with self._engine(self.model, f"answering, {method}", adapter) as engine:
                     answers += self._answers(method, engine)
         write_jsonl(self.folder / "responses.jsonl", answers)
         return answers
@@ -352,7 +361,7 @@ class Run:
         """Judge the answers, into scores.jsonl, results.json and report.html."""
         with (
             self.manifest.stage("evaluate"),
-            self._engine(self.inputs.judge, "judging") as engine,
+            self._engine(self.judge, "judging") as engine,
         ):
             judgements = judge_answers(answers, all_judges(self.inputs.policy, engine))
             write_jsonl(self.folder / "scores.jsonl", judgements)
@@ -383,11 +392,10 @@ class Run:
 
     @contextmanager
     def _engine(
-        self, model: Model, what: str, adapter: str | Path | None = None
+        self, model: Model, what: str, adapter: Path | None = None
     ) -> Iterator[CachedEngine]:
         """A cached engine that loads its model at the first answer that is not there yet."""
-        trained = Path(adapter) if adapter else None
-        chosen = choose(self.config.engine, model, trained, self.scratch)
+        chosen = choose(self.config.engine, model, adapter, self.scratch)
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)

@@ -201,7 +201,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = get_peft_model(load_weights(locate(EMBEDDED)), config)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.02)
+            torch.nn.init.normal_(weight, std=0.05)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
     return folder
@@ -244,12 +244,15 @@ def test_the_merged_file_computes_what_peft_computes(
     merged = locate(str(merge_adapter(model.path, adapter, tmp_path / "merged.gguf")))
     ids = torch.tensor([Renderer.for_model(model).prompt(ask(LONG).messages)])
     with torch.inference_mode():
-        expected = load_weights(model, adapter)(ids).logits
-        base = load_weights(model)(ids).logits
+        adapted: Any = load_weights(model, adapter)
+        expected = adapted(ids).logits
+        with adapted.disable_adapter():
+            base = adapted(ids).logits
+        del adapted
         found = load_weights(merged)(ids).logits
-    # F16 rounds to 2^-11; without the row order of q and k the difference is that of the base.
+    # F16 rounds at 2^-11; rows of q and k in a wrong order would be as far off as the base.
     assert (found - expected).abs().mean() < 0.02
-    assert (base - expected).abs().mean() > 1.0
+    assert (base - expected).abs().mean() > 0.5
     assert Renderer.for_model(merged).prompt(ask(LONG).messages) == ids[0].tolist()
 
 
