@@ -170,7 +170,10 @@ def test_a_refusing_template_is_the_users_error() -> None:
 
 @pytest.mark.model
 @settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
-@given(messages=conversations(), completion=st.text(st.characters(codec="ascii")))
+@given(
+    messages=conversations(),
+    completion=st.text(st.characters(min_codepoint=32, max_codepoint=126) | st.just("\n")),
+)
 def test_the_embedded_model_keeps_the_same_promises(
     messages: Sequence[Message], completion: str
 ) -> None:
