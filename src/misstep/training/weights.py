@@ -35,7 +35,10 @@ def with_all_weights(lm: Any) -> CompletionLoss:
 
 def save_adapter(loss: CompletionLoss, base: str, folder: Path) -> None:
     """Write the adapter as PEFT reads it; `base` is the name of the model that it fits."""
-    loss.model.peft_config["default"].base_model_name_or_path = base
+    config = loss.model.peft_config["default"]
+    config.base_model_name_or_path = base
+    # A set, whose order changes from process to process; equal adapters have equal files.
+    config.target_modules = sorted(config.target_modules)
     # The adapter holds no embeddings; the default would ask the Hub whether it should.
     loss.model.save_pretrained(folder, save_embedding_layers=False)
 
