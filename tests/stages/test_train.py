@@ -23,6 +23,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -40,10 +42,11 @@ from misstep.stages import train as stage
 from misstep.stages.train import TrainReport, TrainSettings, train
 from misstep.training import loss as loss_module
 from misstep.training import trainer as trainer_module
-from misstep.training.kernels import causal_attention, fast_layers
+from misstep.training.kernels import fast_layers
 from misstep.training.loss import CompletionLoss, collate, skips_logits
 from misstep.training.mask import print_mask, show_mask
 from misstep.training.rows import Row, in_order, micro_batches, render_rows
+from misstep.training.sharing import FAMILIES, can_share, causal_attention, collate_shared
 from misstep.training.weights import with_adapter, with_all_weights
 
 SIZES: dict[str, Any] = {
@@ -138,7 +141,7 @@ def fast_gradients(loss: CompletionLoss, groups: Sequence[Sequence[Row]]) -> tup
     total = 0.0
     with fast_layers(loss):
         for group in groups:
-            value = loss(**collate(group))
+            value = loss(**loss.collate(group))
             value.backward()
             total += value.item()
     return total, gradients(loss)
@@ -200,6 +203,13 @@ def test_the_mask_is_shown_as_it_is_trained_on(model: Model) -> None:
     assert ">>>see [bold]this[/bold]<|im_end|><<<" in out.getvalue()
 
 
+def _looking_ahead(forward: Any) -> Any:
+    def ahead(hidden_states: Tensor, **options: Any) -> Any:
+        return forward(hidden_states + hidden_states.mean(1, keepdim=True), **options)
+
+    return ahead
+
+
 # --- the loss ---------------------------------------------------------------------------------
 
 
@@ -219,6 +229,65 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(
     assert_same(fast, wanted)
 
 
+def branching_rows() -> list[Row]:
+    """Rows that share nothing, a system prompt, a prompt, everything, a part of another."""
+    system, question = tuple(range(3, 20)), tuple(range(40, 52))
+    return [
+        Row((*system, *question, 7, 8, 9), 29, "a"),
+        Row((*system, *question, 7, 6), 29, "a"),
+        Row((*system, *question, 7, 6), 29, "a"),
+        Row((*system, 99, 98, 97), 18, "a"),
+        Row((*system, 99), 17, "a"),
+        Row((200, 201, 202, 203), 1, "a"),
+    ]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_rows_that_share_their_beginning_have_the_plain_loss(family: str) -> None:
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(
+        family, **SIZES, pad_token_id=0, head_dim=8, sliding_window=None, no_rope_layers=[0, 1]
+    )
+    lm: Any = AutoModelForCausalLM.from_config(config).eval()
+    loss, batch = with_adapter(lm, 4, 8, seed=1), branching_rows()
+    with torch.no_grad():
+        for name, parameter in loss.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    assert can_share(lm)
+    expected = plain_loss(loss.model, batch)
+    expected.backward()
+    wanted = gradients(loss)
+    found, fast = fast_gradients(loss, [batch])
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(fast, wanted)
+
+
+def test_each_shared_token_is_there_once() -> None:
+    batch = collate_shared(branching_rows())
+    ids, positions = batch["ids"][0], batch["position_ids"][0]
+    assert len(ids) == 17 + 12 + 3 + 1 + 3 + 4
+    for line, row in zip(batch["rows"], sorted(r.ids for r in branching_rows()), strict=True):
+        at = line[: len(row)]
+        assert tuple(ids[at].tolist()) == row
+        assert positions[at].tolist() == list(range(len(row)))
+    assert batch["rows"].flatten()[batch["first"]].tolist() == list(range(len(ids)))
+
+
+def test_a_model_with_windows_or_unknown_attention_does_not_share() -> None:
+    assert not can_share(tiny("granite"))
+    for change in (
+        {"sliding_window": 16},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"attention_dropout": 0.1},
+    ):
+        lm = tiny()
+        assert can_share(lm)
+        for key, value in change.items():
+            setattr(lm.config, key, value)
+        assert not can_share(lm)
+
+
 def test_loss_and_gradients_do_not_depend_on_the_split() -> None:
     loss, batch = prepared("untied", "lora"), rows(11, seed=3)
     alone, wanted = fast_gradients(loss, [[row] for row in batch])
@@ -228,9 +297,17 @@ def test_loss_and_gradients_do_not_depend_on_the_split() -> None:
         assert_same(found, wanted)
 
 
-def test_a_scaled_head_is_noticed() -> None:
-    assert skips_logits(tiny("tied"))
-    assert not skips_logits(tiny("granite"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_head_is_noticed(dtype: torch.dtype) -> None:
+    assert skips_logits(tiny("tied").to(dtype))
+    assert not skips_logits(tiny("granite").to(dtype))
+
+
+def test_a_model_that_looks_ahead_is_noticed() -> None:
+    lm = tiny()
+    for layer in lm.model.layers:
+        layer.self_attn.forward = _looking_ahead(layer.self_attn.forward)
+    assert not skips_logits(lm)
 
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from misstep.training.loss import CompletionLoss
     from misstep.training.trainer import CompletionTrainer
 
-FORMAT = 1
+FORMAT = 2
 """Raised when equal inputs no longer give an equal adapter."""
 REPORT = "train.json"
 CHECKPOINTS = "checkpoints"
@@ -48,7 +48,7 @@ OUTPUTS = (
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 MEASURED_ROWS = 8
 """Of each kind, for the loss before and after."""
-MICRO_TOKENS = {"cpu": 1024, "cuda": 16384}
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Padded tokens of one micro-batch: what a processor needs to be busy, and not more memory."""
 
 

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from misstep.errors import TrainingError
 from misstep.records import write_text
-from misstep.training.loss import CompletionLoss, MicroBatch, collate
+from misstep.training.loss import CompletionLoss, MicroBatch
 from misstep.training.rows import Row, micro_batches
 
 MARKER = "complete.json"
@@ -49,7 +49,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             args=args,
             train_dataset=rows,
             data_collator=lambda found: {
-                "micro": [collate(group) for group in micro_batches(found, micro_tokens)]
+                "micro": [model.collate(group) for group in micro_batches(found, micro_tokens)]
             },
             callbacks=callbacks,
         )

@@ -1,0 +1,176 @@
+"""Rows that begin alike share the tokens they begin with: each is computed once.
+
+Chat templates, system prompts and analysis requests open many rows with the same tokens. Under
+causal attention a token's state depends on nothing but the tokens before it, so the rows of a
+micro-batch form a tree, and every layer but attention runs on the tree's tokens, without
+padding and without repetition. Attention alone sees whole rows: queries, keys and values are
+copied to where rows need them. Loss and gradients are those of separate rows, to rounding.
+
+This module knows torch, transformers' attention interface and rows; it knows no adapter.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from misstep.training.loss import MicroBatch
+from misstep.training.rows import Row
+
+ATTENTION = "misstep_shared"
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"})
+"""Whose positions come from `position_ids` and whose attention goes through the interface; a
+test holds each of them to the plain loss."""
+QUERIES_AT_ONCE = 128
+"""Queries of one block; a block's keys end where its queries end."""
+LONGEST = 2048
+"""Beyond it the attention weights, kept for the gradient, cost more memory than time is won."""
+
+
+def can_share(lm: Any) -> bool:
+    """Whether a model's attention is the plain causal one that this module replaces."""
+    config = lm.config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    windows = getattr(config, "sliding_window", None)
+    return bool(
+        config.model_type in FAMILIES
+        and config._attn_implementation == "sdpa"
+        and lm.device.type == "cpu"
+        and set(kinds) == {"full_attention"}
+        and (windows is None or getattr(config, "use_sliding_window", True) is False)
+        and not getattr(config, "attention_dropout", 0.0)
+    )
+
+
+def collate_shared(rows: Sequence[Row]) -> MicroBatch:
+    """A micro-batch as a tree of tokens, in one line.
+
+    `ids` and `position_ids` are (1, tokens); `rows` (rows, longest) says which token of the
+    line stands where in a row; `first` (tokens) where in the flattened rows a token is first.
+    """
+    ordered = sorted(rows, key=lambda row: row.ids)
+    longest = max(len(row.ids) for row in ordered)
+    ids: list[int] = []
+    depths: list[int] = []
+    first: list[int] = []
+    table = torch.zeros(len(ordered), longest, dtype=torch.long)
+    positions: list[int] = []
+    targets: list[int] = []
+    before: tuple[int, ...] = ()
+    path: list[int] = []
+    for line, row in enumerate(ordered):
+        common = _common(before, row.ids)
+        path = path[:common] + list(range(len(ids), len(ids) + len(row.ids) - common))
+        ids += row.ids[common:]
+        depths += range(common, len(row.ids))
+        first += range(line * longest + common, line * longest + len(row.ids))
+        table[line, : len(path)] = torch.tensor(path)
+        positions += path[row.prompt_length - 1 : -1]
+        targets += row.ids[row.prompt_length :]
+        before = row.ids
+    return {
+        "ids": torch.tensor(ids).unsqueeze(0),
+        "positions": torch.tensor(positions),
+        "targets": torch.tensor(targets),
+        "position_ids": torch.tensor(depths).unsqueeze(0),
+        "rows": table,
+        "first": torch.tensor(first),
+    }
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+class Spread(torch.autograd.Function):  # type: ignore[misc]
+    """Copy lines of a matrix to where they are needed; gradients of the copies are summed.
+
+    In fp32, since a system prompt has as many copies as there are rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, where: Tensor) -> Tensor:
+        """`tokens[where]`, of shape (len(where), ...)."""
+        ctx.save_for_backward(where)
+        ctx.count = len(tokens)
+        return tokens.index_select(0, where)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, None]:
+        """The sum over the copies of each line."""
+        (where,) = ctx.saved_tensors
+        copies = above[0]
+        # As contiguous lines, or the sum takes six times as long.
+        lines = copies.flatten(1).to(torch.float32, memory_format=torch.contiguous_format)
+        total = torch.zeros(ctx.count, lines.shape[1]).index_add_(0, where, lines)
+        return total.to(copies.dtype).view(-1, *copies.shape[1:]), None
+
+
+def register() -> None:
+    """Make the attention known to transformers, under a name of its own."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, shared_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def shared_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    rows: Tensor | None = None,
+    first: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row; (1, heads, tokens, width) to (1, tokens, heads, width).
+
+    Without rows it is transformers' own.
+    """
+    if rows is None or first is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        plain, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return plain, None
+    where = rows.flatten()
+    scale = options.get("scaling") or query.shape[3] ** -0.5
+    query, key, value = (
+        Spread.apply(t[0].transpose(0, 1), where)
+        .view(*rows.shape, t.shape[1], t.shape[3])
+        .transpose(1, 2)
+        for t in (query * scale, key, value)
+    )
+    if rows.shape[1] > LONGEST:
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=1.0, enable_gqa=True
+        )
+    else:
+        attended = causal_attention(query, key, value)
+    return attended.transpose(1, 2).flatten(0, 1).index_select(0, first).unsqueeze(0), None
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of scaled queries; heads that share a key are rows of one product.
+
+    Shapes are (rows, heads, length, width). Torch's own kernel is slow on bf16 and short rows.
+    """
+    batch, heads, length, width = query.shape
+    shared = batch * key.shape[1]
+    queries = query.reshape(shared, -1, length, width)
+    keys = key.reshape(shared, length, width).transpose(1, 2)
+    values = value.reshape(shared, length, value.shape[3])
+    blocks = []
+    for start in range(0, length, QUERIES_AT_ONCE):
+        end = min(start + QUERIES_AT_ONCE, length)
+        block = queries[:, :, start:end]
+        shape = (shared, block.shape[1], end - start, end)
+        scores = torch.bmm(block.reshape(shared, -1, width), keys[:, :, :end]).view(shape)
+        later = query.new_full(shape[2:], float("-inf")).triu(start + 1)
+        weights = torch.softmax(scores + later, dim=-1).view(shared, -1, end)
+        blocks.append(torch.bmm(weights, values[:, :end]).view(*shape[:3], -1))
+    return torch.cat(blocks, dim=2).view(batch, heads, length, -1)
