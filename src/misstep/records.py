@@ -121,6 +121,15 @@ class Example(Record):
     """What it teaches: `analysis`, `ordinary` or `good_answer`."""
 
 
+class Pair(Record):
+    """One row of preference training: two completions of which the first is to be preferred."""
+
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    kind: str = "preference"
+
+
 class Score(Record):
     """A judge's number for one response, or the reason why there is none."""
 
