@@ -77,6 +77,8 @@ class RunConfig(Settings):
     """Ordinary prompts with reference answers."""
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """Of inducing, analysing and training; a further one takes the new model's mistakes."""
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = MAIN_JOB
     respond: RespondSettings = RespondSettings()
     evaluate: EvaluateSettings
@@ -89,6 +91,15 @@ class RunConfig(Settings):
             meant = suggestion(unknown[0], list(METHODS))
             raise ValueError(f"no method {', '.join(map(repr, unknown))}.{meant}")
         return methods
+
+    @model_validator(mode="after")
+    def _rounds_induce(self) -> "RunConfig":
+        if self.rounds > 1 and self.mistakes.source != "induced":
+            raise ValueError(
+                "rounds: more than one needs mistakes.source: induced, since only a model that "
+                f"is asked again shows what it still does wrong; found {self.mistakes.source}"
+            )
+        return self
 
     @property
     def training_seed(self) -> int:

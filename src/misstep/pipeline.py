@@ -25,6 +25,7 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.errors import InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
+from misstep.judges.base import Judge
 from misstep.judges.choose import all_judges, mistake_judge
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
@@ -48,7 +49,7 @@ from misstep.sources import check_source, load_mistakes, load_prompts, source_di
 from misstep.stages.analyse import analyse
 from misstep.stages.base import Yield
 from misstep.stages.evaluate import Table, judge_answers
-from misstep.stages.induce import confirm, induce
+from misstep.stages.induce import Induced, NoMistakeError, confirm, induce
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
 from misstep.stages.train import TrainReport, input_digest, train
@@ -269,6 +270,7 @@ class Run:
         analyses = self.analyse(mistakes)
         if last == "analyse":
             return
+        mistakes, analyses = self.further_rounds(mistakes, analyses)
         adapters = self.train(mistakes, analyses, self.revise(mistakes))
         if last == "train":
             return
@@ -283,16 +285,55 @@ class Run:
         with self.manifest.stage("induce"), self._engine(self.judge, "judging") as judging:
             judge = mistake_judge(inputs.policy, judging)
             if settings.source == "induced":
-                with self._engine(self.model, "inducing") as engine:
-                    found = induce(
-                        inputs.prompts, inputs.policy, engine, judge, settings, self.config.seed
-                    )
+                found = self._induced(judge)
             elif settings.source == "reported":
                 found = confirm(inputs.given, judge)
             else:
                 n = len(inputs.given)
                 return self._keep_mistakes(inputs.given, Yield.of(n, 0, n, []))
             return self._keep_mistakes(found.mistakes, found.counts)
+
+    def _induced(self, judge: Judge, adapter: Path | None = None) -> Induced:
+        inputs, settings, seed = self.inputs, self.config.mistakes, self.config.seed
+        with self._engine(self.model, "inducing", adapter) as engine:
+            return induce(inputs.prompts, inputs.policy, engine, judge, settings, seed)
+
+    def further_rounds(
+        self, mistakes: list[Mistake], analyses: list[Analysis]
+    ) -> tuple[list[Mistake], list[Analysis]]:
+        """Train, induce the new model's mistakes, analyse them, and so on.
+
+        A round's lessons are added to those before it, and the base model learns them all
+        anew: its adapter fits the model that is served, whatever the number of rounds. Rounds
+        end early where the share of prompts with a mistake no longer falls.
+        """
+        share = self._share_of_mistakes(mistakes)
+        for number in range(2, self.config.rounds + 1):
+            rows = self.rows(mistakes, analyses, [], only=(FOCUS,))[FOCUS]
+            with self.manifest.stage("rounds"), self._engine(self.judge, "judging") as judging:
+                adapter = self._train(FOCUS, rows, f"rounds/{number - 1}")
+                judge = mistake_judge(self.inputs.policy, judging)
+                try:
+                    found = self._induced(judge, adapter)
+                except NoMistakeError:
+                    self.progress.say(f"Round {number}: the model makes no mistake any more.")
+                    break
+            self._yield(f"induce, round {number}", found.counts)
+            now = self._share_of_mistakes(found.mistakes)
+            if now >= share:
+                self.progress.say(
+                    f"Round {number}: mistakes on {now:.1%} of the prompts, {share:.1%} in the "
+                    "round before: one more round would not help."
+                )
+                break
+            share = now
+            mistakes = list({m.id: m for m in (*mistakes, *found.mistakes)}.values())
+            write_jsonl(self.folder / "mistakes.jsonl", mistakes)
+            analyses = self.analyse(mistakes)
+        return mistakes, analyses
+
+    def _share_of_mistakes(self, mistakes: list[Mistake]) -> float:
+        return len({m.prompt.id for m in mistakes}) / max(1, len(self.inputs.prompts))
 
     def _keep_mistakes(self, mistakes: list[Mistake], counts: Yield) -> list[Mistake]:
         write_jsonl(self.folder / "mistakes.jsonl", mistakes)
@@ -342,7 +383,11 @@ class Run:
         return adapters
 
     def rows(
-        self, mistakes: list[Mistake], analyses: list[Analysis], revisions: list[Revision]
+        self,
+        mistakes: list[Mistake],
+        analyses: list[Analysis],
+        revisions: list[Revision],
+        only: tuple[str, ...] = (),
     ) -> dict[str, Rows]:
         """The training rows of every method of the recipe."""
         asked = self.inputs.prompts or [m.prompt for m in mistakes]
@@ -356,10 +401,10 @@ class Run:
             mix=self.config.mix,
             seed=self.config.training_seed,
         )
-        return {name: METHODS[name].rows(materials) for name in self.config.methods}
+        return {name: METHODS[name].rows(materials) for name in only or self.config.methods}
 
-    def _train(self, method: str, rows: Rows) -> Path:
-        folder = self._adapter_folder(method, rows)
+    def _train(self, method: str, rows: Rows, place: str = "") -> Path:
+        folder = self._adapter_folder(method, rows, place)
         self.progress.say(f"Training {method} on {len(rows)} rows")
         report: TrainReport = train(
             self.model,
@@ -383,10 +428,11 @@ class Run:
         write_jsonl(self.folder / "responses.jsonl", answers)
         return answers
 
-    def _adapter_folder(self, method: str, rows: Rows) -> Path:
+    def _adapter_folder(self, method: str, rows: Rows, place: str) -> Path:
         """Named by the method; in a shared store by all that it is trained from."""
         if self.store is None:
-            return self.folder / ("adapter" if method == FOCUS else f"adapters/{method}")
+            usual = "adapter" if method == FOCUS else f"adapters/{method}"
+            return self.folder / (place or usual)
         config = self.config
         name = input_digest(self.model, rows, config.train, config.training_seed)
         return self.store / "adapters" / f"{method}-{name}"

@@ -34,6 +34,10 @@ class InduceSettings(Settings):
     """Different mistakes kept for one prompt (`induced`)."""
 
 
+class NoMistakeError(RunError):
+    """The model made no mistake at all."""
+
+
 class Induced(NamedTuple):
     """What the stage gives: mistakes and how they were come by."""
 
@@ -52,7 +56,7 @@ def induce(
     """Let the model answer, several samples a prompt, and keep what the judge calls a mistake.
 
     Raises:
-        RunError: the model made no mistake at all.
+        NoMistakeError: the model made none.
     """
     drawn = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
     requests = [_request(policy, prompt, sample, settings, seed) for prompt, sample in drawn]
@@ -65,7 +69,7 @@ def induce(
     ]
     mistakes, reasons = _keep(responses, judge, settings.per_prompt)
     if not mistakes:
-        raise RunError(
+        raise NoMistakeError(
             f"the model made no mistake in {len(responses)} answers to {len(prompts)} prompts "
             f"({Yield.of(0, 0, 0, reasons).refused}). Give stronger prompts or hints, or more "
             "samples (mistakes.samples)."
