@@ -761,7 +761,7 @@ def test_training_on_pairs_begins_at_ln_2_and_raises_the_margin(preferring: Path
     # In bf16 the reference and the first step round otherwise.
     assert report.first_loss == pytest.approx(math.log(2), abs=0.01)
     assert report.loss_before == pytest.approx({"a": math.log(2), "b": math.log(2)}, abs=0.01)
-    assert report.last_loss < 0.5
+    assert report.last_loss < 0.6
     assert min(report.ranks.gain.values()) > 1
     assert report.ranks.gained == {"a": 1, "b": 1}
     assert report.ranks.likelier_before == {"a": 0, "b": 0}
