@@ -5,6 +5,7 @@ The quick tests train a random model of two layers with a byte tokenizer, made h
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,16 +37,24 @@ from transformers.models.qwen2 import Qwen2ForCausalLM
 
 from misstep.errors import TrainingError
 from misstep.models import Model, load_weights, locate
-from misstep.records import Example, Message
+from misstep.records import Example, Message, Pair
 from misstep.rendering import Renderer
 from misstep.stages import train as stage
-from misstep.stages.train import TrainReport, TrainSettings, train
+from misstep.stages.train import PreferenceSettings, TrainReport, TrainSettings, train
 from misstep.training import loss as loss_module
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
 from misstep.training.loss import CompletionLoss, collate, skips_logits
 from misstep.training.mask import print_mask, show_mask
-from misstep.training.rows import Row, in_order, micro_batches, render_rows
+from misstep.training.preference import PreferenceLoss, margins, with_reference
+from misstep.training.rows import (
+    PairRow,
+    Row,
+    in_order,
+    micro_batches,
+    render_pairs,
+    render_rows,
+)
 from misstep.training.sharing import FAMILIES, can_share, causal_attention, collate_shared
 from misstep.training.weights import with_adapter, with_all_weights
 
@@ -638,6 +647,204 @@ def test_settings_load_no_heavy_library() -> None:
         [sys.executable, "-c", code], capture_output=True, check=True, text=True
     )
     assert ran.stdout.strip() == "set()"
+
+
+# --- pairs ------------------------------------------------------------------------------------
+
+
+def pair_rows(count: int, seed: int = 0) -> list[PairRow]:
+    """Pairs that share their prompts, with references as far apart as log-probabilities are."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for row in rows(count, seed):
+        length = int(torch.randint(1, 30, (1,), generator=generator))
+        other = torch.randint(0, 300, (length,), generator=generator).tolist()
+        rejected = Row((*row.ids[: row.prompt_length], *other), row.prompt_length, row.kind)
+        reference = float(torch.randn((), generator=generator)) * 20
+        made.append(PairRow(row, rejected, reference))
+    return made
+
+
+def plain_dpo(lm: Any, pairs: Sequence[PairRow], beta: float) -> Tensor:
+    """Equation 7 of the paper, a completion at a time, from the plain loss."""
+    total = torch.zeros(())
+    for pair in pairs:
+        margin = plain_loss(lm, [pair.rejected]) - plain_loss(lm, [pair.chosen])
+        total = total - torch.log(torch.sigmoid(beta * (margin - pair.reference)))
+    return total
+
+
+def fast_dpo(
+    loss: CompletionLoss, groups: Sequence[Sequence[PairRow]], beta: float
+) -> tuple[float, Any]:
+    total, on_pairs = 0.0, PreferenceLoss(loss, beta)
+    with fast_layers(loss):
+        for group in groups:
+            value = on_pairs(**on_pairs.collate(group))
+            value.backward()
+            total += value.item()
+    return total, gradients(loss)
+
+
+@pytest.mark.parametrize("kind", ["tied", "qwen2", "granite"])
+def test_the_loss_of_pairs_and_its_gradients_are_those_of_the_paper(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 300 * 7)
+    loss, pairs = prepared(kind, "lora"), pair_rows(7)
+    expected = plain_dpo(loss.model, pairs, 0.1)
+    expected.backward()
+    wanted = gradients(loss)
+    found, fast = fast_dpo(loss, micro_batches(pairs, 120), 0.1)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(fast, wanted)
+
+
+def test_the_loss_of_pairs_does_not_depend_on_the_split() -> None:
+    loss, pairs = prepared("untied", "lora"), pair_rows(9, seed=2)
+    alone, wanted = fast_dpo(loss, [[pair] for pair in pairs], 0.3)
+    for most in (1, 150, 10_000):
+        groups = micro_batches(pairs, most)
+        assert sorted(p.reference for g in groups for p in g) == sorted(
+            p.reference for p in pairs
+        )
+        total, found = fast_dpo(loss, groups, 0.3)
+        assert total == pytest.approx(alone, rel=1e-5)
+        assert_same(found, wanted)
+
+
+def test_a_micro_batch_of_pairs_fits_both_rows() -> None:
+    groups = micro_batches(pair_rows(12), 160)
+    widths = [max(len(row.ids) for pair in group for row in pair.lines) for group in groups]
+    assert all(
+        len(group) == 1 or 2 * len(group) * width <= 160
+        for group, width in zip(groups, widths, strict=True)
+    )
+
+
+def test_the_reference_is_the_model_without_its_adapter() -> None:
+    loss, pairs = with_adapter(tiny("tied"), 4, 8, seed=1), pair_rows(5)
+    with fast_layers(loss):
+        referred = with_reference(PreferenceLoss(loss, 0.1), pairs, 100)
+    with loss.model.disable_adapter(), torch.no_grad():
+        for pair, row in zip(referred, pairs, strict=True):
+            assert (pair.chosen, pair.rejected) == (row.chosen, row.rejected)
+            wanted = plain_loss(loss.model, [row.rejected]) - plain_loss(
+                loss.model, [row.chosen]
+            )
+            assert pair.reference == pytest.approx(wanted.item(), rel=1e-4, abs=1e-4)
+
+
+def pair(number: int) -> Pair:
+    return Pair(
+        messages=(Message(role="user", content=f"Is {number} a number?"),),
+        chosen=f"yes, {number}",
+        rejected=f"nay, {number}",
+        kind="a" if number % 3 else "b",
+    )
+
+
+PAIRS = [pair(n) for n in range(18)]
+ON_PAIRS = QUICK.model_copy(update={"preferences": PreferenceSettings(learning_rate=2e-2)})
+
+
+@pytest.fixture(scope="module")
+def preferring(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preferring")
+    train(model, PAIRS, ON_PAIRS, 7, folder)
+    return folder
+
+
+def test_training_on_pairs_begins_at_ln_2_and_raises_the_margin(preferring: Path) -> None:
+    report = report_of(preferring)
+    assert report.ranks is not None
+    # In bf16 the reference and the first step round otherwise.
+    assert report.first_loss == pytest.approx(math.log(2), abs=0.01)
+    assert report.loss_before == pytest.approx({"a": math.log(2), "b": math.log(2)}, abs=0.01)
+    assert report.last_loss < 0.6
+    assert min(report.ranks.gain.values()) > 1
+    assert report.ranks.gained == {"a": 1, "b": 1}
+    assert report.ranks.likelier_before == {"a": 0, "b": 0}
+    assert report.ranks.likelier_after == {"a": 1, "b": 1}
+    assert (report.rows, report.trained, report.steps) == (18, 18, 9)
+    assert (preferring / "README.md").read_text().count("dpo") == 1
+
+
+def test_the_written_adapter_is_what_the_report_says_of_pairs(
+    preferring: Path, model: Model
+) -> None:
+    ranks = report_of(preferring).ranks
+    assert ranks is not None
+    pairs = render_pairs(Renderer.for_model(model), PAIRS, 1024).kept
+    gains = []
+    with torch.no_grad():
+        lms = [load_weights(model, preferring), load_weights(model)]
+        for row in pairs:
+            after, before = (
+                plain_loss(lm, [row.rejected]) - plain_loss(lm, [row.chosen]) for lm in lms
+            )
+            gains.append((row.kind, float(after - before)))
+    for kind, gain in ranks.gain.items():
+        found = [value for name, value in gains if name == kind]
+        assert gain == pytest.approx(sum(found) / len(found), rel=0.05)
+
+
+def test_an_interrupted_training_on_pairs_ends_at_the_same_adapter(
+    model: Model, preferring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with pytest.raises(Killed):
+        train(model, PAIRS, ON_PAIRS, 7, tmp_path, killed_at(4))
+    report = train(model, PAIRS, ON_PAIRS, 7, tmp_path)
+    assert report.resumed_from == 3
+    assert adapter_bytes(tmp_path) == adapter_bytes(preferring)
+    assert report.loss_curve == report_of(preferring).loss_curve
+    assert report.ranks is not None and report.ranks.gained == {"a": 1, "b": 1}
+
+
+def test_unusable_pairs_are_counted(model: Model) -> None:
+    renderer = Renderer.for_model(model)
+    alike, empty, long, cut_alike = (
+        pair(1).model_copy(update=change)
+        for change in (
+            {"rejected": "yes, 1"},
+            {"chosen": " "},
+            {"rejected": "x" * 99},
+            {"chosen": "x" * 99 + "a", "rejected": "x" * 99 + "b"},
+        )
+    )
+    found = render_pairs(renderer, [pair(0), alike, empty, long, cut_alike], 60)
+    assert (found.given, len(found.kept), found.dropped, found.truncated) == (5, 2, 3, 1)
+    assert found.kept[0].chosen.ids[-1] == renderer.end_of_turn
+    assert len(found.kept[1].rejected.ids) == 60
+
+
+def test_pairs_are_not_for_training_all_weights(model: Model, tmp_path: Path) -> None:
+    full = ON_PAIRS.model_copy(update={"adapter": "full"})
+    with pytest.raises(TrainingError, match=r"train\.adapter: expected lora.*pairs"):
+        train(model, PAIRS, full, 0, tmp_path)
+
+
+def test_a_training_is_named_by_the_settings_that_it_uses(model: Model) -> None:
+    faster = ON_PAIRS.model_copy(update={"learning_rate": 1.0})
+    other = ON_PAIRS.model_copy(update={"preferences": PreferenceSettings(beta=0.5)})
+    assert stage.input_digest(model, EXAMPLES, QUICK, 0) == stage.input_digest(
+        model, EXAMPLES, other, 0
+    )
+    named = [stage.input_digest(model, PAIRS, given, 0) for given in (ON_PAIRS, faster, other)]
+    assert named[0] == named[1] != named[2]
+
+
+def test_a_report_from_before_there_were_pairs_is_valid(undisturbed: Path) -> None:
+    old = json.loads((undisturbed / "train.json").read_text())
+    assert old.pop("ranks") is None
+    assert TrainReport.model_validate(old) == report_of(undisturbed)
+
+
+def test_margins_do_not_depend_on_the_reference() -> None:
+    loss, pairs = PreferenceLoss(prepared("tied", "lora"), 0.1), pair_rows(3)
+    without = [PairRow(pair.chosen, pair.rejected) for pair in pairs]
+    assert margins(loss, pairs, 1000) == pytest.approx(margins(loss, without, 1000), rel=1e-4)
 
 
 # --- the embedded model -----------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Fine-tuning on examples: rows in, an adapter in a folder out, with a report of what was done.
+"""Fine-tuning on examples or pairs: rows in, an adapter in a folder out, and a report.
 
-Loss falls on completions and on nothing else. A folder that is finished and was made from the
+Loss falls on completions and on nothing else; of pairs it is that of direct preference
+optimisation, by the same trainer. A folder that is finished and was made from the
 same model, rows, settings and seed gives its report at once; one that a killed process left is
 gone on with from its last checkpoint, to the same adapter, bit for bit. The paper's learning
 rate, epochs and batch size are not public; the defaults start from the same authors' MoTE.
@@ -14,27 +15,40 @@ import json
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, cast
 
 from pydantic import Field, ValidationError
 
 from misstep import __version__
 from misstep.errors import TrainingError
 from misstep.models import Model, load_weights
-from misstep.records import Example, Record, digest, write_text
+from misstep.records import Example, Pair, Record, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
-from misstep.training.rows import Row, Rows, in_order, render_rows, sample_by_kind
+from misstep.training.rows import (
+    PairRow,
+    Row,
+    Rows,
+    in_order,
+    render_pairs,
+    render_rows,
+    sample_by_kind,
+)
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
     from misstep.training.loss import CompletionLoss
+    from misstep.training.preference import PreferenceLoss
     from misstep.training.trainer import CompletionTrainer
 
+TrainingRows = Sequence[Example] | Sequence[Pair]
+"""All of one kind: completions to learn, or pairs to learn a preference from."""
 FORMAT = 2
 """Raised when equal inputs no longer give an equal adapter."""
 REPORT = "train.json"
@@ -48,8 +62,20 @@ OUTPUTS = (
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 MEASURED_ROWS = 8
 """Of each kind, for the loss before and after."""
+MEASURED_PAIRS = 64
+"""Of each kind, for loss and ranking; a share of eight would be a coarse one."""
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Padded tokens of one micro-batch: what a processor needs to be busy, and not more memory."""
+
+
+class PreferenceSettings(Settings):
+    """What training on pairs does otherwise: direct preference optimisation."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How dear it is to leave the reference; the paper's value (arXiv 2305.18290) and TRL's."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """In place of `train.learning_rate`, at which pairs unlearn how to write. TRL 1.16 trains
+    all weights at 1e-6 and adapters, in its example of a 0.5B, at 5e-6."""
 
 
 class TrainSettings(Settings):
@@ -80,6 +106,23 @@ class TrainSettings(Settings):
     """Training is refused where a larger share of the rows is dropped or cut."""
     report_to: tuple[str, ...] = ()
     """Trackers that Trainer knows, such as trackio, tensorboard, wandb, mlflow."""
+    preferences: PreferenceSettings = PreferenceSettings()
+    """For training on pairs."""
+
+
+class RankReport(Record):
+    """How a model ranks the two completions of pairs, before and after training on them."""
+
+    likelier_before: dict[str, float]
+    """The share of a few pairs of each kind whose chosen completion is the likelier one."""
+    likelier_after: dict[str, float]
+    """The same after training, on the same pairs."""
+    gained: dict[str, float]
+    """The share of them whose chosen completion gained on the rejected one."""
+    gain: dict[str, float]
+    """By how much it did on average, as a difference of log-probabilities."""
+    reference_seconds: float
+    """Of measuring all pairs before training, which `seconds` leaves out."""
 
 
 class TrainReport(Record):
@@ -88,7 +131,7 @@ class TrainReport(Record):
     inputs: str
     """Names model, rows, settings and seed by content."""
     rows: int
-    """Rows that were given."""
+    """Rows, or pairs, that were given."""
     trained: int
     """Rows that were trained on."""
     dropped: int
@@ -103,9 +146,9 @@ class TrainReport(Record):
     first_loss: float
     last_loss: float
     loss_curve: tuple[tuple[int, float], ...]
-    """Mean loss of a completion token, step by step."""
+    """Mean loss of a completion token, or of a pair, step by step."""
     loss_before: dict[str, float]
-    """Mean loss of a completion token on a few rows of each kind, before training."""
+    """The same on a few rows of each kind, before training."""
     loss_after: dict[str, float]
     """The same after training, on the same rows."""
     seconds: float
@@ -116,11 +159,13 @@ class TrainReport(Record):
     """The largest resident memory of the process up to the end of training."""
     resumed_from: int
     """The step of the checkpoint that training went on from; 0 where it was not interrupted."""
+    ranks: RankReport | None = None
+    """Of training on pairs."""
 
 
 def train(
     model: Model,
-    examples: Sequence[Example],
+    rows: TrainingRows,
     settings: TrainSettings,
     seed: int,
     folder: Path,
@@ -129,29 +174,36 @@ def train(
     """Fine-tune a model and write the adapter, its card and the report into a folder.
 
     Raises:
-        TrainingError: no rows, too many of them unusable, a tracker that is not installed, or a
-            loss that is not a number.
+        TrainingError: no rows, too many of them unusable, a tracker that is not installed,
+            pairs where all weights are to be trained, or a loss that is not a number.
         ModelError: the weights cannot be loaded.
     """
-    inputs = input_digest(model, examples, settings, seed)
+    inputs = input_digest(model, rows, settings, seed)
     report = finished(folder, inputs)
     if report is None:
         renderer = Renderer.for_model(model)
-        rows = usable_rows(renderer, examples, settings)
+        usable = usable_rows(renderer, rows, settings)
         _check_trackers(settings)
-        report = _train(Job(model, renderer, rows, settings, seed, folder, inputs), notify)
+        report = _train(Job(model, renderer, usable, settings, seed, folder, inputs), notify)
         # Trainer and its callbacks hold each other, and the model with them.
         gc.collect()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return report
 
 
-def input_digest(
-    model: Model, examples: Sequence[Example], settings: TrainSettings, seed: int
-) -> str:
+def input_digest(model: Model, rows: TrainingRows, settings: TrainSettings, seed: int) -> str:
     """What names a training by content: equal inputs, equal adapter."""
-    rows = [example.id for example in examples]
-    return digest([FORMAT, model.digest, rows, settings.model_dump(mode="json"), seed])
+    used = settings.model_dump(mode="json", exclude={_unused(_are_pairs(rows))})
+    return digest([FORMAT, model.digest, [row.id for row in rows], used, seed])
+
+
+def _are_pairs(rows: TrainingRows) -> TypeGuard[Sequence[Pair]]:
+    return bool(rows) and isinstance(rows[0], Pair)
+
+
+def _unused(on_pairs: bool) -> str:
+    """The setting that a training does not depend on."""
+    return "learning_rate" if on_pairs else "preferences"
 
 
 def finished(folder: Path, inputs: str) -> TrainReport | None:
@@ -165,14 +217,24 @@ def finished(folder: Path, inputs: str) -> TrainReport | None:
 
 
 def usable_rows(
-    renderer: Renderer, examples: Sequence[Example], settings: TrainSettings
-) -> Rows:
-    """The rows as tokens.
+    renderer: Renderer, given: TrainingRows, settings: TrainSettings
+) -> Rows[Row] | Rows[PairRow]:
+    """The rows, or pairs, as tokens.
 
     Raises:
-        TrainingError: there are none, or a larger share than `max_dropped` is unusable.
+        TrainingError: there are none, or a larger share than `max_dropped` is unusable, or
+            there are pairs for a training of all weights.
     """
-    rows = render_rows(renderer, examples, settings.max_length)
+    rows: Rows[Row] | Rows[PairRow]
+    if _are_pairs(given):
+        if settings.adapter == "full":
+            raise TrainingError(
+                "train.adapter: expected lora for training on preference pairs, found full. "
+                "The reference that DPO compares with is the model without its adapter."
+            )
+        rows = render_pairs(renderer, given, settings.max_length)
+    else:
+        rows = render_rows(renderer, cast("Sequence[Example]", given), settings.max_length)
     harmed = rows.dropped + rows.truncated
     if not rows.kept or harmed > settings.max_dropped * rows.given:
         raise TrainingError(
@@ -205,7 +267,7 @@ class Job:
 
     model: Model
     renderer: Renderer
-    rows: Rows
+    rows: Rows[Row] | Rows[PairRow]
     settings: TrainSettings
     seed: int
     folder: Path
@@ -216,6 +278,17 @@ class Job:
         """Named by the inputs, so that those of another training are never gone on from."""
         return self.folder / CHECKPOINTS / self.inputs
 
+    @property
+    def on_pairs(self) -> bool:
+        """Whether this is preference training."""
+        return isinstance(self.rows.kept[0], PairRow)
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the kind of training that this is."""
+        own = self.settings.preferences.learning_rate
+        return own if self.on_pairs else self.settings.learning_rate
+
 
 def _train(job: Job, notify: Notify | None) -> TrainReport:
     from accelerate import PartialState
@@ -224,24 +297,33 @@ def _train(job: Job, notify: Notify | None) -> TrainReport:
 
     with PartialState().main_process_first():
         _clear(job)
-    loss, order = _prepare(job), in_order(job.rows.kept, job.settings.epochs, job.seed)
-    trainer = _trainer(job, loss, order, notify)
-    with fast_layers(loss):
-        before = _losses(job, loss)
+    completion, arguments = _prepare(job), _arguments(job)
+    # Trainer would move it too, but the reference is measured first.
+    completion.to(arguments.device)
+    with fast_layers(completion):
+        started = time.monotonic()
+        loss, rows = _objective(job, completion)
+        reference_seconds = time.monotonic() - started
+        order: list[Any] = in_order(rows, job.settings.epochs, job.seed)
+        trainer = _trainer(loss, arguments, order, notify)
+        sample = sample_by_kind(rows, MEASURED_PAIRS if job.on_pairs else MEASURED_ROWS)
+        before = _losses(loss, sample)
         resumed_from = trainer.train_or_resume()
         seconds = trainer.seconds
-        after = _losses(job, loss)
+        after = _losses(loss, sample)
+        ranks = _ranks(loss, sample, reference_seconds) if job.on_pairs else None
     report = _report(
         job,
         _curve(trainer),
         loss_before=before,
         loss_after=after,
         seconds=round(seconds, 1),
-        tokens_per_second=round(sum(len(row.ids) for row in order) / seconds, 1),
+        tokens_per_second=round(_tokens(order) / seconds, 1),
         resumed_from=resumed_from,
+        ranks=ranks,
     )
     if trainer.is_world_process_zero():
-        _save(job, loss, report)
+        _save(job, completion, report)
     trainer.accelerator.wait_for_everyone()
     return report
 
@@ -273,15 +355,29 @@ def _prepare(job: Job) -> "CompletionLoss":
     return with_adapter(lm, settings.rank, settings.alpha, job.seed)
 
 
+def _objective(job: Job, completion: "CompletionLoss") -> tuple[Any, Sequence[Any]]:
+    """The loss, and what it is a loss of: rows, or pairs with the margins of the reference."""
+    if not job.on_pairs:
+        return completion, job.rows.kept
+    from misstep.training.preference import PreferenceLoss, with_reference
+
+    loss = PreferenceLoss(completion, job.settings.preferences.beta)
+    pairs = cast("Sequence[PairRow]", job.rows.kept)
+    return loss, with_reference(loss, pairs, _micro_tokens())
+
+
 def _trainer(
-    job: Job, loss: "CompletionLoss", order: Sequence[Row], notify: Notify | None
+    loss: "CompletionLoss | PreferenceLoss",
+    arguments: "TrainingArguments",
+    order: Sequence[Any],
+    notify: Notify | None,
 ) -> "CompletionTrainer":
     from misstep.training.trainer import Checkpoints, CompletionTrainer, Steps
 
     tell = notify or (lambda *_: None)
     return CompletionTrainer(
         loss,
-        _arguments(job),
+        arguments,
         order,
         _micro_tokens(),
         [
@@ -303,7 +399,7 @@ def _arguments(job: Job) -> "TrainingArguments":
         train_sampling_strategy="sequential",
         per_device_train_batch_size=settings.batch_size,
         accelerator_config={"split_batches": True},
-        learning_rate=settings.learning_rate,
+        learning_rate=job.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
@@ -328,11 +424,31 @@ def _micro_tokens() -> int:
     return MICRO_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
 
 
-def _losses(job: Job, loss: "CompletionLoss") -> dict[str, float]:
+def _losses(loss: Any, sample: dict[str, list[Any]]) -> dict[str, float]:
     from misstep.training.loss import mean_loss
 
-    sample = sample_by_kind(job.rows.kept, MEASURED_ROWS)
     return {k: round(mean_loss(loss, rows, _micro_tokens()), 4) for k, rows in sample.items()}
+
+
+def _ranks(loss: Any, sample: dict[str, list[PairRow]], seconds: float) -> RankReport:
+    from misstep.training.preference import margins
+
+    before = {kind: [pair.reference for pair in pairs] for kind, pairs in sample.items()}
+    after = {kind: margins(loss, pairs, _micro_tokens()) for kind, pairs in sample.items()}
+    gains = {
+        kind: [a - b for a, b in zip(after[kind], before[kind], strict=True)] for kind in sample
+    }
+    return RankReport(
+        likelier_before={kind: _positive(found) for kind, found in before.items()},
+        likelier_after={kind: _positive(found) for kind, found in after.items()},
+        gained={kind: _positive(found) for kind, found in gains.items()},
+        gain={kind: round(fmean(found), 4) for kind, found in gains.items()},
+        reference_seconds=round(seconds, 1),
+    )
+
+
+def _positive(numbers: Sequence[float]) -> float:
+    return round(fmean(number > 0 for number in numbers), 4)
 
 
 def _curve(trainer: "CompletionTrainer") -> list[tuple[int, float]]:
@@ -348,8 +464,8 @@ def _report(job: Job, curve: list[tuple[int, float]], **measured: Any) -> TrainR
         trained=len(kept),
         dropped=job.rows.dropped,
         truncated=job.rows.truncated,
-        tokens=sum(len(row.ids) for row in kept),
-        completion_tokens=sum(row.learned for row in kept),
+        tokens=_tokens(kept),
+        completion_tokens=sum(row.learned for unit in kept for row in unit.lines),
         steps=len(curve),
         first_loss=curve[0][1],
         last_loss=curve[-1][1],
@@ -357,6 +473,10 @@ def _report(job: Job, curve: list[tuple[int, float]], **measured: Any) -> TrainR
         peak_memory_mb=_peak_memory_mb(),
         **measured,
     )
+
+
+def _tokens(units: Sequence[Row] | Sequence[PairRow]) -> int:
+    return sum(len(row.ids) for unit in units for row in unit.lines)
 
 
 def _peak_memory_mb() -> int:
@@ -379,8 +499,11 @@ def _save(job: Job, loss: "CompletionLoss", report: TrainReport) -> None:
 
 def model_card(base: str, settings: TrainSettings, report: TrainReport) -> str:
     """The card of an adapter: what it is based on, and how it was trained."""
-    lora = settings.adapter == "lora"
-    values = settings.model_dump(exclude={"adapter", "report_to", "max_dropped"})
+    lora, what = settings.adapter == "lora", "pairs" if report.ranks else "rows"
+    on_pairs = report.ranks is not None
+    values = settings.model_dump(exclude={"adapter", "report_to", "max_dropped", "preferences"})
+    if on_pairs:
+        values |= settings.preferences.model_dump()
     if not lora:
         values = {k: v for k, v in values.items() if k not in ("rank", "alpha")}
     losses = [
@@ -393,21 +516,22 @@ def model_card(base: str, settings: TrainSettings, report: TrainReport) -> str:
             f"base_model: {json.dumps(base)}",
             f"library_name: {'peft' if lora else 'transformers'}",
             "pipeline_tag: text-generation",
-            f"tags: [misstep, {'lora' if lora else 'full-fine-tune'}]",
+            f"tags: [misstep, {'lora' if lora else 'full-fine-tune'}{', dpo' * on_pairs}]",
             "---",
             "",
-            f"# {base}, trained on {report.trained} rows with misstep",
+            f"# {base}, trained on {report.trained} {what} with misstep",
             "",
             "Loss fell on completions only. "
+            + "Direct preference optimisation (arXiv 2305.18290). " * on_pairs
             + ("A LoRA adapter on all linear layers." if lora else "All weights were trained."),
             "",
-            "| mean loss of a completion token | before | after |",
+            f"| mean loss of a {'pair' if on_pairs else 'completion token'} | before | after |",
             "|---|---|---|",
             *losses,
             "",
             f"{report.steps} steps, {report.tokens:,} tokens an epoch, of them "
-            f"{report.completion_tokens:,} learned. Rows given {report.rows}, dropped "
-            f"{report.dropped}, cut {report.truncated}.",
+            f"{report.completion_tokens:,} learned. {what.capitalize()} given {report.rows}, "
+            f"dropped {report.dropped}, cut {report.truncated}.",
             "",
             *(f"- {key.replace('_', ' ')}: {value}" for key, value in values.items()),
             f"- misstep {__version__}, inputs `{report.inputs}`",

@@ -9,19 +9,21 @@ one does not hold, the model's own logits are used.
 This module knows torch and a causal language model; it knows no adapter, optimiser or record.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from misstep.training.rows import Row, micro_batches
+from misstep.training.rows import Row, Unit, micro_batches
 
 LOGITS_AT_ONCE = 2**23
 """Elements: 32 MB in fp32, which a processor's cache may hold."""
 
 MicroBatch = dict[str, Tensor]
-"""`ids`, one row a line; `positions` in the flattened lines that predict; their `targets`."""
+"""`ids`, one row a line; `positions` in the flattened lines that predict; their `targets`; and
+their `owners`, the rows as given, by number."""
 
 
 def collate(rows: Sequence[Row]) -> MicroBatch:
@@ -31,15 +33,18 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     positions: list[int] = []
     targets: list[int] = []
+    owners: list[int] = []
     for line, row in enumerate(rows):
         ids[line, : len(row.ids)] = torch.tensor(row.ids)
         first = line * width + row.prompt_length - 1
         positions.extend(range(first, first + row.learned))
         targets.extend(row.ids[row.prompt_length :])
+        owners.extend([line] * row.learned)
     return {
         "ids": ids,
         "positions": torch.tensor(positions),
         "targets": torch.tensor(targets),
+        "owners": torch.tensor(owners),
     }
 
 
@@ -62,22 +67,40 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
         """The language model itself, with the adapter's layers in it."""
         return self._lm[0]
 
-    def forward(
+    def forward(self, **batch: Tensor) -> Tensor:
+        """The loss summed over the targets, in fp32."""
+        return self.row_losses(**batch).sum()
+
+    def count(self, batch: MicroBatch) -> int:
+        """What the loss is a mean over: completion tokens."""
+        return len(batch["targets"])
+
+    def row_losses(
+        self, ids: Tensor, positions: Tensor, targets: Tensor, owners: Tensor, **layout: Tensor
+    ) -> Tensor:
+        """Each row's loss, summed over its targets; `layout` is the model's own affair.
+
+        It is the negative log-probability of the row's completion.
+        """
+        losses = self._token_losses(ids, positions, targets, **layout)
+        # Every row has a target, so the last owner is the last row.
+        return losses.new_zeros(int(owners.max()) + 1).index_add(0, owners, losses)
+
+    def _token_losses(
         self, ids: Tensor, positions: Tensor, targets: Tensor, **layout: Tensor
     ) -> Tensor:
-        """The loss summed over the targets, in fp32; `layout` is the model's own affair."""
         lm = self.lm
         if not self.skips_logits:
             logits = lm(input_ids=ids, use_cache=False, **layout).logits.flatten(0, 1)[
                 positions
             ]
-            return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+            return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         body = lm.get_decoder()(input_ids=ids, use_cache=False, **layout)
         hidden = body.last_hidden_state.flatten(0, 1)[positions]
-        loss: Tensor = ChunkedCrossEntropy.apply(
+        losses: Tensor = ChunkedCrossEntropy.apply(
             hidden, lm.get_output_embeddings().weight, targets
         )
-        return loss
+        return losses
 
 
 def skips_logits(lm: Any) -> bool:
@@ -108,34 +131,48 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool(difference <= 1e-3 * expected.abs().max())
 
 
-def mean_loss(loss: CompletionLoss, rows: Sequence[Row], micro_tokens: int) -> float:
-    """The mean loss of a completion token, without dropout and without gradient."""
-    was_training = loss.training
-    loss.eval()
-    device = next(loss.parameters()).device
+def mean_loss(loss: Any, rows: Sequence[Unit], micro_tokens: int) -> float:
+    """The mean loss of a completion token, or of a pair; without dropout and gradient."""
     total, count = 0.0, 0
-    for group in micro_batches(rows, micro_tokens):
-        batch = {name: tensor.to(device) for name, tensor in loss.collate(group).items()}
-        with torch.no_grad():
+    with without_gradient(loss):
+        for group in micro_batches(rows, micro_tokens):
+            batch = on_device(loss, group)
             total += loss(**batch).item()
-        count += len(batch["targets"])
-    loss.train(was_training)
+            count += loss.count(batch)
     return total / count
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
-    """Summed cross-entropy of `hidden @ weight.T`, whose gradient is made on the way forward.
+@contextmanager
+def without_gradient(loss: nn.Module) -> Iterator[None]:
+    """Measure inside this context: no dropout, no gradient."""
+    was_training = loss.training
+    loss.eval()
+    with torch.no_grad():
+        yield
+    loss.train(was_training)
 
-    So each chunk's logits are computed once and overwritten by their gradient.
+
+def on_device(loss: Any, group: Sequence[Unit]) -> MicroBatch:
+    """A micro-batch where the loss's weights are."""
+    device = next(loss.parameters()).device
+    return {name: tensor.to(device) for name, tensor in loss.collate(group).items()}
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
+    """Cross-entropy of `hidden @ weight.T`, whose gradient is made on the way forward.
+
+    So each chunk's logits are computed once and overwritten by their gradient. The gradient of
+    `weight` is summed there, before it is known what each target's loss counts for: all must
+    count alike where `weight` is trained.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """The loss; keeps the gradients of what needs one."""
+        """The loss of each target; keeps the gradients of what needs one."""
         wants_hidden, wants_weight, _ = ctx.needs_input_grad
         by_hidden = torch.empty_like(hidden) if wants_hidden else None
         by_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_empty(len(targets), dtype=torch.float32)
         for part in torch.arange(len(targets)).split(max(1, LOGITS_AT_ONCE // len(weight))):
             chunk = slice(int(part[0]), int(part[-1]) + 1)
             logits = hidden[chunk] @ weight.t()
@@ -143,7 +180,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             logs = torch.log_softmax(logits.float(), dim=-1)
             wanted = targets[chunk].unsqueeze(1)
             found = logs.gather(1, wanted)
-            total -= found.sum()
+            losses[chunk] = -found.squeeze(1)
             if by_hidden is None and by_weight is None:
                 continue
             gradient = logs.exp_().scatter_add_(1, wanted, torch.full_like(found, -1.0))
@@ -153,15 +190,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
             if by_weight is not None:
                 by_weight += gradient.t() @ hidden[chunk]
         ctx.gradients, ctx.weight_dtype = (by_hidden, by_weight), weight.dtype
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """The kept gradients, scaled."""
         by_hidden, by_weight = ctx.gradients
         scale = above[0]
+        assert by_weight is None or bool((scale == scale[0]).all())
         return (
-            None if by_hidden is None else by_hidden * scale,
-            None if by_weight is None else (by_weight * scale).to(ctx.weight_dtype),
+            None if by_hidden is None else (by_hidden * scale[:, None]).to(by_hidden.dtype),
+            None if by_weight is None else (by_weight * scale[0]).to(ctx.weight_dtype),
             None,
         )

@@ -6,8 +6,9 @@ This module knows token numbers and how long rows are; it loads no library and k
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from misstep.records import Example
+from misstep.records import Example, Pair
 from misstep.rendering import Renderer
 
 GROUP_COST = 256
@@ -28,20 +29,50 @@ class Row:
         """How many tokens are targets."""
         return len(self.ids) - self.prompt_length
 
+    @property
+    def lines(self) -> tuple["Row", ...]:
+        """What must be in one micro-batch: the row alone."""
+        return (self,)
+
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows that can be trained on, and how many cannot, or not whole."""
+class PairRow:
+    """Two rows of one prompt, of which the first is to become the likelier one."""
 
-    kept: tuple[Row, ...]
+    chosen: Row
+    rejected: Row
+    reference: float = 0.0
+    """By how much the chosen completion's log-probability exceeds the rejected one's before
+    training."""
+
+    @property
+    def kind(self) -> str:
+        """Both rows are of one kind."""
+        return self.chosen.kind
+
+    @property
+    def lines(self) -> tuple[Row, ...]:
+        """What must be in one micro-batch: both rows."""
+        return self.chosen, self.rejected
+
+
+Unit = TypeVar("Unit", bound=Row | PairRow)
+"""What training takes whole: a row, or the two rows of a pair."""
+
+
+@dataclass(frozen=True)
+class Rows(Generic[Unit]):
+    """The rows, or pairs, that can be trained on, and how many cannot, or not whole."""
+
+    kept: tuple[Unit, ...]
     given: int
     dropped: int
     """Rows without a completion, or whose whole completion lies beyond the longest length."""
     truncated: int
-    """Kept rows that lost the end of their completion, the end token with it."""
+    """Kept rows that lost the end of a completion, the end token with it."""
 
 
-def render_rows(renderer: Renderer, examples: Sequence[Example], max_length: int) -> Rows:
+def render_rows(renderer: Renderer, examples: Sequence[Example], max_length: int) -> Rows[Row]:
     """Render every example; prompts are never shortened, completions only at their end."""
     rendered = [renderer.example(e.messages, e.completion, e.prefill) for e in examples]
     kept: list[Row] = []
@@ -54,31 +85,49 @@ def render_rows(renderer: Renderer, examples: Sequence[Example], max_length: int
     return Rows(tuple(kept), len(rendered), len(rendered) - len(kept), truncated)
 
 
-def in_order(rows: Sequence[Row], epochs: float, seed: int) -> list[Row]:
+def render_pairs(renderer: Renderer, pairs: Sequence[Pair], max_length: int) -> Rows[PairRow]:
+    """Render every pair; one whose halves are equal within `max_length` teaches nothing."""
+    kept: list[PairRow] = []
+    truncated = 0
+    for pair in pairs:
+        examples = [
+            Example(messages=pair.messages, completion=completion, kind=pair.kind)
+            for completion in (pair.chosen, pair.rejected)
+        ]
+        both = render_rows(renderer, examples, max_length)
+        if both.dropped or both.kept[0] == both.kept[1]:
+            continue
+        truncated += both.truncated > 0
+        kept.append(PairRow(both.kept[0], both.kept[1]))
+    return Rows(tuple(kept), len(pairs), len(pairs) - len(kept), truncated)
+
+
+def in_order(rows: Sequence[Unit], epochs: float, seed: int) -> list[Unit]:
     """The rows as training meets them: every epoch is a shuffle of its own."""
     wanted = max(1, round(len(rows) * epochs))
     shuffler = random.Random(seed)
-    order: list[Row] = []
+    order: list[Unit] = []
     while len(order) < wanted:
         order += shuffler.sample(rows, len(rows))
     return order[:wanted]
 
 
-def micro_batches(rows: Sequence[Row], most: int) -> list[list[Row]]:
+def micro_batches(rows: Sequence[Unit], most: int) -> list[list[Unit]]:
     """Split rows into groups of similar length that hold at most `most` padded tokens.
 
     The split is the cheapest one, where a group costs its padded tokens and `GROUP_COST` more.
-    A row longer than `most` is a group of its own.
+    A row longer than `most` is a group of its own. Pairs are not parted.
     """
-    by_length = sorted(rows, key=lambda row: len(row.ids))
+    by_length = sorted(rows, key=longest)
     costs, starts = [0], [0]
     for end in range(1, len(by_length) + 1):
-        width = len(by_length[end - 1].ids)
+        last = by_length[end - 1]
+        width = longest(last) * len(last.lines)
         fitting = [s for s in range(end) if s == end - 1 or (end - s) * width <= most]
         start = min(fitting, key=lambda s: costs[s] + (end - s) * width)
         costs.append(costs[start] + (end - start) * width + GROUP_COST)
         starts.append(start)
-    groups: list[list[Row]] = []
+    groups: list[list[Unit]] = []
     end = len(by_length)
     while end:
         groups.append(by_length[starts[end] : end])
@@ -86,7 +135,12 @@ def micro_batches(rows: Sequence[Row], most: int) -> list[list[Row]]:
     return groups
 
 
-def sample_by_kind(rows: Sequence[Row], most: int) -> dict[str, list[Row]]:
+def longest(unit: Row | PairRow) -> int:
+    """Tokens of a row, or of the longer row of a pair."""
+    return max(len(row.ids) for row in unit.lines)
+
+
+def sample_by_kind(rows: Sequence[Unit], most: int) -> dict[str, list[Unit]]:
     """At most `most` rows of each kind, evenly spread over the rows as given."""
     kinds = sorted({row.kind for row in rows})
     of = {kind: [row for row in rows if row.kind == kind] for kind in kinds}

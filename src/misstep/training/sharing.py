@@ -49,7 +49,8 @@ def collate_shared(rows: Sequence[Row]) -> MicroBatch:
     `ids` and `position_ids` are (1, tokens); `rows` (rows, longest) says which token of the
     line stands where in a row; `first` (tokens) where in the flattened rows a token is first.
     """
-    ordered = sorted(rows, key=lambda row: row.ids)
+    numbers = sorted(range(len(rows)), key=lambda number: rows[number].ids)
+    ordered = [rows[number] for number in numbers]
     longest = max(len(row.ids) for row in ordered)
     ids: list[int] = []
     depths: list[int] = []
@@ -73,6 +74,7 @@ def collate_shared(rows: Sequence[Row]) -> MicroBatch:
         "ids": torch.tensor(ids).unsqueeze(0),
         "positions": torch.tensor(positions),
         "targets": torch.tensor(targets),
+        "owners": torch.tensor([n for n in numbers for _ in range(rows[n].learned)]),
         "position_ids": torch.tensor(depths).unsqueeze(0),
         "rows": table,
         "first": torch.tensor(first),

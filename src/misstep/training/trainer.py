@@ -1,10 +1,10 @@
 """The training loop: transformers' Trainer, with steps of whole rows and checkpoints that hold.
 
 One step takes `batch_size` rows whatever their length; each process splits its share into
-micro-batches, and the loss is the mean over all completion tokens of the step. A checkpoint
-counts only with its marker, written last, so a killed process leaves none that is torn. It
-holds what is trained as safetensors, and optimiser, scheduler and random state, which Trainer
-reads with `weights_only`: nothing in it can execute code.
+micro-batches, and the loss is the mean over all completion tokens of the step, or over its
+pairs. A checkpoint counts only with its marker, written last, so a killed process leaves none
+that is torn. It holds what is trained as safetensors, and optimiser, scheduler and random
+state, which Trainer reads with `weights_only`: nothing in it can execute code.
 
 This module knows Trainer; it knows no record, no recipe and no folder but the checkpoints'.
 """
@@ -25,7 +25,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from misstep.errors import TrainingError
 from misstep.records import write_text
 from misstep.training.loss import CompletionLoss, MicroBatch
-from misstep.training.rows import Row, micro_batches
+from misstep.training.preference import PreferenceLoss
+from misstep.training.rows import PairRow, Row, micro_batches
 
 MARKER = "complete.json"
 WEIGHTS = "trained.safetensors"
@@ -34,13 +35,13 @@ STEPS_BETWEEN_CHECKPOINTS = 50
 
 
 class CompletionTrainer(Trainer):  # type: ignore[misc]
-    """Trains a `CompletionLoss` on rows, in the order in which they are given."""
+    """Trains a loss on its rows, or on its pairs, in the order in which they are given."""
 
     def __init__(
         self,
-        model: CompletionLoss,
+        model: CompletionLoss | PreferenceLoss,
         args: TrainingArguments,
-        rows: Sequence[Row],
+        rows: Sequence[Row] | Sequence[PairRow],
         micro_tokens: int,
         callbacks: list[TrainerCallback],
     ) -> None:
@@ -53,6 +54,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             },
             callbacks=callbacks,
         )
+        self.count = model.count
         self.remove_callback(PrinterCallback)
         self.seconds_before = 0.0
         self._started = time.monotonic()
@@ -77,9 +79,9 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         """Forward and backward of all micro-batches of one step."""
         model.train()
         micro = [self._prepare_inputs(batch) for batch in inputs["micro"]]
-        targets = torch.tensor(sum(len(b["targets"]) for b in micro), device=self.args.device)
+        count = torch.tensor(sum(map(self.count, micro)), device=self.args.device)
         # DDP averages gradients over the processes; the loss is to be summed over them.
-        scale = self.args.world_size / self.accelerator.reduce(targets, "sum").float()
+        scale = self.args.world_size / self.accelerator.reduce(count, "sum").float()
         total = torch.zeros((), device=self.args.device)
         for batch in micro[:-1]:
             with self.accelerator.no_sync(model):
@@ -88,7 +90,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         if not math.isfinite(total.item()):
             raise TrainingError(
                 f"training, step {self.state.global_step + 1}: the loss is {total.item()}, "
-                "expected a finite number. Lower train.learning_rate."
+                "expected a finite number. Lower train.learning_rate, or for pairs "
+                "train.preferences.learning_rate."
             )
         return total
 
