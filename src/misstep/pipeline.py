@@ -49,7 +49,7 @@ from misstep.sources import check_source, load_mistakes, load_prompts, source_di
 from misstep.stages.analyse import analyse
 from misstep.stages.base import Yield
 from misstep.stages.evaluate import Table, judge_answers
-from misstep.stages.induce import Induced, NoMistakeError, confirm, induce
+from misstep.stages.induce import Induced, NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
 from misstep.stages.train import TrainReport, input_digest, train
@@ -336,9 +336,10 @@ class Run:
         return len({m.prompt.id for m in mistakes}) / max(1, len(self.inputs.prompts))
 
     def _keep_mistakes(self, mistakes: list[Mistake], counts: Yield) -> list[Mistake]:
-        write_jsonl(self.folder / "mistakes.jsonl", mistakes)
+        kept = some_mistakes(mistakes, self.config.mistakes.limit, self.config.seed)
+        write_jsonl(self.folder / "mistakes.jsonl", kept)
         self._yield("induce", counts)
-        return mistakes
+        return kept
 
     def analyse(self, mistakes: list[Mistake]) -> list[Analysis]:
         """Analyse the mistakes, into analyses.jsonl."""

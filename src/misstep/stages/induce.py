@@ -32,6 +32,9 @@ class InduceSettings(Settings):
     max_tokens: Annotated[int, Field(ge=1)] = 64
     per_prompt: Annotated[int, Field(ge=1)] = 1
     """Different mistakes kept for one prompt (`induced`)."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """So many mistakes at most are gone on with, drawn by the seed; a smaller limit draws a part
+    of what a larger one draws."""
 
 
 class NoMistakeError(RunError):
@@ -95,6 +98,15 @@ def confirm(candidates: Sequence[Mistake], judge: Judge) -> Induced:
             reasons.append("no mistake in the judge's eyes")
     confirmed = sum(mistake.confirmed for mistake in kept)
     return Induced(kept, Yield.of(len(candidates), 0, confirmed, reasons))
+
+
+def some_mistakes(mistakes: Sequence[Mistake], limit: int | None, seed: int) -> list[Mistake]:
+    """At most `limit` mistakes, in their order; confirmed ones before candidates."""
+    if limit is None or len(mistakes) <= limit:
+        return list(mistakes)
+    drawn = sorted(mistakes, key=lambda m: (not m.confirmed, derive_seed(seed, m.id)))
+    kept = {mistake.id for mistake in drawn[:limit]}
+    return [mistake for mistake in mistakes if mistake.id in kept]
 
 
 def _request(
