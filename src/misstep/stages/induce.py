@@ -33,7 +33,7 @@ class InduceSettings(Settings):
     per_prompt: Annotated[int, Field(ge=1)] = 1
     """Different mistakes kept for one prompt (`induced`)."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """So many mistakes at most are gone on with, drawn by the seed; a smaller limit draws a part
+    """So many mistakes at most are used, drawn by the seed; a smaller limit draws a part
     of what a larger one draws."""
 
 
