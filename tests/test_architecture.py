@@ -15,6 +15,7 @@ import pytest
 import misstep
 from misstep.config import load_recipe
 from misstep.policy import load_policy, shipped
+from misstep.study_config import load_study_recipe
 
 PACKAGE = Path(misstep.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -160,7 +161,7 @@ def test_every_module_says_what_it_is() -> None:
     assert [name for name, tree in MODULES.items() if not ast.get_docstring(tree)] == []
 
 
-@pytest.mark.parametrize("module", ["misstep.cli", "misstep.config"])
+@pytest.mark.parametrize("module", ["misstep.cli", "misstep.config", "misstep.study_config"])
 def test_the_command_starts_without_heavy_libraries(module: str) -> None:
     code = f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
@@ -175,4 +176,5 @@ def test_shipped_policies_load_under_their_file_names(name: str) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path: Path) -> None:
-    assert load_policy(load_recipe(path).policy)
+    load = load_study_recipe if path.stem.startswith("study") else load_recipe
+    assert load_policy(load(path).policy)

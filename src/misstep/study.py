@@ -265,7 +265,7 @@ def _cases(work: Work, scores: list[Score]) -> list[Case]:
     return [Case(*case) for case in zip(unguided, guided, *said, strict=True)]
 
 
-def study(recipe: Path, out: Path | None, overrides: list[str], progress: Progress) -> Path:
+def run_study(recipe: Path, out: Path | None, overrides: list[str], progress: Progress) -> Path:
     """Make a study and give its directory.
 
     Raises:
