@@ -13,9 +13,10 @@ from typing import NamedTuple
 import pytest
 
 import misstep
-from misstep.config import load_recipe
+from misstep.comparison import load_cells
+from misstep.config import RunConfig, load_recipe
 from misstep.policy import load_policy, shipped
-from misstep.study_config import load_study_recipe
+from misstep.study_config import StudyConfig, load_study_recipe
 
 PACKAGE = Path(misstep.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -176,5 +177,13 @@ def test_shipped_policies_load_under_their_file_names(name: str) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path: Path) -> None:
-    load = load_study_recipe if path.stem.startswith("study") else load_recipe
-    assert load_policy(load(path).policy)
+    assert all(load_policy(config.policy) for config in configs(path))
+
+
+def configs(path: Path) -> list[RunConfig] | list[StudyConfig]:
+    """What a recipe becomes; its kind is what its file's name begins with."""
+    if path.stem.startswith("study"):
+        return [load_study_recipe(path)]
+    if path.stem.startswith("compare"):
+        return [cell.config for cell in load_cells(path)]
+    return [load_recipe(path)]

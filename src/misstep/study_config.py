@@ -4,14 +4,14 @@ Unknown keys are refused, and overrides are checked like the file, as in the rec
 Knows no model; nothing here loads or runs anything.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from misstep.config import _parse_override, _without
-from misstep.documents import KeyPath, check, read_yaml
+from misstep.config import read_recipe
+from misstep.documents import check
 from misstep.errors import RecipeError
 from misstep.sources import Source
 from misstep.stages.base import Settings
@@ -60,24 +60,5 @@ def load_study_recipe(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         RecipeError: a line for each fault: file, line, key, what was expected, what was found.
     """
-    data, lines = _read_recipe(path, overrides)
+    data, lines = read_recipe(path, overrides)
     return check(StudyConfig, data, RecipeError, str(path), lines)
-
-
-def _read_recipe(
-    path: Path, overrides: Sequence[str]
-) -> tuple[dict[str, Any], Mapping[KeyPath, int]]:
-    data, lines = read_yaml(path, RecipeError)
-    data.setdefault("name", path.stem)
-    for override in overrides:
-        keys, value = _parse_override(override)
-        place = data
-        for key in map(str, keys[:-1]):
-            # A section that is written without keys is an empty one.
-            place[key] = {} if place.get(key) is None else place[key]
-            place = place[key]
-            if not isinstance(place, dict):
-                raise RecipeError(f"--set {override}: '{key}' has no keys below it.")
-        place[str(keys[-1])] = value
-        lines = _without(lines, keys)
-    return data, lines
