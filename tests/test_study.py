@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,29 @@ def test_the_page_and_the_markdown_hold_the_numbers(bench: Bench) -> None:
     assert "| cynic | analysing | no | 40.0" in markdown
     assert "10 unscored" in markdown
     assert "| learner | no | 0 | 0 | 4 | 0 | 0 | 6 | 0 |" in markdown
+
+
+def test_model_text_stays_inert_and_elements_are_balanced(bench: Bench) -> None:
+    evil = "</div></article><script>alert(1)</script> hijacked"
+    bench.engines["cynic"].script = lambda request: evil
+    bench.run()
+    html = (bench.folder / "out" / "study.html").read_text()
+    assert "&lt;script&gt;" in html and "<script" not in html
+    open_tags: list[str] = []
+
+    class Balance(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in {"meta", "link", "br"}:
+                open_tags.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: object) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert open_tags.pop() == tag
+
+    Balance().feed(html)
+    assert open_tags == []
 
 
 def test_the_command_prints_a_table_and_the_report_command_writes_the_page_anew(

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -169,6 +170,7 @@ class StudyRun:
         self.progress = progress
         self.manifest = StudyManifest(folder, inputs)
         self.scratch = folder / "scratch"
+        self._said: set[str] = set()
         if self.manifest.changed:
             progress.say(
                 f"The recipe has changed since the last time: "
@@ -203,13 +205,15 @@ class StudyRun:
     def _work(self, name: str, model: Model) -> Work:
         config, policy = self.config, self.inputs.policy
         settings = RespondSettings(**config.respond.model_dump())
-        with self._engine(model, name) as engine:
+        with self._engine(model) as engine:
             with self.manifest.stage("respond"):
+                engine.notify = partial(self.progress.update, f"{name}: answering")
                 answers, guided_answers = (
                     respond(self.inputs.prompts, policy, engine, settings, guided, config.seed)
                     for guided in (False, True)
                 )
             with self.manifest.stage("analyse"):
+                engine.notify = partial(self.progress.update, f"{name}: analysing")
                 analyses, guided_analyses = (
                     discriminate(
                         name, answers, policy, engine, config.analyse, guided, config.seed
@@ -223,7 +227,8 @@ class StudyRun:
         inputs = self.inputs
         # A rule asks no engine; the one that is given here to satisfy it is never loaded.
         model = inputs.judge or next(iter(inputs.models.values()))
-        with self.manifest.stage("judge"), self._engine(model, "judging") as engine:
+        with self.manifest.stage("judge"), self._engine(model) as engine:
+            engine.notify = partial(self.progress.update, "judging")
             judge = mistake_judge(inputs.policy, engine)
             scores = {
                 name: judge.score(work.answers + work.guided_answers)
@@ -249,12 +254,13 @@ class StudyRun:
         )
 
     @contextmanager
-    def _engine(self, model: Model, what: str) -> Iterator[CachedEngine]:
+    def _engine(self, model: Model) -> Iterator[CachedEngine]:
         """A cached engine that loads its model at the first answer that is not there yet."""
         chosen = choose(self.config.engine, model, None, self.scratch)
-        engine = CachedEngine(chosen.identity, chosen.open, self.folder / "cache.sqlite")
-        engine.notify = lambda done, total: self.progress.update(what, done, total)
-        with engine:
+        if chosen.why not in self._said:
+            self.progress.say(f"Engine: {chosen.why}")
+            self._said.add(chosen.why)
+        with CachedEngine(chosen.identity, chosen.open, self.folder / "cache.sqlite") as engine:
             yield engine
 
 
