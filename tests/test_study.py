@@ -181,8 +181,8 @@ def test_the_page_and_the_markdown_hold_the_numbers(bench: Bench) -> None:
     bench.run()
     out = bench.folder / "out"
     html, markdown = (out / "study.html").read_text(), study_markdown(out)
-    assert "Of 2 models, 0 told right from wrong more often" in html
-    assert "of 1 better and of 0 worse" in html
+    assert "answering for 0 and less often for 0; the guide made the analyses of 1" in html
+    assert "better than chance were 0 unguided and 1 guided." in html
     assert html.count('<article class="sample">') == 2 * 4
     assert "calls it a mistake" in html and "undecided" in html
     assert "http://" not in html and "https://" not in html and "<script" not in html

@@ -81,7 +81,8 @@ class Tested(NamedTuple):
         return (
             f"{self.model}, {TITLES[found.a]} against {TITLES[found.b]}: "
             f"{words.points(found.difference)} (95\u202f% interval {words.gap(found.low)} to "
-            f"{words.gap(found.high)}, adjusted p\u00a0{p})"
+            f"{words.gap(found.high)}, adjusted p\u00a0{p}, "
+            f"{words.sample_size(found.n)})"
         )
 
 
@@ -122,7 +123,7 @@ def write_study_report(folder: Path) -> Path:
     page = environment.get_template("study.html.j2").render(
         study=study,
         manifest=manifest,
-        headline=headline(tests, len(study.models)),
+        headline=headline(study, tests),
         tested=tests,
         panels=[_right(study), _balanced(study), _wins(study)],
         samples=list(_samples(folder)),
@@ -165,16 +166,27 @@ def tested(study: Study) -> list[Tested]:
     return [Tested(*pair, p) for pair, p in zip(found, adjusted, strict=True)]
 
 
-def headline(tests: list[Tested], models: int) -> str:
-    """What the study shows, in plain words."""
+def headline(study: Study, tests: list[Tested]) -> str:
+    """What the study shows, in plain words.
+
+    Accuracy can be had without looking, so the first words never stand without the last.
+    """
     telling = _tally(tests, "analysing/unguided", "answering/unguided")
     guide = _tally(tests, "analysing/guided", "analysing/unguided")
-    of = f"{models} model" + ("s" if models > 1 else "")
+    models = len(study.models)
     return (
-        f"Of {of}, {telling['good']} told right from wrong more often than it answered right, "
-        f"{telling['bad']} less often; the guide made the analyses of {guide['good']} better "
-        f"and of {guide['bad']} worse."
+        f"Of {models} model{'s' if models > 1 else ''}, analysing was right more often than "
+        f"answering for {telling['good']} and less often for {telling['bad']}; the guide made "
+        f"the analyses of {guide['good']} better and of {guide['bad']} worse; better than "
+        f"chance were {_better_than_chance(study, False)} unguided and "
+        f"{_better_than_chance(study, True)} guided."
     )
+
+
+def _better_than_chance(study: Study, guided: bool) -> int:
+    """How many models have a balanced accuracy whose whole interval lies above one half."""
+    found = (model.metric("analysing", guided, "balanced_accuracy") for model in study.models)
+    return sum(metric.low is not None and metric.low > 0.5 for metric in found)
 
 
 def _tally(tests: list[Tested], a: str, b: str) -> Mapping[str, int]:
