@@ -18,7 +18,7 @@ from misstep.progress import Silent
 from misstep.records import read_jsonl
 from misstep.report.study_markdown import study_markdown
 from misstep.stages.discriminate import Discrimination
-from misstep.study import read_study_inputs, run_study
+from misstep.study import names_of, read_study_inputs, run_study
 from misstep.study_results import Study, StudyAnswer, StudyModel, StudyScore, read_study
 
 TARGET = "The moon is soup"
@@ -294,13 +294,20 @@ def test_a_rubric_is_put_to_one_judge_for_all_models(bench: Bench) -> None:
     assert value(found.models[0], "answering", False, "accuracy") == (0.6, 10, 0)
 
 
-def test_models_are_called_by_their_files_unless_two_are_called_the_same(
-    bench: Bench, tmp_path: Path
+def test_models_are_called_by_the_end_of_their_paths_unless_two_are_called_the_same(
+    tmp_path: Path,
 ) -> None:
-    other = tmp_path / "other" / "cynic.gguf"
-    other.parent.mkdir()
-    other.write_bytes(b"GGUF other")
-    models = [str(tmp_path / "cynic.gguf"), str(other)]
-    inputs = read_study_inputs(bench.recipe, [f"models={json.dumps(models)}"])
-    assert list(inputs.models) == models
-    assert list(read_study_inputs(bench.recipe, []).models) == ["cynic", "learner"]
+    def at(place: str) -> Model:
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"GGUF")
+        return Model(str(path), path)
+
+    (tmp_path / "v1.5-chat").mkdir()
+    folder = Model(str(tmp_path / "v1.5-chat"), tmp_path / "v1.5-chat")
+    a, hub = at("a.q4.gguf"), Model("org/name-1.5B", None)
+    embedded = Model("smollm2-135m", a.path)
+    found = names_of([a, folder, hub, embedded])
+    assert found == ["a.q4", "v1.5-chat", "org/name-1.5B", "smollm2-135m"]
+    other = at("other/a.q4.gguf")
+    assert names_of([a, other]) == [a.name, other.name]

@@ -80,10 +80,11 @@ def read_study_inputs(recipe: Path, overrides: list[str]) -> StudyInputs:
     check_source(config.prompts)
     prompts = load_prompts(config.prompts, config.seed)
     _check_prompts(prompts, policy)
+    models = [locate(name) for name in config.models]
     return StudyInputs(
         config=config,
         policy=policy,
-        models=_named([locate(name) for name in config.models]),
+        models=dict(zip(names_of(models), models, strict=True)),
         judge=_judge(config, policy),
         prompts=prompts,
     )
@@ -100,11 +101,18 @@ def _check_prompts(prompts: list[Prompt], policy: Policy) -> None:
         )
 
 
-def _named(models: list[Model]) -> dict[str, Model]:
-    """The models by short names: a GGUF by its file's, where no two are called the same."""
-    short = [m.path.stem if m.is_gguf and m.path else m.name for m in models]
-    names = short if len(set(short)) == len(short) else [m.name for m in models]
-    return dict(zip(names, models, strict=True))
+def names_of(models: list[Model]) -> list[str]:
+    """Names for the results: of a path its last part, where no two are called the same."""
+    short = [_short(model) for model in models]
+    return short if len(set(short)) == len(short) else [model.name for model in models]
+
+
+def _short(model: Model) -> str:
+    # The embedded model has a file too, but its user wrote a name and no path.
+    written = Path(model.name).expanduser()
+    if model.path is None or model.path != written:
+        return model.name
+    return written.stem if model.is_gguf else written.resolve().name
 
 
 def _judge(config: StudyConfig, policy: Policy) -> Model | None:
