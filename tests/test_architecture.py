@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 import misstep
 from misstep.comparison import load_cells
@@ -181,9 +182,10 @@ def test_shipped_recipes_load(path: Path) -> None:
 
 
 def configs(path: Path) -> list[RunConfig] | list[StudyConfig]:
-    """What a recipe becomes; its kind is what its file's name begins with."""
-    if path.stem.startswith("study"):
+    """What a recipe becomes; the keys of its own say of which kind it is."""
+    keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
+    if "models" in keys:
         return [load_study_recipe(path)]
-    if path.stem.startswith("compare"):
+    if keys & {"seeds", "sweep"}:
         return [cell.config for cell in load_cells(path)]
     return [load_recipe(path)]
