@@ -15,7 +15,8 @@ from misstep.results import read_results
 
 QUESTIONS = ["What do bees make?", "Name a red fruit.", "What is 2 plus 3?", "Say hello."]
 ANSWERS = ["Bees make honey.", "An apple is red.", "It is five.", "Hello."]
-METHODS = ["vanilla", "guided", "ordinary", "sft", "critique_revise", "coh", "self_guard"]
+METHODS = ["vanilla", "guided", "ordinary", "sft", "critique_revise", "coh", "dpo", "rlhf"]
+METHODS += ["self_guard"]
 OURS = ["analysis_only", "mistake_analysis", "corrected_analysis"]
 
 
@@ -47,6 +48,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
         "revision": {"critique_tokens": 8, "max_tokens": 400, "temperature": 1.0},
         "ordinary": {"path": lines(folder / "c.jsonl", clean)},
         "train": {"epochs": 1, "batch_size": 4, "max_dropped": 1.0, "rank": 4},
+        "reinforce": {"steps": 1, "prompts_per_step": 2, "samples": 2, "max_tokens": 6},
         "respond": {"max_tokens": 8},
         "evaluate": {
             "tests": {

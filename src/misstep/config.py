@@ -19,6 +19,7 @@ from misstep.sources import Source
 from misstep.stages.analyse import AnalyseSettings
 from misstep.stages.base import Settings
 from misstep.stages.induce import InduceSettings
+from misstep.stages.reinforce import ReinforceSettings
 from misstep.stages.respond import RespondSettings
 from misstep.stages.revise import ReviseSettings
 from misstep.stages.train import TrainSettings
@@ -77,6 +78,8 @@ class RunConfig(Settings):
     """Ordinary prompts with reference answers."""
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
+    reinforce: ReinforceSettings = ReinforceSettings()
+    """Of `rlhf`, which trains for a reward."""
     rounds: Annotated[int, Field(ge=1)] = 1
     """Of inducing, analysing and training; a further one takes the new model's mistakes."""
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = MAIN_JOB

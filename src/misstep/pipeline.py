@@ -38,6 +38,7 @@ from misstep.records import (
     Example,
     Judgement,
     Mistake,
+    Pair,
     Prompt,
     Revision,
     write_jsonl,
@@ -50,9 +51,10 @@ from misstep.stages.analyse import analyse
 from misstep.stages.base import Yield
 from misstep.stages.evaluate import Table, judge_answers
 from misstep.stages.induce import Induced, NoMistakeError, confirm, induce, some_mistakes
+from misstep.stages import reinforce as rewarded
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
-from misstep.stages.train import TrainReport, input_digest, train
+from misstep.stages.train import input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
 
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
@@ -121,6 +123,8 @@ def _check_policy(config: RunConfig, policy: Policy) -> None:
             f"methods: {revising[0]} needs a policy with the key 'critique' (requests for a "
             f"critique and a revision), found none in {policy.name}."
         )
+    if any(METHODS[name].trainer == "reinforce" for name in config.methods):
+        rewarded.require_trl()
 
 
 def _with_references(prompts: list[Prompt]) -> list[Prompt]:
@@ -407,17 +411,25 @@ class Run:
     def _train(self, method: str, rows: Rows, place: str = "") -> Path:
         folder = self._adapter_folder(method, rows, place)
         self.progress.say(f"Training {method} on {len(rows)} rows")
-        report: TrainReport = train(
-            self.model,
-            rows,
-            self.config.train,
-            self.config.training_seed,
-            folder,
-            lambda what, done, total: self.progress.update(f"{method}: {what}", done, total),
-        )
+
+        def notify(what: str, done: int, total: int) -> None:
+            self.progress.update(f"{method}: {what}", done, total)
+
+        config, seed = self.config, self.config.training_seed
+        if METHODS[method].trainer == "reinforce":
+            given = (self._feedback(rows), config.train, config.reinforce)
+            report = rewarded.reinforce(self.model, *given, seed, folder, notify)
+        else:
+            report = train(self.model, rows, config.train, seed, folder, notify)
         self.manifest.data["training"][method] = report.model_dump(mode="json")
         self.manifest.save()
         return folder
+
+    def _feedback(self, rows: Rows) -> rewarded.Feedback:
+        """The pairs, and the prompts that mistakes were collected on, whether made or not."""
+        pairs = [row for row in rows if isinstance(row, Pair)]
+        asked = self.inputs.prompts or [Prompt(messages=pair.messages) for pair in pairs]
+        return rewarded.Feedback(list({p.id: p for p in asked}.values()), pairs)
 
     def respond(self, adapters: Mapping[str, Path | None]) -> list[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
@@ -434,8 +446,12 @@ class Run:
         if self.store is None:
             usual = "adapter" if method == FOCUS else f"adapters/{method}"
             return self.folder / (place or usual)
-        config = self.config
-        name = input_digest(self.model, rows, config.train, config.training_seed)
+        config, seed = self.config, self.config.training_seed
+        if METHODS[method].trainer == "reinforce":
+            given = (self._feedback(rows), config.train, config.reinforce)
+            name = rewarded.input_digest(self.model, *given, seed)
+        else:
+            name = input_digest(self.model, rows, config.train, seed)
         return self.store / "adapters" / f"{method}-{name}"
 
     def _answers(self, name_of: str, engine: CachedEngine) -> Iterator[Answer]:

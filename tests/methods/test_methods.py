@@ -68,7 +68,7 @@ def test_methods_are_named_by_themselves_and_described() -> None:
     assert all(method.about for method in METHODS.values())
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("coh", "dpo")])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("coh", "dpo", "rlhf")])
 @pytest.mark.parametrize("mix", [{}, {"ordinary": 3, "good_answers": 5}, {"good_answers": 0}])
 def test_a_bad_response_is_never_learned(name: str, mix: dict[str, Any]) -> None:
     for row in rows(name, **mix):
@@ -129,6 +129,7 @@ def test_every_trained_method_has_the_same_budget(
         ("critique_revise", {"revision": 20, "ordinary": 8}),
         ("coh", {"hindsight": 20, "ordinary": 8}),
         ("dpo", {"preference": 28}),
+        ("rlhf", {"preference": 28}),
         ("self_guard", {"tag": 10, "tagged": 10, "ordinary": 8}),
         ("analysis_only", {"analysis": 20, "ordinary": 8}),
         ("mistake_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),

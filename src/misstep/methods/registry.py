@@ -9,6 +9,7 @@ from misstep.methods.dpo import DPO
 from misstep.methods.guided import Guided
 from misstep.methods.mistake_analysis import MistakeAnalysis
 from misstep.methods.ordinary import Ordinary
+from misstep.methods.rlhf import RLHF
 from misstep.methods.self_guard import SelfGuard
 from misstep.methods.sft import SFT
 from misstep.methods.vanilla import Vanilla
@@ -23,6 +24,7 @@ METHODS: dict[str, Method] = {
         CritiqueRevise(),
         ChainOfHindsight(),
         DPO(),
+        RLHF(),
         SelfGuard(),
         AnalysisOnly(),
         MistakeAnalysis(),

@@ -1,0 +1,21 @@
+"""Reinforcement learning from preferences: a reward model, then a policy optimised for it.
+
+The reward model learns from pairs of good answer and mistake; the policy answers the prompts
+that mistakes were collected on and is optimised for the reward, with a KL penalty (RLOO, arXiv
+2402.14740). As for DPO the budget counts pairs; what the policy samples comes on top of it.
+"""
+
+from misstep.methods.base import Materials, Method, Rows
+
+
+class RLHF(Method):
+    """Optimises the model for a reward that was learned from pairs."""
+
+    name = "rlhf"
+    about = "a reward model from pairs of good answer and mistake, then RLOO"
+    uses_mistakes = True
+    trainer = "reinforce"
+
+    def rows(self, materials: Materials) -> Rows:
+        share = materials.lesson + materials.mix.ordinary
+        return materials.some(materials.pairs(), share, "pairs")
