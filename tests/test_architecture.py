@@ -44,6 +44,7 @@ LAYERS = [
     "misstep.judges.base",
     "misstep.judges*",
     "misstep.stages.base",
+    "misstep.stages.train",
     "misstep.stages*",
     "misstep.methods.base",
     "misstep.methods*",
