@@ -147,11 +147,7 @@ def test_pairs_of_one_prompt_only_are_refused(model: Model, tmp_path: Path) -> N
 
 def test_a_model_without_a_classifier_is_refused(model: Model) -> None:
     lm: Any = load_weights(model)
-
-    class Body(torch.nn.Module):
-        pass
-
-    lm.get_decoder = Body
+    lm.get_decoder = torch.nn.Identity
     with pytest.raises(ModelError, match="another body"):
         classifier(lm, 0)
 
