@@ -52,6 +52,7 @@ LAYERS = [
     "misstep.progress",
     "misstep.report*",
     "misstep.pipeline",
+    "misstep.comparison",
     "misstep.summary",
     "misstep.cli",
     "misstep.__main__",

@@ -7,14 +7,17 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from misstep.errors import InputError
+from misstep.judges.base import Judge
 from misstep.pipeline import run
 from misstep.progress import Silent
+from misstep.records import Mistake, Response, Score, read_jsonl
 
 QUESTIONS = [
     "What do bees make?",
@@ -195,3 +198,58 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
     for name in ("results.json", "scores.jsonl", "examples.jsonl"):
         assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+class Milder(Judge):
+    """Calls so many of the answers a mistake, fewer in each round."""
+
+    name = "milder"
+    metric = "mistake_rate"
+
+    def __init__(self, shares: list[float]) -> None:
+        self.shares = iter(shares)
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        bad = round(next(self.shares) * len(responses))
+        return [self.scored(r, float(i < bad)) for i, r in enumerate(responses)]
+
+
+ROUNDS = ["rounds=4", "methods=[vanilla, mistake_analysis]", "mistakes.samples=1"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "trained", "says"),
+    [
+        ([1.0, 0.5, 0.25, 0.0], 3, "no mistake any more"),
+        ([1.0, 0.5, 0.5], 2, "would not help"),
+    ],
+)
+def test_rounds_go_on_while_they_help(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shares: list[float],
+    trained: int,
+    says: str,
+) -> None:
+    judge = Milder(shares)
+    monkeypatch.setattr("misstep.pipeline.mistake_judge", lambda *_: judge)
+    data = json.loads(recipe.read_text(encoding="utf-8"))
+    induced = {"source": "induced", "data": data["evaluate"]["tests"]["attacks"]}
+    data["mistakes"] = induced | {"max_tokens": 6, "temperature": 1.0}
+    data["ordinary"] |= {"n": 2}
+    data["mix"] = {"ordinary": 1, "good_answers": 0}
+    path = tmp_path / "rounds.yaml"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    heard = Heard()
+    folder = run(path, tmp_path / "run", ROUNDS, heard)
+    assert any(says in line for line in heard.lines)
+    assert len(list((folder / "rounds").iterdir())) == trained
+    found = list(read_jsonl(folder / "mistakes.jsonl", Mistake))
+    assert len({mistake.id for mistake in found}) == len(found) >= 4
+    assert (folder / "adapter" / "train.json").is_file()
+
+
+def test_rounds_need_induced_mistakes(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rounds: more than one needs"):
+        run(recipe, tmp_path / "run", ["rounds=2"], Silent())

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -7,18 +8,23 @@ from pydantic import ValidationError
 from misstep.errors import DataError
 from misstep.records import Prompt, Response, Score
 from misstep.results import (
+    BySeed,
     Comparison,
-    Cost,
     Metric,
     Results,
     Row,
+    Setting,
     Side,
+    Values,
+    adjusted,
     compare,
+    compare_pooled,
     metric_from_scores,
+    pool,
     read_results,
-    setting_name,
     write_results,
 )
+from misstep.stats import wilson
 
 
 def scored(value: float | None, response_id: str = "r", metric: str = "mistake_rate") -> Score:
@@ -51,10 +57,7 @@ def some_results() -> Results:
         seed=17,
         n=8,
     )
-    cost = Cost(seconds={"train": 3.5}, tokens={"train": 900}, peak_memory_mb={"train": 80})
-    return Results(
-        policy="goal-hijacking", model="m", rows=(row,), comparisons=(comparison,), cost=cost
-    )
+    return Results(policy="goal-hijacking", model="m", rows=(row,), comparisons=(comparison,))
 
 
 def test_a_rate_has_wilsons_interval() -> None:
@@ -126,8 +129,9 @@ def test_without_a_common_prompt_there_is_no_comparison() -> None:
 
 
 def test_settings_are_named() -> None:
-    assert setting_name("mistake_analysis", True) == "mistake_analysis/guided"
-    assert setting_name("vanilla", False) == "vanilla/unguided"
+    assert Setting("mistake_analysis", True).name == "mistake_analysis/guided"
+    assert Setting("vanilla", False).name == "vanilla/unguided"
+    assert Setting("sft", False, "n=20").name == "sft[n=20]/unguided"
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -161,12 +165,49 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     )
 
 
-def test_wall_times_can_be_left_out() -> None:
-    slower = Cost(seconds={"train": 99.0}, tokens={"train": 900}, peak_memory_mb={"train": 1})
-    other = some_results().model_copy(update={"cost": slower})
-    assert other != some_results()
-    assert other.without_times() == some_results().without_times()
-    assert other.without_times().cost == Cost(tokens={"train": 900})
+BASE, OURS = Setting("vanilla", False), Setting("ours", True)
+
+
+def test_what_a_comparison_adds_is_absent_from_a_run(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.json", some_results())
+    text = (tmp_path / "results.json").read_text(encoding="utf-8")
+    assert not {"variant", "pooled", "p_adjusted"} & set(re.findall(r"\w+", text))
+
+
+def test_seeds_are_pooled_over_the_prompts_that_all_of_them_scored() -> None:
+    by_seed: BySeed = {0: {"a": 1.0, "b": 0.0, "c": None}, 1: {"a": 1.0, "b": 1.0, "c": 1.0}}
+    found = pool(OURS, "attacks", "mistake_rate", by_seed, 0)
+    assert (found.value, found.n, found.unscored) == (0.75, 2, 1)
+    assert found.by_seed == {0: 0.5, 1: 1.0}
+    assert pool(OURS, "t", "m", {0: {"a": None}}, 0).value is None
+
+
+def test_one_seed_is_pooled_as_a_rate() -> None:
+    found = pool(
+        OURS, "attacks", "mistake_rate", {4: {str(i): float(i < 3) for i in range(9)}}, 0
+    )
+    assert (found.value, found.low, found.high, found.n) == wilson(3, 9)
+
+
+def test_pooled_settings_are_compared_prompt_by_prompt_and_seed_by_seed() -> None:
+    prompts = [str(i) for i in range(60)]
+    base: dict[str, float | None] = {p: float(int(p) < 30) for p in prompts}
+    values: Values = {
+        (BASE, "t", "m"): {0: base, 1: base, 2: base},
+        (OURS, "t", "m"): {
+            seed: {p: float(int(p) < 6 + seed) for p in prompts} for seed in (0, 1, 2)
+        },
+    }
+    found = compare_pooled(OURS, BASE, "t", "m", values, 0)
+    assert found is not None
+    assert found.difference == pytest.approx(-23 / 60)
+    assert found.low < found.difference < found.high < 0
+    assert (found.a, found.b, found.n) == ("ours/guided", "vanilla/unguided", 60)
+    reverse = compare_pooled(BASE, OURS, "t", "m", values, 0)
+    assert reverse is not None and reverse.difference == pytest.approx(23 / 60)
+    (alone,) = adjusted([found])
+    assert alone.p_adjusted == found.p
+    assert all(c.p_adjusted == min(1, 2 * found.p) for c in adjusted([found, found]))
 
 
 @pytest.mark.parametrize(

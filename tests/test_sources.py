@@ -445,3 +445,13 @@ def test_a_question_that_comes_twice_is_asked_once(tmp_path: Path) -> None:
     path.write_text("question,answer\nWhy?,For a reason.\nWhy?,Just so.\n")
     (prompt,) = load_prompts(Source(path=str(path)), 0)
     assert prompt.reference == "For a reason."
+
+
+@pytest.mark.parametrize("column", ["label", "is_bad", "safe"])
+def test_a_label_that_was_left_out_is_refused(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "labelled.jsonl"
+    rows = [{"prompt": "A", "response": "B", column: "1"}, {"prompt": "C", "response": "D"}]
+    rows[1] |= {column: None}  # type: ignore[dict-item]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(DataError, match=rf"line 2: '{column}': expected a label"):
+        load_mistakes(Source(path=str(path)), "origin", 0)

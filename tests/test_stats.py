@@ -5,7 +5,15 @@ import pytest
 from scipy import stats as scipy_stats
 
 from misstep import stats
-from misstep.stats import holm, mean_interval, paired_binary, paired_mean, wilson
+from misstep.stats import (
+    crossed_difference,
+    crossed_mean,
+    holm,
+    mean_interval,
+    paired_binary,
+    paired_mean,
+    wilson,
+)
 
 
 def table(both: int, only_a: int, only_b: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -190,3 +198,33 @@ def test_holm_by_hand() -> None:
 def test_holm_refuses_what_is_no_p() -> None:
     with pytest.raises(ValueError, match="from 0 to 1"):
         holm([0.5, math.nan])
+
+
+def test_a_table_of_equal_lines_has_the_spread_of_its_prompts() -> None:
+    line = [1.0] * 30 + [0.0] * 70
+    once, thrice = (crossed_mean([line] * n, 0) for n in (1, 3))
+    assert once.value == thrice.value == 0.3
+    assert thrice.low == pytest.approx(wilson(30, 100).low, abs=0.02)
+    assert thrice.high == pytest.approx(wilson(30, 100).high, abs=0.02)
+    assert thrice.high - thrice.low == pytest.approx(once.high - once.low, abs=0.02)
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    same = crossed_mean([[1.0] * 50 + [0.0] * 50] * 3, 0)
+    apart = crossed_mean(
+        [[1.0] * n + [0.0] * (100 - n) for n in (10, 50, 90)],
+        0,
+    )
+    assert apart.value == same.value
+    assert apart.high - apart.low > 2 * (same.high - same.low)
+
+
+def test_a_difference_of_tables_is_paired() -> None:
+    a = [[1.0, 0.0, 1.0, 0.0] * 20] * 2
+    assert crossed_difference(a, a, 0)[:4] == (0.0, 0.0, 0.0, 1.0)
+    found = crossed_difference(a, [[0.0] * 80] * 2, 0)
+    assert found.difference == 0.5
+    assert 0.38 < found.low < 0.5 < found.high < 0.62
+    assert found.p < 0.001
+    with pytest.raises(ValueError, match="one shape"):
+        crossed_difference(a, [[0.0] * 79] * 2, 0)

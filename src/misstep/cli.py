@@ -45,6 +45,18 @@ def run_command(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> N
 
 
 @app.command()
+def compare(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Run methods x seeds x swept keys; one table with intervals. Run again to go on."""
+    from misstep.comparison import compare_methods
+    from misstep.progress import progress
+    from misstep.summary import print_comparison
+
+    with progress() as shown:
+        folder = compare_methods(recipe, out, overrides, shown)
+    print_comparison(folder)
+
+
+@app.command()
 def induce(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
     """Collect the mistakes."""
     print(_run(recipe, out, overrides, "induce") / "mistakes.jsonl")

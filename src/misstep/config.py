@@ -20,7 +20,11 @@ from misstep.stages.analyse import AnalyseSettings
 from misstep.stages.base import Settings
 from misstep.stages.induce import InduceSettings
 from misstep.stages.respond import RespondSettings
+from misstep.stages.revise import ReviseSettings
 from misstep.stages.train import TrainSettings
+
+MAIN_JOB = ("vanilla", "ordinary", "sft", "mistake_analysis")
+"""The model as it was, the method, and the two controls that its effect is read against."""
 
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 
@@ -61,13 +65,21 @@ class RunConfig(Settings):
     """The model that a policy's rubric is put to; `self` is the model as it is. A policy with a
     rule needs none."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of the data's draws, of sampling and of training."""
+    train_seed: Annotated[int, Field(ge=0)] | None = None
+    """Of the rows' draws and of training alone, so that several trainings share their mistakes
+    and analyses; `seed` where left out."""
     mistakes: InduceSettings
     analysis: AnalyseSettings = AnalyseSettings()
+    revision: ReviseSettings = ReviseSettings()
+    """Of methods that train on revisions."""
     ordinary: Source
     """Ordinary prompts with reference answers."""
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
-    methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = tuple(METHODS)
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """Of inducing, analysing and training; a further one takes the new model's mistakes."""
+    methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = MAIN_JOB
     respond: RespondSettings = RespondSettings()
     evaluate: EvaluateSettings
 
@@ -79,6 +91,20 @@ class RunConfig(Settings):
             meant = suggestion(unknown[0], list(METHODS))
             raise ValueError(f"no method {', '.join(map(repr, unknown))}.{meant}")
         return methods
+
+    @model_validator(mode="after")
+    def _rounds_induce(self) -> "RunConfig":
+        if self.rounds > 1 and self.mistakes.source != "induced":
+            raise ValueError(
+                "rounds: more than one needs mistakes.source: induced, since only a model that "
+                f"is asked again shows what it still does wrong; found {self.mistakes.source}"
+            )
+        return self
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of the rows' draws and of training."""
+        return self.seed if self.train_seed is None else self.train_seed
 
     def sources(self) -> dict[str, Source]:
         """Every place that the run reads data from, by its key."""
@@ -92,13 +118,25 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         RecipeError: a line for each fault: file, line, key, what was expected, what was found.
     """
+    data, lines = read_recipe(path, overrides)
+    return check(RunConfig, data, RecipeError, str(path), lines)
+
+
+def read_recipe(
+    path: Path, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """A recipe with its overrides as plain data, and the lines that its keys stand on.
+
+    Raises:
+        RecipeError: the file is no YAML, or an override is none.
+    """
     data, lines = read_yaml(path, RecipeError)
     data.setdefault("name", path.stem)
     for override in overrides:
         keys, value = _parse_override(override)
-        _put(data, keys, value, override)
+        put(data, keys, value, f"--set {override}")
         lines = _without(lines, keys)
-    return check(RunConfig, data, RecipeError, str(path), lines)
+    return data, lines
 
 
 def _parse_override(override: str) -> tuple[KeyPath, Any]:
@@ -111,12 +149,17 @@ def _parse_override(override: str) -> tuple[KeyPath, Any]:
         raise RecipeError(f"--set {override}: the value is no valid YAML.") from fault
 
 
-def _put(data: dict[str, Any], keys: KeyPath, value: Any, override: str) -> None:
+def put(data: dict[str, Any], keys: KeyPath, value: Any, said: str) -> None:
+    """Put a value under nested keys; `said` names it in errors.
+
+    Raises:
+        RecipeError: one of the keys has a plain value.
+    """
     for key in keys[:-1]:
         # A section that is written without keys is an empty one.
         inner = data[str(key)] = {} if data.get(str(key)) is None else data[str(key)]
         if not isinstance(inner, dict):
-            raise RecipeError(f"--set {override}: '{key}' has no keys below it.")
+            raise RecipeError(f"{said}: '{key}' has no keys below it.")
         data = inner
     data[str(keys[-1])] = value
 

@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import rmtree
@@ -24,8 +25,9 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.errors import InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
+from misstep.judges.base import Judge
 from misstep.judges.choose import all_judges, mistake_judge
-from misstep.methods.base import Materials
+from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
 from misstep.models import Model, locate
 from misstep.policy import Policy, load_policy
@@ -37,6 +39,7 @@ from misstep.records import (
     Judgement,
     Mistake,
     Prompt,
+    Revision,
     write_jsonl,
     write_text,
 )
@@ -46,9 +49,10 @@ from misstep.sources import check_source, load_mistakes, load_prompts, source_di
 from misstep.stages.analyse import analyse
 from misstep.stages.base import Yield
 from misstep.stages.evaluate import Table, judge_answers
-from misstep.stages.induce import confirm, induce
+from misstep.stages.induce import Induced, NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.respond import respond
-from misstep.stages.train import TrainReport, train
+from misstep.stages.revise import revise
+from misstep.stages.train import TrainReport, input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
 
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
@@ -80,8 +84,17 @@ def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
     Raises:
         InputError: what is wrong with the recipe, the policy, the data or the model.
     """
-    config = load_recipe(recipe, overrides)
+    return check_inputs(load_recipe(recipe, overrides))
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """Read and check all that a configuration names.
+
+    Raises:
+        InputError: what is wrong with the policy, the data or the model.
+    """
     policy = load_policy(config.policy)
+    _check_policy(config, policy)
     for source in config.sources().values():
         check_source(source)
     model = locate(config.model)
@@ -99,6 +112,15 @@ def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
         tests={k: load_prompts(s, seed) for k, s in config.evaluate.tests.items()},
     )
+
+
+def _check_policy(config: RunConfig, policy: Policy) -> None:
+    revising = [name for name in config.methods if METHODS[name].uses_revisions]
+    if revising and policy.critique is None:
+        raise RecipeError(
+            f"methods: {revising[0]} needs a policy with the key 'critique' (requests for a "
+            f"critique and a revision), found none in {policy.name}."
+        )
 
 
 def _with_references(prompts: list[Prompt]) -> list[Prompt]:
@@ -197,8 +219,12 @@ def _versions() -> dict[str, str]:
 class Run:
     """One run directory and the work that fills it, stage by stage."""
 
-    def __init__(self, inputs: Inputs, folder: Path, progress: Progress) -> None:
+    def __init__(
+        self, inputs: Inputs, folder: Path, progress: Progress, store: Path | None = None
+    ) -> None:
         self.inputs = inputs
+        self.store = store
+        """A folder of finished work that several runs share: model calls and adapters."""
         self.config = inputs.config
         self.folder = folder
         self.progress = progress
@@ -225,8 +251,10 @@ class Run:
     def masks(self, count: int) -> list[MaskedRow]:
         """Training rows of the method under test, or of the last one, with what is learned."""
         mistakes = self.induce()
-        rows = self.examples(mistakes, self.analyse(mistakes))
-        shown = rows.get(FOCUS, list(rows.values())[-1])
+        analyses = self.analyse(mistakes)
+        rows = self.rows(mistakes, analyses, self.revise(mistakes))
+        found = {name: [r for r in of if isinstance(r, Example)] for name, of in rows.items()}
+        shown = found.get(FOCUS, list(found.values())[-1])
         return show_mask(self.model, shown, count, self.config.train.max_length)
 
     def _whole(self, model: Model) -> Model:
@@ -242,7 +270,8 @@ class Run:
         analyses = self.analyse(mistakes)
         if last == "analyse":
             return
-        adapters = self.train(mistakes, analyses)
+        mistakes, analyses = self.further_rounds(mistakes, analyses)
+        adapters = self.train(mistakes, analyses, self.revise(mistakes))
         if last == "train":
             return
         answers = self.respond(adapters)
@@ -256,10 +285,7 @@ class Run:
         with self.manifest.stage("induce"), self._engine(self.judge, "judging") as judging:
             judge = mistake_judge(inputs.policy, judging)
             if settings.source == "induced":
-                with self._engine(self.model, "inducing") as engine:
-                    found = induce(
-                        inputs.prompts, inputs.policy, engine, judge, settings, self.config.seed
-                    )
+                found = self._induced(judge)
             elif settings.source == "reported":
                 found = confirm(inputs.given, judge)
             else:
@@ -267,10 +293,53 @@ class Run:
                 return self._keep_mistakes(inputs.given, Yield.of(n, 0, n, []))
             return self._keep_mistakes(found.mistakes, found.counts)
 
+    def _induced(self, judge: Judge, adapter: Path | None = None) -> Induced:
+        inputs, settings, seed = self.inputs, self.config.mistakes, self.config.seed
+        with self._engine(self.model, "inducing", adapter) as engine:
+            return induce(inputs.prompts, inputs.policy, engine, judge, settings, seed)
+
+    def further_rounds(
+        self, mistakes: list[Mistake], analyses: list[Analysis]
+    ) -> tuple[list[Mistake], list[Analysis]]:
+        """Train, induce the new model's mistakes, analyse them, and so on.
+
+        A round's lessons are added to those before it, and the base model learns them all
+        anew: its adapter fits the model that is served, whatever the number of rounds. Rounds
+        end early where the share of prompts with a mistake no longer falls.
+        """
+        share = self._share_of_mistakes(mistakes)
+        for number in range(2, self.config.rounds + 1):
+            rows = self.rows(mistakes, analyses, [], only=(FOCUS,))[FOCUS]
+            with self.manifest.stage("rounds"), self._engine(self.judge, "judging") as judging:
+                adapter = self._train(FOCUS, rows, f"rounds/{number - 1}")
+                judge = mistake_judge(self.inputs.policy, judging)
+                try:
+                    found = self._induced(judge, adapter)
+                except NoMistakeError:
+                    self.progress.say(f"Round {number}: the model makes no mistake any more.")
+                    break
+            self._yield(f"induce, round {number}", found.counts)
+            now = self._share_of_mistakes(found.mistakes)
+            if now >= share:
+                self.progress.say(
+                    f"Round {number}: mistakes on {now:.1%} of the prompts, {share:.1%} in the "
+                    "round before: one more round would not help."
+                )
+                break
+            share = now
+            mistakes = list({m.id: m for m in (*mistakes, *found.mistakes)}.values())
+            write_jsonl(self.folder / "mistakes.jsonl", mistakes)
+            analyses = self.analyse(mistakes)
+        return mistakes, analyses
+
+    def _share_of_mistakes(self, mistakes: list[Mistake]) -> float:
+        return len({m.prompt.id for m in mistakes}) / max(1, len(self.inputs.prompts))
+
     def _keep_mistakes(self, mistakes: list[Mistake], counts: Yield) -> list[Mistake]:
-        write_jsonl(self.folder / "mistakes.jsonl", mistakes)
+        kept = some_mistakes(mistakes, self.config.mistakes.limit, self.config.seed)
+        write_jsonl(self.folder / "mistakes.jsonl", kept)
         self._yield("induce", counts)
-        return mistakes
+        return kept
 
     def analyse(self, mistakes: list[Mistake]) -> list[Analysis]:
         """Analyse the mistakes, into analyses.jsonl."""
@@ -290,41 +359,59 @@ class Run:
             )
         return found.analyses
 
+    def revise(self, mistakes: list[Mistake]) -> list[Revision]:
+        """Have the mistakes revised, into revisions.jsonl, where a method asks for it."""
+        if not any(METHODS[name].uses_revisions for name in self.config.methods):
+            return []
+        with self.manifest.stage("revise"), self._engine(self.model, "revising") as engine:
+            found = revise(
+                mistakes, self.inputs.policy, engine, self.config.revision, self.config.seed
+            )
+        write_jsonl(self.folder / "revisions.jsonl", found.revisions)
+        self._yield("revise", found.counts)
+        return found.revisions
+
     def train(
-        self, mistakes: list[Mistake], analyses: list[Analysis]
+        self, mistakes: list[Mistake], analyses: list[Analysis], revisions: list[Revision]
     ) -> dict[str, Path | None]:
         """Train every method of the recipe; gives the adapter of each, or None."""
-        rows = self.examples(mistakes, analyses)
+        rows = self.rows(mistakes, analyses, revisions)
         write_jsonl(self.folder / "examples.jsonl", [row for of in rows.values() for row in of])
         adapters: dict[str, Path | None] = {}
         with self.manifest.stage("train"):
-            for method, examples in rows.items():
-                adapters[method] = self._train(method, examples) if examples else None
+            for method, of in rows.items():
+                adapters[method] = self._train(method, of) if of else None
         return adapters
 
-    def examples(
-        self, mistakes: list[Mistake], analyses: list[Analysis]
-    ) -> dict[str, list[Example]]:
+    def rows(
+        self,
+        mistakes: list[Mistake],
+        analyses: list[Analysis],
+        revisions: list[Revision],
+        only: tuple[str, ...] = (),
+    ) -> dict[str, Rows]:
         """The training rows of every method of the recipe."""
         asked = self.inputs.prompts or [m.prompt for m in mistakes]
         materials = Materials(
             policy=self.inputs.policy,
+            mistakes=[mistake for mistake in mistakes if mistake.confirmed],
             analyses=[analysis for analysis in analyses if analysis.accepted],
+            revisions=revisions,
             ordinary=self.inputs.ordinary,
             answered=list({p.id: p for p in asked if p.reference}.values()),
             mix=self.config.mix,
-            seed=self.config.seed,
+            seed=self.config.training_seed,
         )
-        return {name: METHODS[name].examples(materials) for name in self.config.methods}
+        return {name: METHODS[name].rows(materials) for name in only or self.config.methods}
 
-    def _train(self, method: str, examples: list[Example]) -> Path:
-        folder = self.folder / ("adapter" if method == FOCUS else f"adapters/{method}")
-        self.progress.say(f"Training {method} on {len(examples)} rows")
+    def _train(self, method: str, rows: Rows, place: str = "") -> Path:
+        folder = self._adapter_folder(method, rows, place)
+        self.progress.say(f"Training {method} on {len(rows)} rows")
         report: TrainReport = train(
             self.model,
-            examples,
+            rows,
             self.config.train,
-            self.config.seed,
+            self.config.training_seed,
             folder,
             lambda what, done, total: self.progress.update(f"{method}: {what}", done, total),
         )
@@ -342,18 +429,34 @@ class Run:
         write_jsonl(self.folder / "responses.jsonl", answers)
         return answers
 
-    def _answers(self, method: str, engine: CachedEngine) -> Iterator[Answer]:
-        config, policy = self.config, self.inputs.policy
-        for guided in config.respond.guided:
+    def _adapter_folder(self, method: str, rows: Rows, place: str) -> Path:
+        """Named by the method; in a shared store by all that it is trained from."""
+        if self.store is None:
+            usual = "adapter" if method == FOCUS else f"adapters/{method}"
+            return self.folder / (place or usual)
+        config = self.config
+        name = input_digest(self.model, rows, config.train, config.training_seed)
+        return self.store / "adapters" / f"{method}-{name}"
+
+    def _answers(self, name_of: str, engine: CachedEngine) -> Iterator[Answer]:
+        config, policy, method = self.config, self.inputs.policy, METHODS[name_of]
+        for guided in [g for g in config.respond.guided if g in method.guided]:
             for name, prompts in self.inputs.tests.items():
                 for response in respond(
-                    prompts, policy, engine, config.respond, guided, config.seed
+                    prompts,
+                    policy,
+                    engine,
+                    config.respond,
+                    guided,
+                    config.seed,
+                    partial(method.ask, policy),
+                    partial(method.read, policy),
                 ):
                     yield Answer(
-                        method=method,
+                        method=name_of,
                         guided=guided,
                         test_set=name,
-                        seed=config.seed,
+                        seed=config.training_seed,
                         response=response,
                     )
 
@@ -369,7 +472,9 @@ class Run:
         write_report(self.folder)
 
     def _results(self, answers: list[Answer], judgements: list[Judgement]) -> Results:
-        table = Table(answers, judgements, self.config.evaluate.pools, self.config.seed)
+        table = Table(
+            answers, judgements, self.config.evaluate.pools, self.config.training_seed
+        )
         return Results(
             policy=self.inputs.policy.name,
             model=self.inputs.model.name,
@@ -378,12 +483,10 @@ class Run:
         )
 
     def _sources_of(self, method: str) -> dict[str, Any]:
-        if not METHODS[method].uses_mistakes:
-            return {"mistake_source": None, "analysis_source": None}
-        config = self.config
+        config, of = self.config, METHODS[method]
         return {
-            "mistake_source": config.mistakes.source,
-            "analysis_source": config.analysis.engine,
+            "mistake_source": config.mistakes.source if of.uses_mistakes else None,
+            "analysis_source": config.analysis.engine if of.uses_analyses else None,
         }
 
     def _yield(self, stage: str, counts: Yield) -> None:
@@ -399,7 +502,9 @@ class Run:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        engine = CachedEngine(chosen.identity, chosen.open, self.folder / "cache.sqlite")
+        engine = CachedEngine(
+            chosen.identity, chosen.open, (self.store or self.folder) / "cache.sqlite"
+        )
         engine.notify = lambda done, total: self.progress.update(what, done, total)
         with engine:
             yield engine

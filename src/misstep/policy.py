@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from misstep.documents import check, read_yaml, suggestion
 from misstep.errors import PolicyError
-from misstep.records import Message, Prompt, digest
+from misstep.records import Message, Mistake, Prompt, digest
 
 SHIPPED = Path(__file__).parent / "policies"
 BLANK = re.compile(r"\{\{|\}\}|\{([a-z_]*)\}|[{}]")
@@ -109,6 +109,34 @@ class AnalysisRequests(_Part):
     examples: tuple[WorkedExample, ...] = ()
 
 
+class CritiqueRequests(_Part):
+    """What the model is asked about its own bad response (Constitutional AI)."""
+
+    critique: Text
+    """How is the response bad?"""
+    revision: Text
+    """A better one, please."""
+
+
+class Hindsight(_Part):
+    """How answers are told apart in Chain of Hindsight."""
+
+    markers: Annotated[tuple[tuple[Text, Text], ...], Field(min_length=1)] = (
+        ("A good answer:", "A bad answer:"),
+        ("A helpful answer:", "An unhelpful answer:"),
+    )
+    """Pairs of a good and a bad marker; the first good one is used at inference."""
+
+
+class SelfGuardWords(_Part):
+    """The tags of Self-Guard, and what stands in for an answer that is tagged as harmful."""
+
+    request: Text = "Is the answer above harmful? Reply with a tag, [harmful] or [harmless]."
+    harmful: Text = "[harmful]"
+    harmless: Text = "[harmless]"
+    replacement: Text = "Sorry, I cannot give the answer that I had in mind."
+
+
 class Gate(_Part):
     """When an analysis is accepted. The patterns are searched without regard to case."""
 
@@ -144,6 +172,13 @@ class JudgeRule(_Part):
             raise ValueError(
                 "a rubric needs verdicts: at least one mistake and one that is none"
             )
+        asked = (self.rubric or "").casefold()
+        absent = [v.word for v in self.verdicts if f"verdict: {v.word.casefold()}" not in asked]
+        if self.rubric is not None and absent:
+            raise ValueError(
+                "a rubric must ask for each verdict in the form in which it is read: expected "
+                + " and ".join(f"'Verdict: {word}'" for word in absent)
+            )
         return self
 
 
@@ -159,6 +194,9 @@ class Policy(_Part):
     """What the model reads at inference: the prompt and a reminder."""
     gate: Gate
     judge: JudgeRule
+    critique: CritiqueRequests | None = None
+    hindsight: Hindsight = Hindsight()
+    self_guard: SelfGuardWords = SelfGuardWords()
 
     @property
     def digest(self) -> str:
@@ -183,6 +221,24 @@ class Policy(_Part):
         template = self.analysis.guided if guided else self.analysis.unguided
         content = fill(template, prompt=prompt, response=response)
         return (Message(role="user", content=content),)
+
+    def critique_request(self, mistake: Mistake) -> tuple[Message, ...]:
+        """The conversation in which the mistake was made, and the request for a critique."""
+        assert self.critique is not None
+        return (
+            *mistake.prompt.messages,
+            Message(role="assistant", content=mistake.response),
+            Message(role="user", content=self.critique.critique),
+        )
+
+    def revision_request(self, mistake: Mistake, critique: str) -> tuple[Message, ...]:
+        """The same conversation after the critique, and the request for a revision."""
+        assert self.critique is not None
+        return (
+            *self.critique_request(mistake),
+            Message(role="assistant", content=critique),
+            Message(role="user", content=self.critique.revision),
+        )
 
     def worked_request(self, prompt: str, response: str, guided: bool) -> tuple[Message, ...]:
         """The request for an analysis, after turns that are the policy's worked examples."""

@@ -112,13 +112,23 @@ class Analysis(Record):
     """Why the gate refused it; empty where it was accepted."""
 
 
+class Revision(Record):
+    """A critique of a mistake, and a better response that the critique led to."""
+
+    mistake: Mistake
+    critique: str
+    text: str
+
+
 class Example(Record):
     """One training row: loss falls on the completion and on nothing else."""
 
     messages: tuple[Message, ...]
     completion: str
     kind: str
-    """What it teaches: `analysis`, `ordinary` or `good_answer`."""
+    """What it teaches, such as `analysis`, `ordinary` or `good_answer`."""
+    prefill: str = ""
+    """How the answer begins before the completion; context, like the messages."""
 
 
 class Pair(Record):

@@ -96,13 +96,18 @@ class Renderer:
         """
         return self._template(self._marked(messages, ZERO_WIDTH), generate=True)
 
-    def example(self, messages: Sequence[Message], completion: str) -> Rendered:
+    def example(
+        self, messages: Sequence[Message], completion: str, prefill: str = ""
+    ) -> Rendered:
         """A training row: prompt, completion and the token that ends the turn.
+
+        A prefill opens the answer and belongs to the prompt. It is tokenised apart from the
+        completion, as the model meets it that has written the one and goes on with the other.
 
         Raises:
             DataError: the model's template refuses this sequence of turns.
         """
-        prompt = self.prompt(messages)
+        prompt = self.prompt(messages) + self._encode(prefill, plain=True)
         ids = (*prompt, *self._encode(completion, plain=True), self.end_of_turn)
         return Rendered(ids, len(prompt))
 

@@ -19,6 +19,26 @@ from misstep.records import MistakeSource, Record, Response, Score, describe, wr
 # without it.
 
 
+class Setting(NamedTuple):
+    """A method, guided or not, and the values of swept keys, if there are any."""
+
+    method: str
+    guided: bool
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """As comparisons write it, such as `mistake_analysis/guided`."""
+        variant = f"[{self.variant}]" if self.variant else ""
+        return f"{self.method}{variant}/{'guided' if self.guided else 'unguided'}"
+
+
+BySeed = Mapping[int, Mapping[str, float | None]]
+"""Of one setting, test set and metric: training seed, prompt, score."""
+Values = dict[tuple[Setting, str, str], dict[int, dict[str, float | None]]]
+"""Setting, test set and metric of a comparison."""
+
+
 class Metric(Record):
     """One number with its interval."""
 
@@ -41,16 +61,35 @@ class Row(Record):
     mistake_source: MistakeSource | None = None
     analysis_source: str | None = None
     """`self`, the name of a model, or None where no analyses were trained on."""
+    variant: str = ""
+    """The values of swept keys, in a comparison that sweeps some."""
     seed: int
     test_set: str
     metrics: dict[str, Metric]
+
+
+class Pooled(Metric):
+    """A metric of one setting and test set over all training seeds."""
+
+    method: str
+    guided: bool
+    variant: str = ""
+    test_set: str
+    metric: str
+    by_seed: dict[int, float]
+    """The value of each seed alone."""
+
+    @property
+    def setting(self) -> Setting:
+        """The setting that was measured."""
+        return Setting(self.method, self.guided, self.variant)
 
 
 class Comparison(Record):
     """Two settings over the same prompts of one test set; the difference is a minus b."""
 
     a: str
-    """A setting as `setting_name` writes it."""
+    """The name of a `Setting`."""
     b: str
     metric: str
     difference: FiniteFloat
@@ -58,19 +97,13 @@ class Comparison(Record):
     high: FiniteFloat
     p: float
     """Not adjusted for the number of comparisons."""
+    p_adjusted: float | None = None
+    """Adjusted by Holm's method for all comparisons of the file; of several methods only."""
     test: str
     test_set: str
     seed: int
     n: int
     """The prompts that are scored on both sides."""
-
-
-class Cost(Record):
-    """What the run took, by stage."""
-
-    seconds: dict[str, float] = Field(default_factory=dict)
-    tokens: dict[str, int] = Field(default_factory=dict)
-    peak_memory_mb: dict[str, float] = Field(default_factory=dict)
 
 
 class Results(Record):
@@ -80,14 +113,9 @@ class Results(Record):
     policy: str
     model: str
     rows: tuple[Row, ...] = ()
+    pooled: tuple[Pooled, ...] = ()
+    """Of a comparison: the rows' metrics over all seeds."""
     comparisons: tuple[Comparison, ...] = ()
-    cost: Cost | None = None
-
-    def without_times(self) -> "Results":
-        """The same results without wall times and memory, which differ from run to run."""
-        if self.cost is None:
-            return self
-        return self.model_copy(update={"cost": Cost(tokens=self.cost.tokens)})
 
 
 class Side(NamedTuple):
@@ -96,11 +124,6 @@ class Side(NamedTuple):
     name: str
     responses: Sequence[Response]
     scores: Sequence[Score]
-
-
-def setting_name(method: str, guided: bool) -> str:
-    """The name of a setting in comparisons, such as `mistake_analysis/guided`."""
-    return f"{method}/{'guided' if guided else 'unguided'}"
 
 
 def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
@@ -147,11 +170,84 @@ def compare(a: Side, b: Side, metric: str, test_set: str, seed: int) -> Comparis
     )
 
 
+def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: int) -> Pooled:
+    """A metric over all seeds, on the prompts that are scored under each of them."""
+    from misstep.stats import crossed_mean, mean_interval, wilson
+
+    common, table = _tabled([by_seed])
+    given = {prompt for scores in by_seed.values() for prompt in scores}
+    of = setting._asdict() | {"test_set": test_set, "metric": metric}
+    unscored = len(given) - len(common)
+    if not common:
+        return Pooled(**of, value=None, low=None, high=None, n=0, unscored=unscored, by_seed={})
+    (lines,) = table
+    if len(lines) > 1:
+        interval = crossed_mean(lines, seed)
+    elif _binary(lines[0]):
+        interval = wilson(int(sum(lines[0])), len(lines[0]))
+    else:
+        interval = mean_interval(lines[0], seed)
+    means = {s: sum(line) / len(line) for s, line in zip(by_seed, lines, strict=True)}
+    return Pooled(**of, **interval._asdict(), unscored=unscored, by_seed=means)
+
+
+def compare_pooled(
+    a: Setting, b: Setting, test_set: str, metric: str, values: Values, seed: int
+) -> Comparison | None:
+    """Compare two settings on prompts and training seeds that both of them have.
+
+    Without such prompts there is no comparison.
+    """
+    from misstep.stats import crossed_difference, paired_binary, paired_mean
+
+    sides = [values[a, test_set, metric], values[b, test_set, metric]]
+    seeds = [s for s in sides[0] if s in sides[1]]
+    common, tables = _tabled([{s: side[s] for s in seeds} for side in sides])
+    if not seeds or not common:
+        return None
+    left, right = tables
+    if len(seeds) > 1:
+        found = crossed_difference(left, right, seed)
+    elif _binary(left[0] + right[0]):
+        found = paired_binary([bool(v) for v in left[0]], [bool(v) for v in right[0]])
+    else:
+        found = paired_mean(left[0], right[0], seed)
+    return Comparison(
+        a=a.name, b=b.name, metric=metric, test_set=test_set, seed=seed, **found._asdict()
+    )
+
+
+def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons with their p adjusted for their number."""
+    from misstep.stats import holm
+
+    p_values = holm([comparison.p for comparison in comparisons])
+    return [
+        comparison.model_copy(update={"p_adjusted": p})
+        for comparison, p in zip(comparisons, p_values, strict=True)
+    ]
+
+
+def _tabled(sides: Sequence[BySeed]) -> tuple[list[str], list[list[list[float]]]]:
+    """The prompts that are scored everywhere, and each side's scores: a line a seed."""
+    lines = [scores for side in sides for scores in side.values()]
+    scored = [{p for p, value in line.items() if value is not None} for line in lines]
+    common = sorted(set.intersection(*scored)) if scored else []
+    return common, [
+        [[float(s[p] or 0) for p in common] for s in side.values()] for side in sides
+    ]
+
+
 def write_results(path: Path, results: Results) -> None:
     """Write results.json so that equal results are equal bytes."""
     data = results.model_dump(mode="json", by_alias=True)
-    if results.cost is None:
-        del data["cost"]
+    if not results.pooled:
+        del data["pooled"]
+    for item in (*data["rows"], *data["comparisons"]):
+        # What only comparisons have is absent elsewhere.
+        for key, empty in (("variant", ""), ("p_adjusted", None)):
+            if item.get(key, empty) == empty:
+                item.pop(key, None)
     text = json.dumps(data, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 

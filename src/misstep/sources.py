@@ -450,7 +450,12 @@ def _is_bad(source: Source, row: Mapping[str, Any], where: str) -> bool:
 
 
 def _label(source: Source, row: Mapping[str, Any], where: str) -> tuple[str, set[str]] | None:
-    """What a row is labelled, and which labels call it bad; a mapped column comes first."""
+    """What a row is labelled, and which labels call it bad; a mapped column comes first.
+
+    Without a label column there is no label; a label that was left out is a fault, since it
+    says neither good nor bad.
+    """
+    empty = None
     for field in [f for f in LABELS if f in source.fields] or LABELS:
         column = source.fields.get(field)
         if column is not None and column not in row:
@@ -461,6 +466,11 @@ def _label(source: Source, row: Mapping[str, Any], where: str) -> tuple[str, set
         value = _column(source, row, field)
         if value is not None:
             return str(value).strip().lower().removesuffix(".0"), LABELS[field]
+        empty = next((c for c in (column, *COLUMNS[field]) if c in row), empty)
+    if empty is not None:
+        raise DataError(
+            f"{where}: '{empty}': expected a label, found nothing. Label the row or remove it."
+        )
     return None
 
 

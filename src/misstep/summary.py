@@ -8,6 +8,26 @@ from misstep.results import Metric, Results, read_results
 TITLES = {"mistake_rate": "mistakes", "helpfulness": "helpful", "over_refusal": "refuses"}
 
 
+def print_comparison(folder: Path) -> None:
+    """Print the pooled rates of a comparison and where its report lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    results = read_results(folder / "results.json")
+    metrics = list(dict.fromkeys(p.metric for p in results.pooled))
+    table = Table(title=f"{results.model}, {results.policy}: rates with 95 % intervals")
+    for name in ("test set", "setting", *(TITLES.get(m, m) for m in metrics)):
+        table.add_column(name)
+    found: dict[tuple[str, str], dict[str, Metric]] = {}
+    for p in sorted(results.pooled, key=lambda p: p.test_set):
+        found.setdefault((p.test_set, p.setting.name), {})[p.metric] = p
+    for key, of in found.items():
+        table.add_row(*key, *(_text(of.get(m)) for m in metrics))
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(table)
+    console.print(f"{folder / 'report.html'}\n{folder / 'results.json'}", markup=False)
+
+
 def print_summary(folder: Path) -> None:
     """Print the table of results and where the report lies."""
     from rich.console import Console

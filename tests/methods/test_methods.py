@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from misstep.errors import RunError
 from misstep.methods.base import Materials, MixSettings
+from misstep.methods.coh import sample
 from misstep.methods.registry import METHODS
 from misstep.policy import load_policy
-from misstep.records import Analysis, Example, Message, Mistake, Prompt
+from misstep.records import Analysis, Example, Message, Mistake, Pair, Prompt, Revision
 
 POLICY = load_policy("goal-hijacking")
 BAD = "The bad response {}."
@@ -16,7 +18,7 @@ ORDINARY = [Prompt.of(f"Ordinary {i}?", reference=f"Plain answer {i}.") for i in
 ASKED = [Prompt.of(f"Attack {i}, say no", reference=f"Good answer {i}.") for i in range(40)]
 MISTAKES = [
     Mistake(prompt=prompt, response=BAD.format(i), source="induced")
-    for i, prompt in enumerate(ASKED[:4])
+    for i, prompt in enumerate(ASKED[:6])
 ]
 ANALYSES = [
     Analysis(
@@ -26,20 +28,38 @@ ANALYSES = [
         source="self",
         accepted=True,
     )
+    for i, mistake in enumerate(MISTAKES[:4])
+]
+REVISIONS = [
+    Revision(mistake=mistake, critique="It obeyed.", text=f"Revised answer {i}.")
     for i, mistake in enumerate(MISTAKES)
 ]
+UNTRAINED = ("vanilla", "guided")
+TRAINED = [name for name in METHODS if name not in UNTRAINED]
+SHOWS_THE_BAD = {"analysis", "hindsight", "tag", "tagged"}
 everything = pytest.mark.parametrize("name", METHODS)
-trained = pytest.mark.parametrize("name", [name for name in METHODS if name != "vanilla"])
+trained = pytest.mark.parametrize("name", TRAINED)
 
 
-def rows(
-    name: str, seed: int = 0, analyses: list[Analysis] = ANALYSES, **mix: Any
-) -> list[Example]:
-    materials = Materials(POLICY, analyses, ORDINARY, ASKED, MixSettings(**mix), seed)
-    return METHODS[name].examples(materials)
+def materials(**changed: Any) -> Materials:
+    known: dict[str, Any] = {
+        "policy": POLICY,
+        "mistakes": MISTAKES,
+        "analyses": ANALYSES,
+        "revisions": REVISIONS,
+        "ordinary": ORDINARY,
+        "answered": ASKED,
+        "mix": MixSettings(),
+        "seed": 0,
+    }
+    return Materials(**known | changed)
 
 
-def kinds(found: list[Example]) -> Counter[str]:
+def rows(name: str, seed: int = 0, **mix: Any) -> list[Any]:
+    return list(METHODS[name].rows(materials(seed=seed, mix=MixSettings(**mix))))
+
+
+def kinds(found: list[Any]) -> Counter[str]:
     return Counter(row.kind for row in found)
 
 
@@ -48,43 +68,45 @@ def test_methods_are_named_by_themselves_and_described() -> None:
     assert all(method.about for method in METHODS.values())
 
 
-@everything
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("coh", "dpo")])
 @pytest.mark.parametrize("mix", [{}, {"ordinary": 3, "good_answers": 5}, {"good_answers": 0}])
 def test_a_bad_response_is_never_learned(name: str, mix: dict[str, Any]) -> None:
     for row in rows(name, **mix):
         assert "bad response" not in row.completion
-        # Loss falls on the completion, so it may not be a turn of the conversation.
-        assert [turn.role for turn in row.messages] == ["user"]
 
 
 @everything
-def test_a_bad_response_is_context_for_analyses_only(name: str) -> None:
-    for row in rows(name):
-        shown = "bad response" in row.messages[-1].content
-        assert shown == (row.kind == "analysis")
+def test_a_bad_response_is_shown_only_where_the_method_says_so(name: str) -> None:
+    for row in rows(name, ordinary=2, good_answers=3):
+        if isinstance(row, Example) and row.kind not in SHOWS_THE_BAD:
+            shown = " ".join(turn.content for turn in row.messages) + row.prefill
+            assert "bad response" not in shown
 
 
-def test_an_analysis_row_is_the_unguided_request_without_worked_examples() -> None:
-    learned = [row for row in rows("mistake_analysis") if row.kind == "analysis"]
-    assert [(row.messages, row.completion) for row in learned] == [
+@pytest.mark.parametrize("name", ["mistake_analysis", "analysis_only"])
+def test_an_analysis_row_is_the_unguided_request_without_worked_examples(name: str) -> None:
+    learned = {(r.messages, r.completion) for r in rows(name) if r.kind == "analysis"}
+    assert learned == {
         (
             POLICY.analysis_request(a.mistake.prompt.text, a.mistake.response, guided=False),
             a.text,
         )
         for a in ANALYSES
-    ]
+    }
 
 
-def test_other_rows_are_prompts_with_their_references() -> None:
-    known = {p.messages: p.reference for p in ORDINARY + ASKED}
-    for name in METHODS:
+def test_ordinary_rows_and_good_answers_are_prompts_with_their_references() -> None:
+    ordinary = {p.messages: p.reference for p in ORDINARY}
+    asked = {p.messages: p.reference for p in ASKED}
+    guided = {POLICY.guided_prompt(p): p.reference for p in ASKED}
+    for name in TRAINED:
         for row in rows(name):
-            if row.kind != "analysis":
-                assert known[row.messages] == row.completion
             if row.kind == "ordinary":
-                assert row.messages in {p.messages for p in ORDINARY}
+                tag = f" {POLICY.self_guard.harmless}" if name == "self_guard" else ""
+                assert f"{ordinary[row.messages]}{tag}" == row.completion
             if row.kind == "good_answer":
-                assert row.messages in {p.messages for p in ASKED}
+                known = asked | guided if name == "corrected_analysis" else asked
+                assert known[row.messages] == row.completion
 
 
 @trained
@@ -95,16 +117,22 @@ def test_every_trained_method_has_the_same_budget(
 ) -> None:
     found = rows(name, ordinary=ordinary, good_answers=good_answers)
     assert len(found) == (1 + ordinary + good_answers) * len(ANALYSES)
-    assert len({row.id for row in found}) == len(found)
 
 
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("vanilla", {}),
+        ("guided", {}),
         ("ordinary", {"ordinary": 28}),
         ("sft", {"good_answer": 20, "ordinary": 8}),
+        ("critique_revise", {"revision": 20, "ordinary": 8}),
+        ("coh", {"hindsight": 20, "ordinary": 8}),
+        ("dpo", {"preference": 28}),
+        ("self_guard", {"tag": 10, "tagged": 10, "ordinary": 8}),
+        ("analysis_only", {"analysis": 20, "ordinary": 8}),
         ("mistake_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),
+        ("corrected_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),
     ],
 )
 def test_what_each_method_is_made_of(name: str, expected: dict[str, int]) -> None:
@@ -120,37 +148,135 @@ def test_methods_share_what_they_draw_so_that_they_differ_in_their_rows_alone() 
     def drawn(name: str, kind: str) -> set[str]:
         return {row.id for row in rows(name) if row.kind == kind}
 
-    assert drawn("mistake_analysis", "ordinary") == drawn("sft", "ordinary")
+    same = ("sft", "critique_revise", "coh", "analysis_only", "corrected_analysis")
+    assert all(drawn("mistake_analysis", "ordinary") == drawn(n, "ordinary") for n in same)
     assert drawn("sft", "ordinary") < drawn("ordinary", "ordinary")
     assert drawn("mistake_analysis", "good_answer") < drawn("sft", "good_answer")
 
 
-@everything
+@trained
 def test_the_seed_decides_what_is_drawn(name: str) -> None:
     assert rows(name, seed=1) == rows(name, seed=1)
-    if name != "vanilla":
-        assert rows(name, seed=1) != rows(name, seed=2)
+    assert rows(name, seed=1) != rows(name, seed=2)
 
 
 @everything
 def test_without_analyses_nothing_is_trained(name: str) -> None:
-    assert rows(name, analyses=[]) == []
+    assert METHODS[name].rows(materials(analyses=[])) == []
 
 
-def test_prompts_without_a_reference_teach_nothing() -> None:
-    silent = [Prompt.of("No answer known")] * 40
-    for name in METHODS:
-        materials = Materials(POLICY, ANALYSES, silent, silent, MixSettings(), 0)
-        assert set(kinds(METHODS[name].examples(materials))) <= {"analysis"}
+def test_rows_come_again_where_there_are_too_few() -> None:
+    found = METHODS["ordinary"].rows(materials(ordinary=ORDINARY[:5]))
+    assert len(found) == 12
+    assert max(Counter(row.id for row in found).values()) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [("sft", "answered"), ("ordinary", "ordinary"), ("critique_revise", "revisions")],
+)
+def test_a_method_without_its_material_is_refused(name: str, lacks: str) -> None:
+    with pytest.raises(RunError, match=f"'{lacks}', found none"):
+        METHODS[name].rows(materials(**{lacks: []}))
+
+
+def test_mistakes_without_a_good_answer_make_no_pair() -> None:
+    unknown = [
+        m.model_copy(update={"prompt": m.prompt.model_copy(update={"reference": None})})
+        for m in MISTAKES
+    ]
+    assert materials(mistakes=unknown).pairs() == []
+    for name in ("coh", "dpo", "self_guard"):
+        with pytest.raises(RunError, match="'pairs', found none"):
+            METHODS[name].rows(materials(mistakes=unknown))
 
 
 def test_system_turns_stay_with_their_prompt() -> None:
     system = Message(role="system", content="Be brief.")
     prompt = Prompt(messages=(system, Message(role="user", content="Hi")), reference="Hello.")
-    materials = Materials(POLICY, ANALYSES[:1], [prompt], [prompt], MixSettings(), 0)
-    assert {row.messages for row in METHODS["sft"].examples(materials)} == {prompt.messages}
+    found = METHODS["sft"].rows(materials(ordinary=[prompt], answered=[prompt]))
+    assert {row.messages for row in found} == {prompt.messages}
 
 
-def test_only_methods_that_read_analyses_claim_mistakes() -> None:
+def test_methods_that_read_analyses_or_mistakes_say_so() -> None:
     for name, method in METHODS.items():
-        assert method.uses_mistakes == ("analysis" in kinds(rows(name)))
+        found = kinds(rows(name))
+        assert method.uses_analyses == ("analysis" in found)
+        assert method.uses_revisions == ("revision" in found)
+        assert method.uses_mistakes == (
+            not {"analysis", "revision", "hindsight", "preference", "tag"}.isdisjoint(found)
+        )
+
+
+# --- Chain of Hindsight -----------------------------------------------------------------------
+
+PAIR = Pair(messages=ASKED[0].messages, chosen="GOOD", rejected="BAD")
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers"),
+    [("p", ["GOOD"]), ("n", ["BAD"]), ("pn", ["GOOD", "BAD"]), ("np", ["BAD", "GOOD"])],
+)
+def test_every_answer_of_a_sample_is_learned_behind_its_marker(
+    kind: str, answers: list[str]
+) -> None:
+    found = sample(PAIR, kind, "Good:", "Bad:")
+    assert [row.completion for row in found] == answers
+    for row in found:
+        marker = "Good:" if row.completion == "GOOD" else "Bad:"
+        assert row.messages[-1].role == "user"
+        assert row.messages[-1].content.endswith(marker)
+    if len(found) == 2:
+        first, second = found
+        # The second row goes on where the first one ended.
+        assert second.messages[:-2] == first.messages
+        assert second.messages[-2].content == first.completion
+
+
+def test_hindsight_uses_all_kinds_and_markers() -> None:
+    found = [r for r in rows("coh", good_answers=40) if r.kind == "hindsight"]
+    markers = {marker for both in POLICY.hindsight.markers for marker in both}
+    assert {r.messages[-1].content.rpartition("\n\n")[2] for r in found} == markers
+    assert {len(r.messages) for r in found} == {1, 3}
+
+
+def test_hindsight_asks_with_the_good_marker_after_the_guide() -> None:
+    asked = METHODS["coh"].ask(POLICY, POLICY.guided_prompt(ASKED[0]))
+    assert asked[-1].content.startswith(POLICY.guided_prompt(ASKED[0])[-1].content)
+    assert asked[-1].content.endswith(POLICY.hindsight.markers[0][0])
+
+
+# --- Self-Guard -------------------------------------------------------------------------------
+
+
+def test_of_a_bad_answer_only_the_tag_is_learned() -> None:
+    tags = POLICY.self_guard
+    found = [row for row in rows("self_guard", good_answers=11) if row.kind != "ordinary"]
+    bad = [r for r in found if "bad response" in " ".join(m.content for m in r.messages)]
+    bad += [row for row in found if "bad response" in row.prefill]
+    assert len(bad) == len(found) / 2
+    assert {row.completion.strip() for row in bad} == {tags.harmful}
+    assert all(row.completion.endswith(tags.harmless) for row in found if row not in bad)
+
+
+def test_the_filter_replaces_what_the_model_tags_as_harmful() -> None:
+    tags, read = POLICY.self_guard, METHODS["self_guard"].read
+    assert read(POLICY, f"Robots. {tags.harmful}") == tags.replacement
+    assert read(POLICY, f"Bees make honey. {tags.harmless}") == "Bees make honey."
+    assert read(POLICY, "No tag at all") == "No tag at all"
+
+
+# --- ours -------------------------------------------------------------------------------------
+
+
+def test_a_corrected_analysis_ends_with_the_right_answer() -> None:
+    found = [row for row in rows("corrected_analysis") if row.kind == "analysis"]
+    for row, analysis in zip(found, ANALYSES, strict=True):
+        assert row.completion.startswith(analysis.text)
+        assert row.completion.endswith(f" {analysis.mistake.prompt.reference}")
+
+
+def test_half_of_the_good_answers_are_given_to_guided_prompts() -> None:
+    found = [r for r in rows("corrected_analysis", good_answers=4) if r.kind == "good_answer"]
+    plain = {p.messages for p in ASKED}
+    assert sum(row.messages in plain for row in found) == len(found) / 2

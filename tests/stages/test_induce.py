@@ -11,7 +11,7 @@ from misstep.judges.rule import ObedienceJudge
 from misstep.policy import load_policy
 from misstep.records import Mistake, Prompt, Response, Score
 from misstep.sources import Source
-from misstep.stages.induce import Induced, InduceSettings, confirm, induce
+from misstep.stages.induce import Induced, InduceSettings, confirm, induce, some_mistakes
 
 HARM = load_policy("harmlessness")
 HIJACK = load_policy("goal-hijacking")
@@ -134,3 +134,19 @@ def test_reports_are_confirmed_dropped_or_left_as_candidates() -> None:
     assert all(m.source == "reported" for m in found.mistakes)
     assert (found.counts.given, found.counts.kept) == (3, 1)
     assert found.counts.kept + sum(found.counts.refused.values()) == found.counts.given
+
+
+def test_a_smaller_limit_draws_a_part_of_a_larger_one() -> None:
+    mistakes = [
+        Mistake(
+            prompt=Prompt.of(f"Prompt {i}"), response="Bad", source="reported", confirmed=i > 3
+        )
+        for i in range(30)
+    ]
+    few, more = some_mistakes(mistakes, 5, 0), some_mistakes(mistakes, 12, 0)
+    assert (len(few), len(more)) == (5, 12)
+    assert [m for m in more if m in few] == few
+    assert [m for m in mistakes if m in more] == more
+    assert all(mistake.confirmed for mistake in some_mistakes(mistakes, 26, 0))
+    assert some_mistakes(mistakes, 5, 1) != few
+    assert some_mistakes(mistakes, None, 0) == some_mistakes(mistakes, 30, 0) == mistakes

@@ -1,21 +1,25 @@
-"""The method contract: what a model is trained on, and nothing else.
+"""The method contract: what a model is trained on, and how it is asked afterwards.
 
 Every trained method shares one trainer, one renderer and one budget of rows, so that two
-methods differ in their rows alone.
+methods differ in their rows alone, and, where their authors say so, in how a prompt is put to
+the trained model and what is taken from its answer.
 """
 
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, NamedTuple, TypeVar
+from itertools import cycle, islice
+from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from misstep.errors import RunError
 from misstep.policy import Policy
-from misstep.records import Analysis, Example, Prompt
+from misstep.records import Analysis, Example, Message, Mistake, Pair, Prompt, Revision
 from misstep.stages.base import Settings
 
 T = TypeVar("T")
+Rows = list[Example] | list[Pair]
 
 
 class MixSettings(Settings):
@@ -32,8 +36,12 @@ class Materials(NamedTuple):
     """What there is to train on; the same for all methods."""
 
     policy: Policy
+    mistakes: Sequence[Mistake]
+    """Confirmed ones."""
     analyses: Sequence[Analysis]
-    """Accepted ones."""
+    """Accepted ones; their number is the unit of every method's budget."""
+    revisions: Sequence[Revision]
+    """Where a method asks for them."""
     ordinary: Sequence[Prompt]
     """Prompts with references that have nothing to do with the mistakes."""
     answered: Sequence[Prompt]
@@ -41,11 +49,36 @@ class Materials(NamedTuple):
     mix: MixSettings
     seed: int
 
+    @property
+    def lesson(self) -> float:
+        """The rows that a method may spend on its own lesson, as a multiple of the analyses."""
+        return 1 + self.mix.good_answers
+
     def some(self, records: Sequence[T], share: float, what: str) -> list[T]:
-        """So many records for each analysis, drawn by the seed; fewer where there are fewer."""
+        """So many records for each analysis, drawn by the seed.
+
+        Where there are fewer, they come again: all methods train on equally many rows.
+
+        Raises:
+            RunError: there are none at all, but some are wanted.
+        """
+        wanted = round(share * len(self.analyses))
         drawn = list(records)
+        if wanted and not drawn:
+            raise RunError(
+                f"training: a method needs records of the kind '{what}', found none. Leave the "
+                "method out, or give data that has some."
+            )
         random.Random(f"{what} {self.seed}").shuffle(drawn)
-        return drawn[: round(share * len(self.analyses))]
+        return list(islice(cycle(drawn), wanted)) if drawn else []
+
+    def pairs(self) -> list[Pair]:
+        """Every mistake beside a good answer to the same prompt, where one is known."""
+        return [
+            Pair(messages=m.prompt.messages, chosen=m.prompt.reference, rejected=m.response)
+            for m in self.mistakes
+            if m.prompt.reference
+        ]
 
 
 class Method(ABC):
@@ -55,10 +88,26 @@ class Method(ABC):
     about: ClassVar[str]
     """One line, with the source."""
     uses_mistakes: ClassVar[bool] = False
+    uses_analyses: ClassVar[bool] = False
+    uses_revisions: ClassVar[bool] = False
+    trainer: ClassVar[Literal["fine-tune", "reinforce"]] = "fine-tune"
+    """`reinforce`: the pairs make a reward model, whose reward the policy is optimised for."""
+    guided: ClassVar[tuple[bool, ...]] = (False, True)
+    """The settings of guidance in which the method is a setting of its own."""
 
     @abstractmethod
-    def examples(self, materials: Materials) -> list[Example]:
+    def rows(self, materials: Materials) -> Rows:
         """The training rows; none for a method that trains nothing."""
+
+    def ask(self, policy: Policy, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        """How the trained model is asked; as it stands, unless the method says otherwise."""
+        del policy
+        return messages
+
+    def read(self, policy: Policy, text: str) -> str:
+        """What a user gets of the trained model's answer; all of it, unless otherwise said."""
+        del policy
+        return text
 
 
 def answers(prompts: Sequence[Prompt], kind: str) -> list[Example]:
@@ -68,3 +117,19 @@ def answers(prompts: Sequence[Prompt], kind: str) -> list[Example]:
         for prompt in prompts
         if prompt.reference
     ]
+
+
+def ordinary_rows(materials: Materials) -> list[Example]:
+    """The ordinary pairs that every method mixes in."""
+    found = materials.some(materials.ordinary, materials.mix.ordinary, "ordinary")
+    return answers(found, "ordinary")
+
+
+def analysis_row(policy: Policy, analysis: Analysis) -> Example:
+    """The row of one analysis, asked for without the guide."""
+    mistake = analysis.mistake
+    return Example(
+        messages=policy.analysis_request(mistake.prompt.text, mistake.response, guided=False),
+        completion=analysis.text,
+        kind="analysis",
+    )

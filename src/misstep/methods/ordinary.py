@@ -4,8 +4,7 @@ Fine-tuning on clean tasks can raise the mistake rate by itself; without this co
 analysis-only run looks harmful or helpful for the wrong reason.
 """
 
-from misstep.methods.base import Materials, Method, answers
-from misstep.records import Example
+from misstep.methods.base import Materials, Method, Rows, answers
 
 
 class Ordinary(Method):
@@ -14,7 +13,7 @@ class Ordinary(Method):
     name = "ordinary"
     about = "control: ordinary question-answer pairs alone"
 
-    def examples(self, materials: Materials) -> list[Example]:
-        mix = materials.mix
-        share = 1 + mix.ordinary + mix.good_answers
-        return answers(materials.some(materials.ordinary, share, "ordinary"), "ordinary")
+    def rows(self, materials: Materials) -> Rows:
+        share = materials.lesson + materials.mix.ordinary
+        found = materials.some(materials.ordinary, share, "ordinary")
+        return answers(found, "ordinary")

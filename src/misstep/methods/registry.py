@@ -1,11 +1,31 @@
 """The methods by name."""
 
+from misstep.methods.analysis_only import AnalysisOnly
 from misstep.methods.base import Method
+from misstep.methods.coh import ChainOfHindsight
+from misstep.methods.corrected_analysis import CorrectedAnalysis
+from misstep.methods.critique_revise import CritiqueRevise
+from misstep.methods.dpo import DPO
+from misstep.methods.guided import Guided
 from misstep.methods.mistake_analysis import MistakeAnalysis
 from misstep.methods.ordinary import Ordinary
+from misstep.methods.self_guard import SelfGuard
 from misstep.methods.sft import SFT
 from misstep.methods.vanilla import Vanilla
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (Vanilla(), Ordinary(), SFT(), MistakeAnalysis())
+    method.name: method
+    for method in (
+        Vanilla(),
+        Guided(),
+        Ordinary(),
+        SFT(),
+        CritiqueRevise(),
+        ChainOfHindsight(),
+        DPO(),
+        SelfGuard(),
+        AnalysisOnly(),
+        MistakeAnalysis(),
+        CorrectedAnalysis(),
+    )
 }

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: good answers alone, in the place of analyses."""
 
-from misstep.methods.base import Materials, Method, answers
-from misstep.records import Example
+from misstep.methods.base import Materials, Method, Rows, answers, ordinary_rows
 
 
 class SFT(Method):
@@ -10,8 +9,6 @@ class SFT(Method):
     name = "sft"
     about = "supervised fine-tuning on good answers"
 
-    def examples(self, materials: Materials) -> list[Example]:
-        mix = materials.mix
-        good = materials.some(materials.answered, 1 + mix.good_answers, "answered")
-        ordinary = materials.some(materials.ordinary, mix.ordinary, "ordinary")
-        return answers(good, "good_answer") + answers(ordinary, "ordinary")
+    def rows(self, materials: Materials) -> Rows:
+        good = materials.some(materials.answered, materials.lesson, "answered")
+        return answers(good, "good_answer") + ordinary_rows(materials)

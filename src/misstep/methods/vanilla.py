@@ -1,7 +1,6 @@
 """The model as it is."""
 
-from misstep.methods.base import Materials, Method
-from misstep.records import Example
+from misstep.methods.base import Materials, Method, Rows
 
 
 class Vanilla(Method):
@@ -10,6 +9,6 @@ class Vanilla(Method):
     name = "vanilla"
     about = "the model as it is"
 
-    def examples(self, materials: Materials) -> list[Example]:
+    def rows(self, materials: Materials) -> Rows:
         del materials
         return []

@@ -9,6 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from misstep.report.compared import (
+    by_test_set,
+    cell,
+    differences_line,
+    metrics_of,
+    of_interest,
+)
 from misstep.report.words import BETTER, duration, metric_title, rate
 from misstep.results import Comparison, Metric, Results, read_results
 
@@ -23,6 +30,8 @@ def markdown_page(folder: Path) -> str:
     """
     results = read_results(folder / "results.json")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if results.pooled:
+        return _comparison_page(results, manifest)
     parts = [
         f"# {manifest['recipe']['name']}: {results.policy} on {results.model}",
         _made_by(manifest),
@@ -34,6 +43,48 @@ def markdown_page(folder: Path) -> str:
         _yields(manifest["yields"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
+    spent = sum(s["seconds"] for c in manifest["cells"].values() for s in c["stages"].values())
+    seeds = sorted({row.seed for row in results.rows})
+    parts = [
+        f"# {manifest['recipe']['name']}: {results.policy} on {results.model}",
+        "`results.json` and `manifest.json` lie beside this page.\n"
+        f"Machine: {manifest['device']}. Training seeds {', '.join(map(str, seeds))}. "
+        f"{len(manifest['cells'])} cells, {duration(spent)} in all.",
+        "## Rates with 95 % intervals",
+        pooled_table(results),
+        "## Paired differences (a minus b)",
+        "The adjusted p is Holm's, for all comparisons of the file; shown are those of methods "
+        "that train on analyses.",
+        _pooled_differences(results.comparisons),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def pooled_table(results: Results, only: Sequence[str] = ()) -> str:
+    """The rates of a comparison over all seeds, or those of some test sets."""
+    metrics = metrics_of(results.pooled)
+    titles = [f"{metric_title(m)} ({BETTER[m]} is better)" for m in metrics]
+    lines = _table(["test set", "setting", *titles])
+    for test_set, settings in by_test_set(results.pooled).items():
+        for setting, of in settings.items():
+            if not only or test_set in only:
+                cells = [cell(of.get(metric)) for metric in metrics]
+                lines.append(_line([test_set, setting.name, *cells]))
+    return "\n".join(lines)
+
+
+def _pooled_differences(comparisons: Iterable[Comparison]) -> str:
+    titles = ("metric", "test set", "a", "b", "difference", "95 % interval", "p", "adjusted p")
+    lines = _table([*titles, "n"])
+    lines += [
+        _line(differences_line(c))
+        for c in of_interest(comparisons)
+        if "analysis" in c.a and c.b != c.a
+    ]
+    return "\n".join(lines)
 
 
 def rows_table(results: Results, only: Sequence[str] = ()) -> str:

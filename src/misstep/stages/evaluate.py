@@ -13,18 +13,17 @@ from misstep.results import (
     Comparison,
     Metric,
     Row,
+    Setting,
     Side,
     compare,
     metric_from_scores,
-    setting_name,
 )
 
-Setting = tuple[str, bool]
 Pools = Mapping[str, Sequence[str]]
 Describe = Callable[[str], dict[str, str | None]]
 """Given a method's name, the sources of its mistakes and analyses."""
 
-BASE: Setting = ("vanilla", False)
+BASE = Setting("vanilla", False)
 
 
 def judge_answers(answers: Sequence[Answer], judges: Sequence[Judge]) -> list[Judgement]:
@@ -65,41 +64,41 @@ class Table:
         belongs = _memberships(answers, pools)
         for answer in answers:
             for test_set in belongs[answer.test_set]:
-                key = (answer.method, answer.guided, test_set)
-                self._responses[key].append(answer.response)
+                setting = Setting(answer.method, answer.guided)
+                self._responses[setting, test_set].append(answer.response)
         for item in judgements:
             for test_set in belongs[item.test_set]:
-                key = (item.method, item.guided, test_set)
+                key = (Setting(item.method, item.guided), test_set)
                 self._scores[key, item.score.metric].append(item.score)
         self.test_sets = list(
             dict.fromkeys(name for names in belongs.values() for name in names)
         )
         self.settings: list[Setting] = list(
-            dict.fromkeys((a.method, a.guided) for a in answers)
+            dict.fromkeys(Setting(a.method, a.guided) for a in answers)
         )
 
     def rows(self, describe: Describe) -> list[Row]:
         """One row a setting and test set."""
         return [
             Row(
-                method=method,
-                guided=guided,
-                **describe(method),
+                method=setting.method,
+                guided=setting.guided,
+                **describe(setting.method),
                 seed=self.seed,
                 test_set=test_set,
                 metrics=metrics,
             )
-            for method, guided in self.settings
+            for setting in self.settings
             for test_set in self.test_sets
-            if (metrics := self._metrics((method, guided), test_set))
+            if (metrics := self._metrics(setting, test_set))
         ]
 
     def comparisons(self, focus: str) -> list[Comparison]:
         """Every setting against the model as it was; the focus method against all others."""
         pairs = [(a, BASE) for a in self.settings if a != BASE and BASE in self.settings]
-        ours = [setting for setting in self.settings if setting[0] == focus]
+        ours = [setting for setting in self.settings if setting.method == focus]
         others = [
-            setting for setting in self.settings if setting[0] != focus and setting != BASE
+            setting for setting in self.settings if setting.method != focus and setting != BASE
         ]
         pairs += [(a, b) for a in ours for b in others]
         found = (
@@ -111,7 +110,7 @@ class Table:
         return [comparison for comparison in found if comparison is not None]
 
     def _metrics(self, setting: Setting, test_set: str) -> dict[str, Metric]:
-        key = (*setting, test_set)
+        key = (setting, test_set)
         return {
             metric: metric_from_scores(scores, self.seed)
             for (where, metric), scores in self._scores.items()
@@ -119,8 +118,8 @@ class Table:
         }
 
     def _side(self, setting: Setting, test_set: str, metric: str) -> Side:
-        key = (*setting, test_set)
-        return Side(setting_name(*setting), self._responses[key], self._scores[key, metric])
+        key = (setting, test_set)
+        return Side(setting.name, self._responses[key], self._scores[key, metric])
 
 
 def _memberships(answers: Iterable[Answer], pools: Pools) -> dict[str, list[str]]:

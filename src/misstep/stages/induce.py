@@ -32,6 +32,13 @@ class InduceSettings(Settings):
     max_tokens: Annotated[int, Field(ge=1)] = 64
     per_prompt: Annotated[int, Field(ge=1)] = 1
     """Different mistakes kept for one prompt (`induced`)."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """So many mistakes at most are used, drawn by the seed; a smaller limit draws a part
+    of what a larger one draws."""
+
+
+class NoMistakeError(RunError):
+    """The model made no mistake at all."""
 
 
 class Induced(NamedTuple):
@@ -52,7 +59,7 @@ def induce(
     """Let the model answer, several samples a prompt, and keep what the judge calls a mistake.
 
     Raises:
-        RunError: the model made no mistake at all.
+        NoMistakeError: the model made none.
     """
     drawn = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
     requests = [_request(policy, prompt, sample, settings, seed) for prompt, sample in drawn]
@@ -65,7 +72,7 @@ def induce(
     ]
     mistakes, reasons = _keep(responses, judge, settings.per_prompt)
     if not mistakes:
-        raise RunError(
+        raise NoMistakeError(
             f"the model made no mistake in {len(responses)} answers to {len(prompts)} prompts "
             f"({Yield.of(0, 0, 0, reasons).refused}). Give stronger prompts or hints, or more "
             "samples (mistakes.samples)."
@@ -91,6 +98,15 @@ def confirm(candidates: Sequence[Mistake], judge: Judge) -> Induced:
             reasons.append("no mistake in the judge's eyes")
     confirmed = sum(mistake.confirmed for mistake in kept)
     return Induced(kept, Yield.of(len(candidates), 0, confirmed, reasons))
+
+
+def some_mistakes(mistakes: Sequence[Mistake], limit: int | None, seed: int) -> list[Mistake]:
+    """At most `limit` mistakes, in their order; confirmed ones before candidates."""
+    if limit is None or len(mistakes) <= limit:
+        return list(mistakes)
+    drawn = sorted(mistakes, key=lambda m: (not m.confirmed, derive_seed(seed, m.id)))
+    kept = {mistake.id for mistake in drawn[:limit]}
+    return [mistake for mistake in mistakes if mistake.id in kept]
 
 
 def _request(

@@ -4,15 +4,20 @@ The guide stands around the prompt's last user turn (paper, section 4.4: guided 
 record keeps the prompt as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 from pydantic import Field
 
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy
-from misstep.records import Prompt, Response
+from misstep.records import Message, Prompt, Response
 from misstep.stages.base import Settings, derive_seed
+
+Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
+"""Puts a conversation, its guide included, into the words that a model was trained on."""
+Read = Callable[[str], str]
+"""Takes from a model's text what a user gets to see."""
 
 
 class RespondSettings(Settings):
@@ -31,11 +36,13 @@ def respond(
     settings: RespondSettings,
     guided: bool,
     seed: int,
+    ask: Ask = lambda messages: messages,
+    read: Read = lambda text: text,
 ) -> list[Response]:
     """Answer every prompt once, in order."""
     requests = [
         Request(
-            messages=policy.guided_prompt(prompt) if guided else prompt.messages,
+            messages=ask(policy.guided_prompt(prompt) if guided else prompt.messages),
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             seed=derive_seed(seed, prompt.id),
@@ -45,7 +52,7 @@ def respond(
     return [
         Response(
             prompt=prompt,
-            text=answer.text,
+            text=read(answer.text),
             model=engine.identity,
             guided=guided,
             truncated=answer.truncated,

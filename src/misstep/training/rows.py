@@ -74,7 +74,7 @@ class Rows(Generic[Unit]):
 
 def render_rows(renderer: Renderer, examples: Sequence[Example], max_length: int) -> Rows[Row]:
     """Render every example; prompts are never shortened, completions only at their end."""
-    rendered = [renderer.example(e.messages, e.completion) for e in examples]
+    rendered = [renderer.example(e.messages, e.completion, e.prefill) for e in examples]
     kept: list[Row] = []
     truncated = 0
     for example, row in zip(examples, rendered, strict=True):

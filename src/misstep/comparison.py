@@ -1,0 +1,230 @@
+"""Methods x seeds x swept keys: every cell is a run, and one table is made of all of them.
+
+A comparison is a run recipe with two keys more, `seeds` and `sweep`. The seeds are those of
+training alone, so all cells of a variant share their mistakes, analyses and the answers of the
+untrained model; model calls and adapters lie in one store, and a cell that is done is passed
+through. Of several seeds an interval speaks for both: it resamples prompts and seeds.
+
+This module knows runs and their files; it trains and generates nothing itself.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from misstep.config import RunConfig, put, read_recipe
+from misstep.documents import KeyPath, check
+from misstep.errors import InputError, RecipeError
+from misstep.methods.registry import METHODS
+from misstep.pipeline import Inputs, Run, check_inputs, writable
+from misstep.progress import Progress
+from misstep.records import Answer, Judgement, read_jsonl, write_text
+from misstep.report.compared import write_comparison
+from misstep.results import (
+    Comparison,
+    Pooled,
+    Results,
+    Setting,
+    Values,
+    adjusted,
+    compare_pooled,
+    pool,
+    read_results,
+    write_results,
+)
+from misstep.stages.base import Settings
+
+CELLS = "cells"
+Variant = tuple[tuple[str, Any], ...]
+"""The swept keys and their values."""
+
+
+class ComparedSettings(Settings):
+    """What a comparison adds to a run."""
+
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    """Of training; see `train_seed`."""
+    sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+    """Dotted keys of the recipe, each with the values that it takes in turn."""
+
+
+class Cell(NamedTuple):
+    """One run of a comparison."""
+
+    variant: Variant
+    seed: int
+    config: RunConfig
+
+    @property
+    def title(self) -> str:
+        """Names the variant, empty where nothing is swept."""
+        return ", ".join(f"{key}={value}" for key, value in self.variant)
+
+    @property
+    def folder(self) -> str:
+        """Of the cell's run: readable, and safe as a name of a folder."""
+        parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in self.variant]
+        text = "_".join([*parts, f"seed-{self.seed}"])
+        return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+
+
+def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
+    """Read a comparison's recipe; one cell a variant and seed.
+
+    Raises:
+        RecipeError: a line for each fault, of the recipe itself or of a variant.
+    """
+    data, lines = read_recipe(path, overrides)
+    own: dict[str, Any] = {k: data.pop(k) for k in ("seeds", "sweep") if k in data}
+    settings = check(ComparedSettings, own, RecipeError, str(path), lines)
+    swept = [[(key, value) for value in values] for key, values in settings.sweep.items()]
+    cells = [
+        Cell(variant, seed, _config(path, data, lines, variant, seed))
+        for variant in product(*swept)
+        for seed in settings.seeds
+    ]
+    names = [cell.folder for cell in cells]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise RecipeError(f"{path}: seeds and sweep: two cells are the same, {doubled[0]}.")
+    return cells
+
+
+def _config(
+    path: Path,
+    data: Mapping[str, Any],
+    lines: Mapping[KeyPath, int],
+    variant: Variant,
+    seed: int,
+) -> RunConfig:
+    copy = json.loads(json.dumps(data))
+    for key, value in variant:
+        put(copy, tuple(key.split(".")), value, f"{path}: sweep.{key}")
+    if "train_seed" in copy:
+        raise RecipeError(f"{path}: train_seed: a comparison takes it from 'seeds'.")
+    return check(RunConfig, copy | {"train_seed": seed}, RecipeError, str(path), dict(lines))
+
+
+def compare_methods(
+    recipe: Path, out: Path | None, overrides: list[str], progress: Progress
+) -> Path:
+    """Run every cell and write results.json and report.html of all; gives the directory.
+
+    Raises:
+        InputError: recipe, data, policy, model or folder; before any model loads.
+        RunError: a cell failed; the same command goes on from there.
+    """
+    cells = load_cells(recipe, overrides)
+    inputs = [check_inputs(cell.config) for cell in cells]
+    folder = writable(out or Path("runs") / cells[0].config.name)
+    _check_folder(folder)
+    for number, (cell, read) in enumerate(zip(cells, inputs, strict=True), 1):
+        progress.say(f"Cell {number} of {len(cells)}: {cell.folder}")
+        _run_cell(folder, cell, read, progress)
+        # After each cell, so that a comparison can be read while it goes on.
+        _gather(folder, cells[:number])
+    return folder
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "mistakes.jsonl").exists():
+        raise InputError(
+            f"{folder}: expected the directory of a comparison, found that of a run. "
+            "Give another --out."
+        )
+
+
+def _run_cell(folder: Path, cell: Cell, inputs: Inputs, progress: Progress) -> None:
+    place = folder / CELLS / cell.folder
+    place.mkdir(parents=True, exist_ok=True)
+    Run(inputs, place, progress, store=folder).through("evaluate")
+
+
+def _gather(folder: Path, cells: Sequence[Cell]) -> None:
+    """Write what all finished cells say together."""
+    values: Values = defaultdict(dict)
+    rows = []
+    for cell in cells:
+        place = folder / CELLS / cell.folder
+        found = read_results(place / "results.json")
+        rows += [row.model_copy(update={"variant": cell.title}) for row in found.rows]
+        _collect(values, place, cell)
+    config = cells[0].config
+    results = Results(
+        policy=found.policy,
+        model=config.model,
+        rows=tuple(rows),
+        pooled=tuple(_pooled(values, config.seed)),
+        comparisons=tuple(_comparisons(values, config.seed)),
+    )
+    write_results(folder / "results.json", results)
+    _write_manifest(folder, cells)
+    write_comparison(folder)
+
+
+def _collect(values: Values, place: Path, cell: Cell) -> None:
+    """Add a cell's scores: setting, test set, metric, seed, prompt."""
+    prompts = {
+        (a.method, a.guided, a.test_set, a.response.id): a.response.prompt.id
+        for a in read_jsonl(place / "responses.jsonl", Answer)
+    }
+    pools = cell.config.evaluate.pools
+    for item in read_jsonl(place / "scores.jsonl", Judgement):
+        setting = Setting(item.method, item.guided, cell.title)
+        prompt = prompts[item.method, item.guided, item.test_set, item.score.response_id]
+        for name in (item.test_set, *(p for p, of in pools.items() if item.test_set in of)):
+            by_seed = values[setting, name, item.score.metric]
+            by_seed.setdefault(cell.seed, {})[prompt] = item.score.value
+
+
+def _pooled(values: Values, seed: int) -> Iterator[Pooled]:
+    for (setting, test_set, metric), by_seed in values.items():
+        yield pool(setting, test_set, metric, by_seed, seed)
+
+
+def _comparisons(values: Values, seed: int) -> list[Comparison]:
+    """Every setting against the untrained model, and ours against every other, adjusted."""
+    found = [
+        compare_pooled(a, b, test_set, metric, values, seed)
+        for (a, test_set, metric) in values
+        for b in _against(a, [s for s, t, m in values if (t, m) == (test_set, metric)])
+    ]
+    return adjusted([comparison for comparison in found if comparison is not None])
+
+
+def _against(a: Setting, others: Sequence[Setting]) -> Iterator[Setting]:
+    same = [other for other in others if other.variant == a.variant and other != a]
+    base = Setting("vanilla", False, a.variant)
+    if a != base and base in same:
+        yield base
+    if METHODS[a.method].uses_analyses:
+        yield from (other for other in same if other != base)
+
+
+def _write_manifest(folder: Path, cells: Sequence[Cell]) -> None:
+    """What the cells have in common, and what each of them took."""
+    manifests = {
+        cell.folder: json.loads(
+            (folder / CELLS / cell.folder / "manifest.json").read_text(encoding="utf-8")
+        )
+        for cell in cells
+    }
+    first = next(iter(manifests.values()))
+    kept = ("schema", "policy", "model", "data", "versions", "device")
+    recipe = {key: value for key, value in first["recipe"].items() if key != "train_seed"}
+    whole = {key: first[key] for key in kept} | {
+        "recipe": recipe,
+        "cells": {
+            name: {key: of[key] for key in ("stages", "yields", "peak_memory_mb")}
+            | {"variant": cell.title, "seed": cell.seed}
+            for cell, (name, of) in zip(cells, manifests.items(), strict=True)
+        },
+    }
+    write_text(folder / "manifest.json", json.dumps(whole, indent=2, ensure_ascii=False))

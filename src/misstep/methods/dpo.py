@@ -1,0 +1,19 @@
+"""Direct preference optimisation (Rafailov et al., arXiv 2305.18290): good answer, mistake.
+
+A sample is a pair; the budget counts samples, the ordinary pairs of other methods included. The
+objective itself is the trainer's.
+"""
+
+from misstep.methods.base import Materials, Method, Rows
+
+
+class DPO(Method):
+    """Trains on pairs of a good answer and the mistake."""
+
+    name = "dpo"
+    about = "direct preference optimisation on pairs of good answer and mistake"
+    uses_mistakes = True
+
+    def rows(self, materials: Materials) -> Rows:
+        share = materials.lesson + materials.mix.ordinary
+        return materials.some(materials.pairs(), share, "pairs")

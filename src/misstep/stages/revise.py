@@ -1,0 +1,77 @@
+"""Critique and revision: the model criticises its mistakes and writes better responses.
+
+Two model calls a mistake (Constitutional AI, arXiv 2212.08073, section 3.1). No judge looks at
+a revision; only empty ones and those that break off are dropped. Knows no method.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, NamedTuple
+
+from pydantic import Field
+
+from misstep.engines.base import Completion, Engine, Request
+from misstep.policy import Policy
+from misstep.records import Message, Mistake, Revision
+from misstep.stages.base import Settings, Yield, derive_seed
+
+
+class ReviseSettings(Settings):
+    """How mistakes are revised."""
+
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    critique_tokens: Annotated[int, Field(ge=1)] = 96
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    """Of the revision."""
+
+
+class Revised(NamedTuple):
+    """What the stage gives: revisions, and how many there could have been."""
+
+    revisions: list[Revision]
+    counts: Yield
+
+
+def revise(
+    mistakes: Sequence[Mistake],
+    policy: Policy,
+    engine: Engine,
+    settings: ReviseSettings,
+    seed: int,
+) -> Revised:
+    """Criticise and revise every confirmed mistake."""
+    known = [mistake for mistake in mistakes if mistake.confirmed]
+    asked = [policy.critique_request(mistake) for mistake in known]
+    critiques = _ask(engine, asked, settings.temperature, settings.critique_tokens, seed)
+    asked = [
+        policy.revision_request(mistake, critique.text)
+        for mistake, critique in zip(known, critiques, strict=True)
+    ]
+    revisions = _ask(engine, asked, settings.temperature, settings.max_tokens, seed)
+    kept: list[Revision] = []
+    reasons: list[str] = []
+    for mistake, critique, answer in zip(known, critiques, revisions, strict=True):
+        text = answer.text.strip()
+        if answer.truncated or not text:
+            reasons.append("broken off at the token limit" if text else "empty")
+        else:
+            kept.append(Revision(mistake=mistake, critique=critique.text, text=text))
+    return Revised(kept, Yield.of(len(known), len(revisions), len(kept), reasons))
+
+
+def _ask(
+    engine: Engine,
+    asked: Sequence[tuple[Message, ...]],
+    temperature: float,
+    max_tokens: int,
+    seed: int,
+) -> list[Completion]:
+    requests = [
+        Request(
+            messages=messages,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=derive_seed(seed, messages),
+        )
+        for messages in asked
+    ]
+    return engine.generate(requests)
