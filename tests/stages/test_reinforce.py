@@ -3,6 +3,7 @@
 The quick tests train a random model of two layers with a byte tokenizer, made in `conftest`.
 """
 
+import copy
 import random
 import shutil
 import subprocess
@@ -124,6 +125,17 @@ def test_the_head_reads_the_last_token_of_the_models_own_body(model: Model) -> N
     wanted = float(hidden.detach() @ made.score.weight[0].detach())
     score, _ = Scorer(made, 0, 1000)([ids, (*ids, 7, 7, 7)])
     assert score == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_score_is_read_at_the_end_of_the_turn(model: Model, tmp_path: Path) -> None:
+    done = job(model, tmp_path)
+    renderer = Renderer(copy.deepcopy(done.renderer.tokenizer))
+    renderer.tokenizer.pad_token = renderer.tokenizer.eos_token
+    padding_with_end = replace(done, renderer=renderer)
+    assert padding_with_end.pad != renderer.end_of_turn
+    assert padding_with_end.tokenizer.pad_token_id == padding_with_end.pad
+    assert renderer.tokenizer.pad_token == renderer.tokenizer.eos_token
+    assert done.pad == done.renderer.tokenizer.pad_token_id
 
 
 def test_pairs_of_a_prompt_are_all_held_out_or_none() -> None:

@@ -111,16 +111,23 @@ class Job:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """A copy: TRL gives it a token to pad with where there is none."""
+        """A copy that pads with `pad`: TRL takes what it pads with from the tokenizer."""
         tokenizer = copy.deepcopy(self.renderer.tokenizer)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token_id = self.renderer.end_of_turn
+        tokenizer.pad_token_id = self.pad
         return tokenizer
 
-    @property
+    @cached_property
     def pad(self) -> int:
-        """The token that rows are filled up with."""
-        return int(self.tokenizer.pad_token_id)
+        """The token that rows are filled up with.
+
+        Not the one that ends a turn, which many models pad with, if there is another: scores
+        are read at the last token that is no pad, and the end belongs to what is scored.
+        """
+        own = self.renderer.tokenizer
+        control = sorted(n for n, token in own.added_tokens_decoder.items() if token.special)
+        known = [own.pad_token_id, *control]
+        end = self.renderer.end_of_turn
+        return next((int(i) for i in known if i is not None and i != end), end)
 
 
 def reinforce(
