@@ -252,6 +252,15 @@ def test_another_policy_uses_the_reward_model_that_is_there(
     assert (folder / "reward" / "reward.json").stat().st_mtime_ns == before
 
 
+def test_equal_inputs_give_an_equal_policy(
+    finished: Path, model: Model, tmp_path: Path
+) -> None:
+    both = FEEDBACK._replace(harmless=PAIRS[:20])
+    reinforce(model, both, TRAIN, QUICK, 3, tmp_path)
+    for file in ("adapter_model.safetensors", "reward/adapter_model.safetensors"):
+        assert (tmp_path / file).read_bytes() == (finished / file).read_bytes()
+
+
 def test_the_policy_meets_the_tokens_of_serving(
     rewarded: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ process; TRL is an optional library. This module knows settings, files and repor
 """
 
 import copy
+import gc
 import json
 import time
 from collections.abc import Sequence
@@ -156,6 +157,7 @@ def reinforce(
         tell = notify or (lambda *_: None)
         job = Job(model, renderer, train, settings, seed, folder, tell)
         report = _reinforce(job, feedback, inputs)
+        gc.collect()
     return report
 
 
@@ -300,6 +302,8 @@ def _reinforce(job: Job, feedback: Feedback, inputs: str) -> TrainReport:
     for pairs, what in ((feedback.pairs, "reward"), (feedback.harmless, "harmlessness")):
         if pairs or what == "reward":
             reports.append(train_reward(job, pairs, job.folder / what, what))
+            # Trainer and its callbacks hold each other, and the model with them.
+            gc.collect()
             scorers.append(load_scorer(job, job.folder / what, reports[-1]))
     trainer = _policy_trainer(job, prompts, scorers)
     started = time.monotonic()

@@ -94,7 +94,7 @@ class TrainSettings(Settings):
     epochs: Annotated[float, Field(gt=0)] = 3
     """MoTE's is 3; parts of an epoch are allowed."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Rows of one optimiser step, over all processes; MoTE's is 16."""
+    """Rows, or pairs, of one optimiser step, over all processes; MoTE's is 16."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Tokens of prompt and completion together; what lies beyond is cut from the completion."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
