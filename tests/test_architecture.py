@@ -45,6 +45,7 @@ LAYERS = [
     "misstep.judges*",
     "misstep.stages.base",
     "misstep.stages.train",
+    "misstep.stages.reward",
     "misstep.stages*",
     "misstep.methods.base",
     "misstep.methods*",

@@ -20,15 +20,9 @@ from misstep.models import Model, load_weights, locate
 from misstep.records import Message, Pair, Prompt
 from misstep.rendering import Renderer
 from misstep.stages import reinforce as stage
-from misstep.stages.reinforce import (
-    Feedback,
-    Job,
-    ReinforceSettings,
-    RewardSettings,
-    load_scorer,
-    reinforce,
-    train_reward,
-)
+from misstep.stages import reward as reward_stage
+from misstep.stages.reinforce import Feedback, Job, ReinforceSettings, reinforce
+from misstep.stages.reward import RewardSettings, Setup, load_scorer, train_reward
 from misstep.stages.train import TrainReport, TrainSettings
 from misstep.training.reward import Scorer, classifier, split_by_prompt
 from misstep.training.rows import PairRow, Row, render_pairs
@@ -65,16 +59,21 @@ PROMPTS = [Prompt.of(f"Question {n}?") for n in range(4)]
 FEEDBACK = Feedback(PROMPTS, PAIRS)
 
 
+def setup(model: Model) -> Setup:
+    return Setup(model, Renderer.for_model(model), TRAIN, 3, lambda *_: None)
+
+
 def job(model: Model, folder: Path, settings: ReinforceSettings = QUICK) -> Job:
-    renderer = Renderer.for_model(model)
-    return Job(model, renderer, TRAIN, settings, 3, folder, lambda *_: None)
+    return Job(setup(model), settings, folder)
 
 
 @pytest.fixture(scope="module")
 def rewarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished reward model."""
     folder = tmp_path_factory.mktemp("rewarded")
-    train_reward(job(locate(str(tiny_model)), folder), PAIRS, folder / "reward", "reward")
+    train_reward(
+        setup(locate(str(tiny_model))), QUICK.reward, PAIRS, folder / "reward", "reward"
+    )
     return folder
 
 
@@ -82,8 +81,8 @@ def rewarded(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_a_reward_model_ranks_pairs_that_it_has_not_seen(rewarded: Path, model: Model) -> None:
-    done = job(model, rewarded)
-    report = train_reward(done, PAIRS, rewarded / "reward", "reward")
+    done = setup(model)
+    report = train_reward(done, QUICK.reward, PAIRS, rewarded / "reward", "reward")
     assert (report.pairs, report.held_out, report.dropped) == (30, 10, 0)
     assert report.accuracy >= 0.8
     assert report.loss_curve[-1][1] < report.loss_curve[0][1]
@@ -92,8 +91,8 @@ def test_a_reward_model_ranks_pairs_that_it_has_not_seen(rewarded: Path, model: 
 def test_a_saved_reward_model_gives_the_scores_that_were_measured(
     rewarded: Path, model: Model
 ) -> None:
-    done = job(model, rewarded)
-    report = train_reward(done, PAIRS, rewarded / "reward", "reward")
+    done = setup(model)
+    report = train_reward(done, QUICK.reward, PAIRS, rewarded / "reward", "reward")
     scorer = load_scorer(done, rewarded / "reward", report)
     rows = render_pairs(done.renderer, PAIRS, 200).kept
     trained, measured = split_by_prompt(rows, 0.25, 3)
@@ -105,8 +104,8 @@ def test_a_saved_reward_model_gives_the_scores_that_were_measured(
 
 
 def test_a_score_does_not_depend_on_the_rows_beside_it(rewarded: Path, model: Model) -> None:
-    done = job(model, rewarded)
-    report = train_reward(done, PAIRS, rewarded / "reward", "reward")
+    done = setup(model)
+    report = train_reward(done, QUICK.reward, PAIRS, rewarded / "reward", "reward")
     scorer = load_scorer(done, rewarded / "reward", report)
     rows = [
         row.ids for p in render_pairs(done.renderer, PAIRS[:5], 200).kept for row in p.lines
@@ -127,8 +126,8 @@ def test_the_head_reads_the_last_token_of_the_models_own_body(model: Model) -> N
     assert score == pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_score_is_read_at_the_end_of_the_turn(model: Model, tmp_path: Path) -> None:
-    done = job(model, tmp_path)
+def test_a_score_is_read_at_the_end_of_the_turn(model: Model) -> None:
+    done = setup(model)
     renderer = Renderer(copy.deepcopy(done.renderer.tokenizer))
     renderer.tokenizer.pad_token = renderer.tokenizer.eos_token
     padding_with_end = replace(done, renderer=renderer)
@@ -154,7 +153,7 @@ def test_pairs_of_a_prompt_are_all_held_out_or_none() -> None:
 def test_pairs_of_one_prompt_only_are_refused(model: Model, tmp_path: Path) -> None:
     same = [PAIRS[0].model_copy(update={"chosen": str(n)}) for n in range(3)]
     with pytest.raises(TrainingError, match="two prompts or more"):
-        train_reward(job(model, tmp_path), same, tmp_path / "reward", "reward")
+        train_reward(setup(model), QUICK.reward, same, tmp_path / "reward", "reward")
 
 
 def test_a_model_without_a_classifier_is_refused(model: Model) -> None:
@@ -315,6 +314,15 @@ def test_too_few_prompts_are_refused(model: Model, tmp_path: Path) -> None:
         reinforce(model, FEEDBACK._replace(prompts=PROMPTS[:1]), TRAIN, QUICK, 3, tmp_path)
 
 
+def test_a_refusal_leaves_what_was_finished(
+    finished: Path, model: Model, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    with pytest.raises(TrainingError):
+        reinforce(model, FEEDBACK._replace(prompts=PROMPTS[:1]), TRAIN, QUICK, 3, folder)
+    assert (folder / "train.json").exists() and load_weights(model, folder)
+
+
 def test_prompts_that_leave_no_room_are_refused(model: Model, tmp_path: Path) -> None:
     long = [*PROMPTS, Prompt.of("x" * 300)]
     with pytest.raises(TrainingError, match="of 5 prompts 1 are longer than 194"):
@@ -324,7 +332,7 @@ def test_prompts_that_leave_no_room_are_refused(model: Model, tmp_path: Path) ->
 def test_an_absent_trl_names_the_command(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "find_spec", lambda _name: None)
+    monkeypatch.setattr(reward_stage, "find_spec", lambda _name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'misstep\[rlhf\]'"):
         reinforce(model, FEEDBACK, TRAIN, QUICK, 3, tmp_path)
 
@@ -358,16 +366,8 @@ def test_the_embedded_model_becomes_a_reward_model(tmp_path: Path) -> None:
         for n in range(4)
     ]
     embedded = locate("smollm2-135m")
-    settings = ReinforceSettings(reward=RewardSettings(held_out=0.25))
-    done = Job(
-        embedded,
-        Renderer.for_model(embedded),
-        TrainSettings(batch_size=8),
-        settings,
-        0,
-        tmp_path,
-        lambda *_: None,
-    )
-    report = train_reward(done, pairs, tmp_path / "reward", "reward")
+    renderer = Renderer.for_model(embedded)
+    done = Setup(embedded, renderer, TrainSettings(batch_size=8), 0, lambda *_: None)
+    report = train_reward(done, RewardSettings(held_out=0.25), pairs, tmp_path, "reward")
     assert report.held_out == 9
     assert report.accuracy > 0.75
