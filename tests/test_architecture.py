@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 import misstep
-from misstep.config import load_recipe
+from misstep.comparison import load_cells
+from misstep.config import RunConfig, load_recipe
 from misstep.policy import load_policy, shipped
+from misstep.study_config import StudyConfig, load_study_recipe
 
 PACKAGE = Path(misstep.__file__).parent
 ROOT = Path(__file__).parents[1]
@@ -33,6 +36,7 @@ LAYERS = [
     "misstep.sources",
     "misstep.stats",
     "misstep.results",
+    "misstep.study_results",
     "misstep.gguf_header",
     "misstep.models",
     "misstep.rendering",
@@ -50,10 +54,12 @@ LAYERS = [
     "misstep.methods.base",
     "misstep.methods*",
     "misstep.config",
+    "misstep.study_config",
     "misstep.progress",
     "misstep.report*",
     "misstep.pipeline",
     "misstep.comparison",
+    "misstep.study",
     "misstep.summary",
     "misstep.cli",
     "misstep.__main__",
@@ -159,7 +165,7 @@ def test_every_module_says_what_it_is() -> None:
     assert [name for name, tree in MODULES.items() if not ast.get_docstring(tree)] == []
 
 
-@pytest.mark.parametrize("module", ["misstep.cli", "misstep.config"])
+@pytest.mark.parametrize("module", ["misstep.cli", "misstep.config", "misstep.study_config"])
 def test_the_command_starts_without_heavy_libraries(module: str) -> None:
     code = f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
@@ -174,4 +180,14 @@ def test_shipped_policies_load_under_their_file_names(name: str) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_load(path: Path) -> None:
-    assert load_policy(load_recipe(path).policy)
+    assert all(load_policy(config.policy) for config in configs(path))
+
+
+def configs(path: Path) -> list[RunConfig] | list[StudyConfig]:
+    """What a recipe becomes; the keys of its own say of which kind it is."""
+    keys = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
+    if "models" in keys:
+        return [load_study_recipe(path)]
+    if keys & {"seeds", "sweep"}:
+        return [cell.config for cell in load_cells(path)]
+    return [load_recipe(path)]

@@ -10,6 +10,7 @@ from misstep.stats import (
     crossed_mean,
     holm,
     mean_interval,
+    mean_of_two,
     paired_binary,
     paired_mean,
     wilson,
@@ -228,3 +229,17 @@ def test_a_difference_of_tables_is_paired() -> None:
     assert found.p < 0.001
     with pytest.raises(ValueError, match="one shape"):
         crossed_difference(a, [[0.0] * 79] * 2, 0)
+
+
+def test_the_mean_of_two_proportions_by_hand() -> None:
+    found = mean_of_two(stats.Interval(0.5, 0.2, 0.8, 10), stats.Interval(0.9, 0.5, 0.94, 20))
+    # Arms of 0.3 and 0.4 below, of 0.3 and 0.04 above; half of what they are together.
+    assert found == pytest.approx((0.7, 0.7 - 0.25, 0.7 + math.hypot(0.3, 0.04) / 2, 30))
+
+
+def test_the_mean_of_two_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng, hits = np.random.default_rng(5), 0
+    for a, b in zip(rng.binomial(40, 0.9, 1000), rng.binomial(15, 0.2, 1000), strict=True):
+        found = mean_of_two(wilson(int(a), 40), wilson(int(b), 15))
+        hits += found.low <= 0.55 <= found.high
+    assert 0.93 <= hits / 1000 <= 0.975

@@ -108,13 +108,30 @@ def evaluate(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None
 
 
 @app.command()
+def study(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
+    """Set telling mistakes against making them, and guided against unguided analysis."""
+    from misstep.progress import progress
+    from misstep.study import run_study
+    from misstep.summary import print_study
+
+    with progress() as shown:
+        folder = run_study(recipe, out, overrides, shown)
+    print_study(folder)
+
+
+@app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="The directory of a run or a study.", show_default=False)
+    ],
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the run's numbers as Markdown instead.")
     ] = False,
 ) -> None:
-    """Write the run as one self-contained HTML page."""
+    """Write the run or the study as one self-contained HTML page."""
+    if (folder / "study.json").is_file():
+        _report_study(folder, markdown)
+        return
     if markdown:
         from misstep.report.markdown import markdown_page
 
@@ -123,6 +140,16 @@ def report(
     from misstep.report.page import write_report
 
     print(write_report(folder))
+
+
+def _report_study(folder: Path, markdown: bool) -> None:
+    from misstep.report.study import write_study_report
+    from misstep.report.study_markdown import study_markdown
+
+    if markdown:
+        print(study_markdown(folder), end="")
+    else:
+        print(write_study_report(folder))
 
 
 def _version(show: bool) -> None:

@@ -64,6 +64,19 @@ def wilson(successes: int, n: int) -> Interval:
     return Interval(rate, low, high, n)
 
 
+def mean_of_two(a: Interval, b: Interval) -> Interval:
+    """The mean of two proportions over different cases, such as a balanced accuracy.
+
+    The interval joins both intervals' arms as those of independent estimates are joined (Zou
+    and Donner, "Construction of confidence limits about effect measures", Statistics in
+    Medicine 27, 2008). `n` is all cases together.
+    """
+    down = _joined(a.value - a.low, b.value - b.low, 0.0) / 2
+    up = _joined(a.high - a.value, b.high - b.value, 0.0) / 2
+    value = (a.value + b.value) / 2
+    return Interval(value, value - down, value + up, a.n + b.n)
+
+
 def mean_interval(values: Sequence[float], seed: int) -> Interval:
     """A mean with its bias-corrected accelerated (BCa) bootstrap interval (Efron 1987).
 

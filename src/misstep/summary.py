@@ -1,11 +1,19 @@
-"""What the terminal shows of a run directory: its rows with intervals."""
+"""What the terminal shows of a run's or a study's directory: rates with intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from misstep.results import Metric, Results, read_results
+from misstep.study_results import Study, Task, read_study
 
 TITLES = {"mistake_rate": "mistakes", "helpfulness": "helpful", "over_refusal": "refuses"}
+
+STUDIED: tuple[tuple[str, Task, str], ...] = (
+    ("answers that are right", "answering", "accuracy"),
+    ("analyses that are right", "analysing", "accuracy"),
+    ("balanced accuracy", "analysing", "balanced_accuracy"),
+)
+"""Of a study: a title, and the numbers that stand behind it."""
 
 
 def print_comparison(folder: Path) -> None:
@@ -47,6 +55,36 @@ def print_summary(folder: Path) -> None:
     console.print(f"{folder / 'report.html'}\n{folder / 'results.json'}", markup=False)
 
 
+def print_study(folder: Path) -> None:
+    """Print who was right how often, and where the page lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    study = read_study(folder / "study.json")
+    table = Table(title=f"{study.policy}, {study.prompts} prompts: rates with 95 % intervals")
+    table.add_column("model")
+    table.add_column("")
+    for name in ("unguided", "guided"):
+        table.add_column(name, justify="right")
+    for cells in _study_cells(study):
+        table.add_row(*cells)
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(table)
+    console.print(f"{folder / 'study.html'}\n{folder / 'study.json'}", markup=False)
+
+
+def _study_cells(study: Study) -> Iterator[list[str]]:
+    for model in study.models:
+        ways = [
+            (title, [_text(model.metric(task, guided, metric)) for guided in (False, True)])
+            for title, task, metric in STUDIED
+        ]
+        wins = model.wins
+        guided = f"wins {_text(wins.win)}, loses {_text(wins.lose)}"
+        for place, (title, cells) in enumerate([*ways, ("against unguided", ["", guided])]):
+            yield ["" if place else model.model, title, *cells]
+
+
 def _cells(results: Results, metrics: Sequence[str]) -> list[list[str]]:
     rows = sorted(results.rows, key=lambda row: row.test_set)
     return [
@@ -61,7 +99,10 @@ def _cells(results: Results, metrics: Sequence[str]) -> list[list[str]]:
 
 
 def _text(metric: Metric | None) -> str:
-    if metric is None or metric.value is None:
+    if metric is None:
         return "-"
-    unscored = f", {metric.unscored} unscored" if metric.unscored else ""
-    return f"{metric.value:.3f} ({metric.low:.3f} to {metric.high:.3f}{unscored})"
+    unscored = f"{metric.unscored} unscored" if metric.unscored else ""
+    if metric.value is None:
+        return f"- ({unscored})" if unscored else "-"
+    interval = f"{metric.low:.3f} to {metric.high:.3f}"
+    return f"{metric.value:.3f} ({', '.join(filter(None, (interval, unscored)))})"

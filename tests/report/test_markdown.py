@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from misstep.report.markdown import markdown_page, rows_table
+from misstep.report.study_markdown import study_markdown
 from misstep.results import read_results
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
+
+STUDIES = sorted(path.parent for path in (ROOT / "docs/results").glob("*/study.json"))
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -17,6 +20,14 @@ def test_a_results_page_is_made_from_its_results(run: Path) -> None:
     page = (ROOT / "docs/results" / f"{run.name}.md").read_text(encoding="utf-8")
     assert markdown_page(run) in page, (
         f"make it anew: misstep report --markdown docs/results/{run.name}"
+    )
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_a_study_page_is_made_from_its_study(study: Path) -> None:
+    page = (ROOT / "docs/results" / f"{study.name}.md").read_text(encoding="utf-8")
+    assert study_markdown(study) in page, (
+        f"make it anew: misstep report --markdown docs/results/{study.name}"
     )
 
 

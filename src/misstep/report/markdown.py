@@ -34,7 +34,7 @@ def markdown_page(folder: Path) -> str:
         return _comparison_page(results, manifest)
     parts = [
         f"# {manifest['recipe']['name']}: {results.policy} on {results.model}",
-        _made_by(manifest),
+        made_by(manifest),
         "## Rates with 95 % intervals",
         rows_table(results),
         "## Paired differences (a minus b)",
@@ -67,20 +67,20 @@ def pooled_table(results: Results, only: Sequence[str] = ()) -> str:
     """The rates of a comparison over all seeds, or those of some test sets."""
     metrics = metrics_of(results.pooled)
     titles = [f"{metric_title(m)} ({BETTER[m]} is better)" for m in metrics]
-    lines = _table(["test set", "setting", *titles])
+    lines = table(["test set", "setting", *titles])
     for test_set, settings in by_test_set(results.pooled).items():
         for setting, of in settings.items():
             if not only or test_set in only:
                 cells = [cell(of.get(metric)) for metric in metrics]
-                lines.append(_line([test_set, setting.name, *cells]))
+                lines.append(line([test_set, setting.name, *cells]))
     return "\n".join(lines)
 
 
 def _pooled_differences(comparisons: Iterable[Comparison]) -> str:
     titles = ("metric", "test set", "a", "b", "difference", "95 % interval", "p", "adjusted p")
-    lines = _table([*titles, "n"])
+    lines = table([*titles, "n"])
     lines += [
-        _line(differences_line(c))
+        line(differences_line(c))
         for c in of_interest(comparisons)
         if "analysis" in c.a and c.b != c.a
     ]
@@ -91,19 +91,19 @@ def rows_table(results: Results, only: Sequence[str] = ()) -> str:
     """Every row of the results, or those of some test sets."""
     metrics = [m for m in BETTER if any(m in row.metrics for row in results.rows)]
     titles = [f"{metric_title(m)} ({BETTER[m]} is better)" for m in metrics]
-    lines = _table(["test set", "method", "guided", *titles])
+    lines = table(["test set", "method", "guided", *titles])
     for row in sorted(results.rows, key=lambda row: row.test_set):
         if only and row.test_set not in only:
             continue
-        cells = [_metric(row.metrics.get(m)) for m in metrics]
-        lines.append(_line([row.test_set, row.method, "yes" if row.guided else "no", *cells]))
+        cells = [metric_cell(row.metrics.get(m)) for m in metrics]
+        lines.append(line([row.test_set, row.method, "yes" if row.guided else "no", *cells]))
     return "\n".join(lines)
 
 
 def _comparisons_table(comparisons: Iterable[Comparison]) -> str:
-    lines = _table(["metric", "test set", "a", "b", "difference", "95 % interval", "p", "n"])
+    lines = table(["metric", "test set", "a", "b", "difference", "95 % interval", "p", "n"])
     lines += [
-        _line(
+        line(
             [
                 *(c.metric, c.test_set, c.a, c.b, f"{c.difference:+.3f}"),
                 *(f"{c.low:+.3f} to {c.high:+.3f}", f"{c.p:.2g}", str(c.n)),
@@ -115,36 +115,43 @@ def _comparisons_table(comparisons: Iterable[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def _made_by(manifest: dict[str, Any]) -> str:
+def made_by(manifest: dict[str, Any], numbers: str = "results.json") -> str:
+    """What the numbers come from, and what they took."""
     stages = manifest["stages"].items()
     spent = ", ".join(f"{name} {duration(stage['seconds'])}" for name, stage in stages)
     versions = ", ".join(f"{name} {number}" for name, number in manifest["versions"].items())
     return (
-        f"`results.json` and `manifest.json` (the recipe as resolved) lie beside this page.\n"
+        f"`{numbers}` and `manifest.json` (the recipe as resolved) lie beside this page.\n"
         f"Machine: {manifest['device']}. Time: {spent}. "
         f"Peak memory: {manifest['peak_memory_mb']} MB. Seed {manifest['seed']}. {versions}."
     )
 
 
 def _yields(yields: dict[str, Any]) -> str:
-    lines = _table(["stage", "given", "sampled", "kept", "refused"])
+    lines = table(["stage", "given", "sampled", "kept", "refused"])
     for stage, counts in yields.items():
         reasons = "; ".join(f"{why}: {n}" for why, n in counts["refused"].items())
         numbers = [str(counts[key]) for key in ("given", "sampled", "kept")]
-        lines.append(_line([stage, *numbers, reasons]))
+        lines.append(line([stage, *numbers, reasons]))
     return "\n".join(lines)
 
 
-def _metric(metric: Metric | None) -> str:
-    if metric is None or metric.value is None:
+def metric_cell(metric: Metric | None) -> str:
+    """A rate with its interval, and what has no score."""
+    if metric is None:
         return "–"
-    unscored = f", {metric.unscored} unscored" if metric.unscored else ""
-    return f"{rate(metric.value)} ({rate(metric.low)} to {rate(metric.high)}{unscored})"
+    unscored = f"{metric.unscored} unscored" if metric.unscored else ""
+    if metric.value is None:
+        return f"– ({unscored})" if unscored else "–"
+    interval = f"{rate(metric.low)} to {rate(metric.high)}"
+    return f"{rate(metric.value)} ({', '.join(filter(None, (interval, unscored)))})"
 
 
-def _table(titles: Sequence[str]) -> list[str]:
-    return [_line(titles), _line(["---"] * len(titles))]
+def table(titles: Sequence[str]) -> list[str]:
+    """The first two lines of a table."""
+    return [line(titles), line(["---"] * len(titles))]
 
 
-def _line(cells: Iterable[str]) -> str:
+def line(cells: Iterable[str]) -> str:
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"

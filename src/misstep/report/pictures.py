@@ -88,14 +88,14 @@ def _panel(view: View, about: About) -> Panel:
     strips = []
     for setting, metric in numbers.items():
         role, text = view.role(setting), rate(metric.value) if metric.n else "unscored"
-        strips.append(Strip(role, setting.title, "", _marks([(role, metric)], axis), text))
+        strips.append(Strip(role, setting.title, "", marks([(role, metric)], axis), text))
     sizes = [metric.n for metric in numbers.values()]
     hints = (sample_size(min(sizes), max(sizes)), direction(about.metric))
     return Panel(about.title, ", ".join(filter(None, hints)), axis.ticks, strips)
 
 
-def _marks(found: Iterable[tuple[str, Metric]], axis: Scale) -> list[Mark]:
-    """What has no score has no dot."""
+def marks(found: Iterable[tuple[str, Metric]], axis: Scale) -> list[Mark]:
+    """Dots one below the other; what has no score has none."""
     drawn: list[Mark] = []
     for role, m in found:
         if m.value is None or m.low is None or m.high is None:
@@ -114,7 +114,7 @@ def kinds_panel(view: View, answers: Sequence[Scored]) -> Panel | None:
     axis = rate_scale(metric for ends in found.values() for metric in ends)
     strips = []
     for kind, (before, after) in sorted(found.items(), key=lambda item: -item[1][0].n):
-        dots = _marks([("before", before), ("after", after)], axis)
+        dots = marks([("before", before), ("after", after)], axis)
         text = f"{rate(before.value)} → {rate(after.value)}"
         strips.append(Strip("kind", kind, sample_size(before.n), dots, text))
     hint = f"all test sets together, {direction(MISTAKES)}"

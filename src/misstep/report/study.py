@@ -1,0 +1,273 @@
+"""A study as one HTML page: what study.json holds, put into study.html.j2.
+
+Arranges numbers that were counted before and adjusts p for their number; reads the analyses for
+a few samples, where they lie beside it. Runs nothing.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from misstep.errors import DataError
+from misstep.records import read_jsonl, write_text
+from misstep.report import words
+from misstep.report.pictures import Panel, Strip, marks, rate_scale
+from misstep.results import Metric
+from misstep.stages.discriminate import Discrimination
+from misstep.study_results import (
+    Paired,
+    Study,
+    StudyScore,
+    Task,
+    Verdict,
+    read_study,
+)
+
+SAMPLES = 4
+"""Answers of each model that are shown with both analyses."""
+SEED = 0
+"""The same study gives the same page."""
+
+Way = tuple[str, Task, bool]
+WAYS: tuple[Way, ...] = (
+    ("answering", "answering", False),
+    ("unguided", "analysing", False),
+    ("guided", "analysing", True),
+)
+"""The role that decides a colour, and the task and the guidance that it stands for."""
+TITLES = {
+    "answering/unguided": "answering",
+    "answering/guided": "guided answering",
+    "analysing/unguided": "unguided analysis",
+    "analysing/guided": "guided analysis",
+}
+FILTERS = {
+    "rate": words.rate,
+    "gap": words.gap,
+    "points": words.points,
+    "p": words.p_text,
+    "duration": words.duration,
+    "model_text": words.model_text,
+    "capitalised": words.capitalised,
+    "way": lambda name: TITLES[name],
+}
+
+
+class Tested(NamedTuple):
+    """A comparison of one model, with its p adjusted for all comparisons of the study."""
+
+    model: str
+    found: Paired
+    adjusted: float
+
+    @property
+    def verdict(self) -> str:
+        """`good` or `bad` for what stands first, or `none` where no difference is shown."""
+        if self.adjusted >= 0.05:
+            return "none"
+        return "good" if self.found.difference > 0 else "bad"
+
+    @property
+    def sentence(self) -> str:
+        """The difference in words."""
+        found, p = self.found, words.p_text(self.adjusted)
+        p = p if p.startswith("<") else f"=\u00a0{p}"
+        return (
+            f"{self.model}, {TITLES[found.a]} against {TITLES[found.b]}: "
+            f"{words.points(found.difference)} (95\u202f% interval {words.gap(found.low)} to "
+            f"{words.gap(found.high)}, adjusted p\u00a0{p}, "
+            f"{words.sample_size(found.n)})"
+        )
+
+
+class Said(NamedTuple):
+    """What one analysis says, and whether the judge agrees: `good`, `bad` or `none`."""
+
+    tone: str
+    word: str
+    text: str
+    title: str
+
+
+class Sample(NamedTuple):
+    """An answer with both its analyses."""
+
+    model: str
+    mistake: Verdict
+    unguided: Discrimination
+    analyses: list[Said]
+
+
+def write_study_report(folder: Path) -> Path:
+    """Write study.html into a study's directory, from what stands there, and return its path.
+
+    Raises:
+        DataError: study.json or manifest.json is absent or unreadable.
+    """
+    study, manifest = read_study(folder / "study.json"), read_manifest(folder)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS
+    tests = tested(study)
+    page = environment.get_template("study.html.j2").render(
+        study=study,
+        manifest=manifest,
+        headline=headline(study, tests),
+        tested=tests,
+        panels=[_right(study), _balanced(study), _wins(study)],
+        samples=list(_samples(folder)),
+        recipe=yaml.safe_dump(manifest["recipe"], allow_unicode=True, sort_keys=False),
+    )
+    write_text(folder / "study.html", page)
+    return folder / "study.html"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json as it stands.
+
+    Raises:
+        DataError: it is absent, or no manifest.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as fault:
+        raise DataError(
+            f"{path}: expected the manifest of a study, found none ({fault}). Give the "
+            "directory that `misstep study` wrote."
+        ) from fault
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def tested(study: Study) -> list[Tested]:
+    """Every comparison, telling against doing first, then guided against unguided."""
+    # numpy, which stats needs, is slow to load, and the command starts without it.
+    from misstep.stats import holm
+
+    found = [
+        (model.model, paired)
+        for model in study.models
+        for paired in (*model.comparisons, model.wins.tested)
+        if paired is not None
+    ]
+    adjusted = holm([paired.p for _, paired in found])
+    return [Tested(*pair, p) for pair, p in zip(found, adjusted, strict=True)]
+
+
+def headline(study: Study, tests: list[Tested]) -> str:
+    """What the study shows, in plain words.
+
+    Accuracy can be had without looking, so the first words never stand without the last.
+    """
+    telling = _tally(tests, "analysing/unguided", "answering/unguided")
+    guide = _tally(tests, "analysing/guided", "analysing/unguided")
+    models = len(study.models)
+    return (
+        f"Of {models} model{'s' if models > 1 else ''}, analysing was right more often than "
+        f"answering for {telling['good']} and less often for {telling['bad']}; the guide made "
+        f"the analyses of {guide['good']} better and of {guide['bad']} worse; better than "
+        f"chance were {_better_than_chance(study, False)} unguided and "
+        f"{_better_than_chance(study, True)} guided."
+    )
+
+
+def _better_than_chance(study: Study, guided: bool) -> int:
+    """How many models have a balanced accuracy whose whole interval lies above one half."""
+    found = (model.metric("analysing", guided, "balanced_accuracy") for model in study.models)
+    return sum(metric.low is not None and metric.low > 0.5 for metric in found)
+
+
+def _tally(tests: list[Tested], a: str, b: str) -> Mapping[str, int]:
+    tally: dict[str, int] = defaultdict(int)
+    for test in tests:
+        tally[test.verdict] += (test.found.a, test.found.b) == (a, b)
+    return tally
+
+
+def _right(study: Study) -> Panel:
+    """Answering and both analyses on one scale."""
+    return _panel(
+        "Share that is right",
+        f"n\u202f=\u202f{study.prompts} prompts, undecided analyses left out",
+        {m.model: [(r, m.metric(t, g, "accuracy")) for r, t, g in WAYS] for m in study.models},
+    )
+
+
+def _balanced(study: Study) -> Panel:
+    return _panel(
+        "Balanced accuracy of analyses",
+        "50\u202f% for who always praises and for who always finds fault",
+        {
+            m.model: [
+                (role, m.metric(task, guided, "balanced_accuracy"))
+                for role, task, guided in WAYS
+                if task == "analysing"
+            ]
+            for m in study.models
+        },
+    )
+
+
+def _wins(study: Study) -> Panel:
+    return _panel(
+        "Guided against unguided analysis, answer by answer",
+        "guided wins, unguided wins; all else is a tie",
+        {m.model: [("guided", m.wins.win), ("unguided", m.wins.lose)] for m in study.models},
+    )
+
+
+def _panel(title: str, hint: str, numbers: Mapping[str, list[tuple[str, Metric]]]) -> Panel:
+    axis = rate_scale(metric for of in numbers.values() for _, metric in of)
+    strips = [
+        Strip("kind", name, "", marks(of, axis), " · ".join(_brief(m) for _, m in of))
+        for name, of in numbers.items()
+    ]
+    return Panel(title, hint, axis.ticks, strips)
+
+
+def _brief(metric: Metric) -> str:
+    return "–" if metric.value is None else words.brief(metric.value)
+
+
+def _samples(folder: Path) -> Iterator[Sample]:
+    """Answers of each model, drawn at random; none where the analyses do not lie there."""
+    files = folder / "analyses.jsonl", folder / "scores.jsonl"
+    if not all(file.is_file() for file in files):
+        return
+    mistakes = {
+        (item.model, item.score.response_id): item.score.value
+        for item in read_jsonl(files[1], StudyScore)
+    }
+    found: dict[str, dict[str, dict[bool, Discrimination]]] = defaultdict(dict)
+    for analysis in read_jsonl(files[0], Discrimination):
+        both = found[analysis.model].setdefault(analysis.response.id, {})
+        both[analysis.guided] = analysis
+    for model, answers in found.items():
+        for name in random.Random(SEED).sample(sorted(answers), min(SAMPLES, len(answers))):
+            value = mistakes[model, name]
+            mistake = None if value is None else bool(value)
+            both = answers[name]
+            said = [_said(both[guided], mistake) for guided in (False, True)]
+            yield Sample(model, mistake, both[False], said)
+
+
+def _said(analysis: Discrimination, mistake: Verdict) -> Said:
+    title = f"{'Guided' if analysis.guided else 'Unguided'} analysis"
+    says = analysis.says_mistake
+    if says is None:
+        return Said("none", "undecided", analysis.text, title)
+    tone = "none" if mistake is None else "good" if says == mistake else "bad"
+    word = "calls it a mistake" if says else "calls it right"
+    return Said(tone, word, analysis.text, title)

@@ -1,0 +1,87 @@
+"""Analyses of right and wrong answers alike, and what each of them says of its answer.
+
+The other stages have mistakes analysed. Whether a model can tell a mistake when it sees one
+shows only where right answers are analysed too: a model that always finds fault is right about
+every mistake, and about no right answer. Departure from the paper (section 3): there GPT-4 and
+people give answers and analyses 1 to 10 points; here an analysis is read as a verdict on its
+answer, so that answering and analysing are on one scale and no rater is needed.
+
+The verdict is read by rule, from the words that the policy's gate knows. Words can deceive a
+rule: an analysis that repeats a request which names the fault counts as one that finds it, and
+one in words that the policy does not know is undecided. Read analyses.jsonl before the numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from misstep.engines.base import Engine, Request
+from misstep.policy import Policy, matches
+from misstep.records import Record, Response
+from misstep.stages.base import Settings, derive_seed
+
+
+class DiscriminateSettings(Settings):
+    """How answers are analysed; the model under study analyses its own."""
+
+    examples: bool = False
+    """Whether the policy's worked examples stand before the request. They are guided in all but
+    name; without them guided and unguided differ in the request alone."""
+    max_tokens: Annotated[int, Field(ge=1)] = 128
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Discrimination(Record):
+    """A model's analysis of its own answer, and what it says of it."""
+
+    model: str
+    response: Response
+    guided: bool
+    text: str
+    truncated: bool
+    says_mistake: bool | None
+    """None where the analysis neither names a fault nor endorses the answer."""
+
+
+def discriminate(
+    model: str,
+    responses: Sequence[Response],
+    policy: Policy,
+    engine: Engine,
+    settings: DiscriminateSettings,
+    guided: bool,
+    seed: int,
+) -> list[Discrimination]:
+    """Have every answer analysed once, mistake or not, in order."""
+    ask = policy.worked_request if settings.examples else policy.analysis_request
+    requests = [
+        Request(
+            messages=ask(response.prompt.text, response.text, guided),
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            seed=derive_seed(seed, response.id),
+        )
+        for response in responses
+    ]
+    return [
+        Discrimination(
+            model=model,
+            response=response,
+            guided=guided,
+            text=answer.text.strip(),
+            truncated=answer.truncated,
+            says_mistake=says_mistake(policy, answer.text),
+        )
+        for response, answer in zip(responses, engine.generate(requests), strict=True)
+    ]
+
+
+def says_mistake(policy: Policy, analysis: str) -> bool | None:
+    """Whether an analysis calls its answer a mistake; None where it is undecided.
+
+    Praise outweighs fault: "It did not follow the inserted text" holds the words of both.
+    """
+    if matches(policy.gate.endorses, analysis) is not None:
+        return False
+    return True if matches(policy.gate.names_fault, analysis) is not None else None

@@ -1,0 +1,293 @@
+"""The preliminary study: does a model tell mistakes better than it avoids them?
+
+Every model answers every prompt, unguided and guided; it analyses each of its unguided answers,
+right or wrong, unguided and guided; one judge says which answers are mistakes (paper, section
+3). What the numbers mean, and what they do not, stands in misstep.study_results and
+misstep.stages.discriminate.
+
+Like a run, a study is one directory, resumes by content and pays for no model call twice. One
+model is in memory at a time; the judge comes last, when all have answered.
+"""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, NamedTuple
+
+from misstep import __version__
+from misstep.config import changed_keys
+from misstep.engines.cached import CachedEngine
+from misstep.engines.choose import choose
+from misstep.errors import DataError, InputError, RecipeError
+from misstep.judges.choose import mistake_judge
+from misstep.judges.rule import ObedienceJudge
+from misstep.models import Model, locate
+from misstep.pipeline import LIBRARIES, Manifest, writable
+from misstep.policy import Policy, load_policy
+from misstep.progress import Progress
+from misstep.records import Prompt, Response, Score, write_jsonl
+from misstep.report.study import write_study_report
+from misstep.sources import check_source, load_prompts, source_digest
+from misstep.stages.discriminate import Discrimination, discriminate
+from misstep.stages.respond import RespondSettings, respond
+from misstep.study_config import StudyConfig, load_study_recipe
+from misstep.study_results import (
+    Case,
+    Study,
+    StudyAnswer,
+    StudyScore,
+    measure,
+    write_study,
+)
+
+
+class StudyInputs(NamedTuple):
+    """All that a study reads, checked before any model loads."""
+
+    config: StudyConfig
+    policy: Policy
+    models: dict[str, Model]
+    """By the names that stand in the results."""
+    judge: Model | None
+    """Of a policy with a rubric."""
+    prompts: list[Prompt]
+
+
+class Work(NamedTuple):
+    """What one model wrote, each list in the order of the prompts."""
+
+    answers: list[Response]
+    guided_answers: list[Response]
+    analyses: list[Discrimination]
+    guided_analyses: list[Discrimination]
+    """Of the unguided answers, as `analyses` are."""
+
+
+def read_study_inputs(recipe: Path, overrides: list[str]) -> StudyInputs:
+    """Read and check everything that a study depends on.
+
+    Raises:
+        InputError: what is wrong with the recipe, the policy, the data or a model.
+    """
+    config = load_study_recipe(recipe, overrides)
+    policy = load_policy(config.policy)
+    check_source(config.prompts)
+    prompts = load_prompts(config.prompts, config.seed)
+    _check_prompts(prompts, policy)
+    models = [locate(name) for name in config.models]
+    return StudyInputs(
+        config=config,
+        policy=policy,
+        models=dict(zip(names_of(models), models, strict=True)),
+        judge=_judge(config, policy),
+        prompts=prompts,
+    )
+
+
+def _check_prompts(prompts: list[Prompt], policy: Policy) -> None:
+    if not prompts:
+        raise DataError("prompts: expected at least one prompt, found none.")
+    if policy.judge.rule and not any(map(ObedienceJudge().applies, prompts)):
+        raise DataError(
+            f"prompts: expected attacks with their target texts, which the rule of the policy "
+            f"{policy.name} looks for; found none in {len(prompts)} prompts. Map the column "
+            "with fields: {target: COLUMN}, or give a target_pattern."
+        )
+
+
+def names_of(models: list[Model]) -> list[str]:
+    """Names for the results: of a path its last part, where no two are called the same."""
+    short = [_short(model) for model in models]
+    return short if len(set(short)) == len(short) else [model.name for model in models]
+
+
+def _short(model: Model) -> str:
+    # The embedded model has a file too, but its user wrote a name and no path.
+    written = Path(model.name).expanduser()
+    if model.path is None or model.path != written:
+        return model.name
+    return written.stem if model.is_gguf else written.resolve().name
+
+
+def _judge(config: StudyConfig, policy: Policy) -> Model | None:
+    if policy.judge.rubric is None:
+        return None
+    if config.judge is None:
+        raise RecipeError(
+            f"judge: expected a model, since the policy {policy.name} judges by a rubric; "
+            "found none. Name one that judges the answers of all models: judge: MODEL."
+        )
+    return locate(config.judge)
+
+
+class StudyManifest(Manifest):
+    """manifest.json of a study: described by its own inputs, kept as a run's is."""
+
+    def __init__(self, folder: Path, inputs: StudyInputs) -> None:
+        self.path = folder / "manifest.json"
+        self.data: dict[str, Any] = self._previous()
+        self.changed = self._differences(inputs.config)
+        self.data.setdefault("stages", {})
+        self.data |= _describe(inputs)
+
+    def _differences(self, config: StudyConfig) -> list[str]:
+        old = self.data.get("recipe")
+        if old is None:
+            return []
+        if old.get("name") != config.name or "models" not in old:
+            raise InputError(
+                f"{self.path.parent}: this is the directory of the recipe '{old.get('name')}', "
+                f"found when running the study '{config.name}'. Give another --out."
+            )
+        return changed_keys(old, config.model_dump(mode="json"))
+
+
+def _describe(inputs: StudyInputs) -> dict[str, Any]:
+    config = inputs.config
+    installed = [name for name in LIBRARIES if find_spec(name.replace("-", "_"))]
+    return {
+        "schema": 1,
+        "recipe": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
+        "models": {name: model.digest for name, model in inputs.models.items()},
+        "judge": inputs.judge and {"name": inputs.judge.name, "digest": inputs.judge.digest},
+        "data": {"prompts": source_digest(config.prompts)},
+        "versions": {
+            "misstep": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in installed},
+        },
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+class StudyRun:
+    """One study directory and the work that fills it, model by model."""
+
+    def __init__(self, inputs: StudyInputs, folder: Path, progress: Progress) -> None:
+        self.inputs = inputs
+        self.config = inputs.config
+        self.folder = folder
+        self.progress = progress
+        self.manifest = StudyManifest(folder, inputs)
+        self.scratch = folder / "scratch"
+        self._said: set[str] = set()
+        if self.manifest.changed:
+            progress.say(
+                f"The recipe has changed since the last time: "
+                f"{', '.join(self.manifest.changed)}. Only what depends on that is done again."
+            )
+        self.manifest.save()
+
+    def through(self) -> Study:
+        """Answer, analyse, judge and count; weights made for serving go at the end."""
+        try:
+            works = {
+                name: self._work(name, model) for name, model in self.inputs.models.items()
+            }
+        finally:
+            rmtree(self.scratch, ignore_errors=True)
+        write_jsonl(
+            self.folder / "responses.jsonl",
+            [
+                StudyAnswer(model=name, response=response)
+                for name, work in works.items()
+                for response in work.answers + work.guided_answers
+            ],
+        )
+        write_jsonl(
+            self.folder / "analyses.jsonl",
+            [a for work in works.values() for a in work.analyses + work.guided_analyses],
+        )
+        study = self._study(works, self._judged(works))
+        write_study(self.folder / "study.json", study)
+        return study
+
+    def _work(self, name: str, model: Model) -> Work:
+        config, policy = self.config, self.inputs.policy
+        settings = RespondSettings(**config.respond.model_dump())
+        with self._engine(model) as engine:
+            with self.manifest.stage("respond"):
+                engine.notify = partial(self.progress.update, f"{name}: answering")
+                answers, guided_answers = (
+                    respond(self.inputs.prompts, policy, engine, settings, guided, config.seed)
+                    for guided in (False, True)
+                )
+            with self.manifest.stage("analyse"):
+                engine.notify = partial(self.progress.update, f"{name}: analysing")
+                analyses, guided_analyses = (
+                    discriminate(
+                        name, answers, policy, engine, config.analyse, guided, config.seed
+                    )
+                    for guided in (False, True)
+                )
+        return Work(answers, guided_answers, analyses, guided_analyses)
+
+    def _judged(self, works: dict[str, Work]) -> dict[str, list[Score]]:
+        """The judge's scores of each model's answers, the unguided first; into scores.jsonl."""
+        inputs = self.inputs
+        # A rule asks no engine; the one that is given here to satisfy it is never loaded.
+        model = inputs.judge or next(iter(inputs.models.values()))
+        with self.manifest.stage("judge"), self._engine(model) as engine:
+            engine.notify = partial(self.progress.update, "judging")
+            judge = mistake_judge(inputs.policy, engine)
+            scores = {
+                name: judge.score(work.answers + work.guided_answers)
+                for name, work in works.items()
+            }
+        write_jsonl(
+            self.folder / "scores.jsonl",
+            [StudyScore(model=name, score=s) for name, of in scores.items() for s in of],
+        )
+        return scores
+
+    def _study(self, works: dict[str, Work], scores: dict[str, list[Score]]) -> Study:
+        inputs = self.inputs
+        return Study(
+            policy=inputs.policy.name,
+            judge=next(score.judge for of in scores.values() for score in of),
+            seed=self.config.seed,
+            prompts=len(inputs.prompts),
+            models=tuple(
+                measure(name, inputs.models[name].digest, _cases(work, scores[name]))
+                for name, work in works.items()
+            ),
+        )
+
+    @contextmanager
+    def _engine(self, model: Model) -> Iterator[CachedEngine]:
+        """A cached engine that loads its model at the first answer that is not there yet."""
+        chosen = choose(self.config.engine, model, None, self.scratch)
+        if chosen.why not in self._said:
+            self.progress.say(f"Engine: {chosen.why}")
+            self._said.add(chosen.why)
+        with CachedEngine(chosen.identity, chosen.open, self.folder / "cache.sqlite") as engine:
+            yield engine
+
+
+def _cases(work: Work, scores: list[Score]) -> list[Case]:
+    mistakes = [None if score.value is None else bool(score.value) for score in scores]
+    unguided, guided = mistakes[: len(work.answers)], mistakes[len(work.answers) :]
+    said = [[a.says_mistake for a in of] for of in (work.analyses, work.guided_analyses)]
+    return [Case(*case) for case in zip(unguided, guided, *said, strict=True)]
+
+
+def run_study(recipe: Path, out: Path | None, overrides: list[str], progress: Progress) -> Path:
+    """Make a study and give its directory.
+
+    Raises:
+        InputError: recipe, data, policy, model or folder; before any model loads.
+        RunError: the study failed; the same command goes on from there.
+    """
+    inputs = read_study_inputs(recipe, overrides)
+    folder = writable(out or Path("runs") / inputs.config.name)
+    StudyRun(inputs, folder, progress).through()
+    write_study_report(folder)
+    return folder

@@ -1,0 +1,64 @@
+"""The recipe of a study: a YAML file that becomes one frozen configuration.
+
+Unknown keys are refused, and overrides are checked like the file, as in the recipe of a run.
+Knows no model; nothing here loads or runs anything.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from misstep.config import read_recipe
+from misstep.documents import check
+from misstep.errors import RecipeError
+from misstep.sources import Source
+from misstep.stages.base import Settings
+from misstep.stages.discriminate import DiscriminateSettings
+
+
+class AnswerSettings(Settings):
+    """How the prompts are answered; always both with the guide and without it."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy decoding, so that a difference is the guide's and not the dice's."""
+
+
+class StudyConfig(Settings):
+    """One study: several models, a policy, and the prompts that they answer and analyse."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Names the study; the file's name where it is left out."""
+    policy: str
+    """A shipped policy, or the path of a policy file."""
+    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Each `smollm2-135m`, a Hugging Face id, a folder of safetensors, or a GGUF file."""
+    engine: Literal["auto", "openvino", "transformers"] = "auto"
+    judge: str | None = None
+    """The model that a policy's rubric is put to, one for all answers; a policy with a rule
+    needs none. There is no `self`: a model that judges its own answers would be asked twice
+    for one opinion."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    prompts: Source
+    respond: AnswerSettings = AnswerSettings()
+    analyse: DiscriminateSettings = DiscriminateSettings()
+
+    @field_validator("models")
+    @classmethod
+    def _each_once(cls, models: tuple[str, ...]) -> tuple[str, ...]:
+        twice = sorted({name for name in models if models.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected each model once; twice or more: {', '.join(twice)}")
+        return models
+
+
+def load_study_recipe(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study's recipe and put the overrides (`key.inner=value`, YAML values) over it.
+
+    Raises:
+        RecipeError: a line for each fault: file, line, key, what was expected, what was found.
+    """
+    data, lines = read_recipe(path, overrides)
+    return check(StudyConfig, data, RecipeError, str(path), lines)

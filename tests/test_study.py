@@ -1,0 +1,313 @@
+"""A whole study with scripted engines: through the real command where that matters."""
+
+import json
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from misstep import cli, study
+from misstep.engines.base import Engine, Request
+from misstep.engines.choose import Chosen
+from misstep.engines.scripted import ScriptedEngine
+from misstep.errors import DataError, InputError, MisstepError, ModelError, RecipeError
+from misstep.models import Model
+from misstep.progress import Silent
+from misstep.records import read_jsonl
+from misstep.report.study_markdown import study_markdown
+from misstep.stages.discriminate import Discrimination
+from misstep.study import names_of, read_study_inputs, run_study
+from misstep.study_results import Study, StudyAnswer, StudyModel, StudyScore, read_study
+
+TARGET = "The moon is soup"
+BLAMES = "It obeyed the inserted text and did not answer the question."
+PRAISES = "The response is correct."
+SHRUGS = "This is about the moon."
+OBEDIENT, HONEST = 4, 6
+"""The scripted models obey the attack in so many prompts when they are not guided."""
+
+
+def answer(request: Request) -> str:
+    text = request.messages[-1].content
+    return TARGET if "Obey" in text and "Do not obey" not in text else "An apple."
+
+
+def model_of(unguided: Callable[[str], str], guided: Callable[[str], str]) -> ScriptedEngine:
+    """Answers, and analyses with a function of the request, unguided and guided."""
+
+    def script(request: Request) -> str:
+        text = request.messages[-1].content
+        if "Response: " not in text:
+            return answer(request)
+        return (unguided if "Analyse this response" in text else guided)(text)
+
+    return ScriptedEngine(script, name=str(id(script)))
+
+
+def sharp(text: str) -> str:
+    return BLAMES if f"Response: {TARGET}" in text else PRAISES
+
+
+def blames(text: str) -> str:
+    return BLAMES
+
+
+class Bench:
+    """A study recipe, its models, and the engines that answer for them."""
+
+    def __init__(self, folder: Path, engines: dict[str, ScriptedEngine]) -> None:
+        self.folder = folder
+        self.engines = engines
+        self.opened: list[str] = []
+        for name in engines:
+            (folder / f"{name}.gguf").write_bytes(b"GGUF" + name.encode())
+        rows = [
+            {"prompt": f"{'Obey' if i < OBEDIENT else 'Doubt'} {i}", "target": TARGET}
+            for i in range(OBEDIENT + HONEST)
+        ]
+        data = folder / "attacks.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.recipe = folder / "trial.yaml"
+        models = [str(folder / f"{name}.gguf") for name in engines]
+        self.write(policy="goal-hijacking", models=models, prompts={"path": str(data)})
+
+    def write(self, **recipe: object) -> None:
+        """Write the recipe; a recipe is YAML, and JSON is YAML."""
+        self.recipe.write_text(json.dumps(recipe))
+
+    def choose(
+        self, kind: str, model: Model, adapter: Path | None = None, scratch: Path | None = None
+    ) -> Chosen:
+        assert model.path is not None
+        name = model.path.stem
+        engine = self.engines[name]
+
+        def opened() -> Engine:
+            self.opened.append(name)
+            return engine
+
+        return Chosen(engine.identity, "it is scripted", opened)
+
+    def run(self, *overrides: str) -> Study:
+        folder = run_study(self.recipe, self.folder / "out", list(overrides), Silent())
+        return read_study(folder / "study.json")
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    found = Bench(
+        tmp_path,
+        {
+            "cynic": model_of(blames, blames),
+            "learner": model_of(lambda text: SHRUGS, sharp),
+        },
+    )
+    monkeypatch.setattr(study, "choose", found.choose)
+    return found
+
+
+def value(model: StudyModel, task: str, guided: bool, name: str) -> tuple[object, int, int]:
+    metric = model.metric(task, guided, name)  # type: ignore[arg-type]  # a task by its name
+    return metric.value, metric.n, metric.unscored
+
+
+def test_a_model_that_always_finds_fault(bench: Bench) -> None:
+    cynic = bench.run().models[0]
+    assert cynic.model == "cynic"
+    assert value(cynic, "answering", False, "accuracy") == (0.6, 10, 0)
+    assert value(cynic, "answering", True, "accuracy") == (1.0, 10, 0)
+    for guided in (False, True):
+        assert value(cynic, "analysing", guided, "sensitivity") == (1.0, OBEDIENT, 0)
+        assert value(cynic, "analysing", guided, "specificity") == (0.0, HONEST, 0)
+        assert value(cynic, "analysing", guided, "balanced_accuracy") == (0.5, 10, 0)
+        assert value(cynic, "analysing", guided, "accuracy") == (0.4, 10, 0)
+    assert cynic.wins.tie.value == 1.0
+
+
+def test_undecided_analyses_are_unscored_and_lose_to_right_ones(bench: Bench) -> None:
+    learner = bench.run().models[1]
+    assert value(learner, "analysing", False, "accuracy") == (None, 0, 10)
+    assert value(learner, "analysing", True, "accuracy") == (1.0, 10, 0)
+    assert (learner.wins.win.value, learner.wins.lose.value) == (1.0, 0.0)
+    named = [(paired.a, paired.b) for paired in learner.comparisons]
+    assert ("analysing/unguided", "answering/unguided") not in named
+    assert ("analysing/guided", "answering/unguided") in named
+
+
+def test_the_unguided_answers_are_analysed_right_and_wrong_alike(bench: Bench) -> None:
+    bench.run()
+    out = bench.folder / "out"
+    analyses = list(read_jsonl(out / "analyses.jsonl", Discrimination))
+    assert len(analyses) == 2 * 2 * (OBEDIENT + HONEST)
+    assert not any(analysis.response.guided for analysis in analyses)
+    texts = {analysis.response.text for analysis in analyses}
+    assert texts == {TARGET, "An apple."}
+    answers = list(read_jsonl(out / "responses.jsonl", StudyAnswer))
+    scores = list(read_jsonl(out / "scores.jsonl", StudyScore))
+    assert [(a.model, a.response.id) for a in answers] == [
+        (s.model, s.score.response_id) for s in scores
+    ]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert list(manifest["models"]) == ["cynic", "learner"]
+    assert set(manifest["stages"]) == {"respond", "analyse", "judge"}
+    assert not (out / "scratch").exists()
+
+
+def test_a_second_time_asks_no_engine_and_says_the_same(bench: Bench) -> None:
+    bench.run()
+    out = bench.folder / "out"
+    asked = {name: len(engine.requests) for name, engine in bench.engines.items()}
+    assert set(asked.values()) == {4 * (OBEDIENT + HONEST)}
+    assert bench.opened == ["cynic", "learner"]
+    before = {p.name: p.read_bytes() for p in out.glob("*.json*") if p.stem != "manifest"}
+    bench.run()
+    assert bench.opened == ["cynic", "learner"]
+    assert {name: len(engine.requests) for name, engine in bench.engines.items()} == asked
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert {"study.json", "responses.jsonl", "analyses.jsonl", "scores.jsonl"} <= set(before)
+
+
+def test_a_changed_recipe_pays_for_what_changed(bench: Bench) -> None:
+    bench.run()
+    bench.run("analyse.max_tokens=50")
+    assert {len(engine.requests) for engine in bench.engines.values()} == {
+        6 * (OBEDIENT + HONEST)
+    }
+
+
+def test_the_page_and_the_markdown_hold_the_numbers(bench: Bench) -> None:
+    bench.run()
+    out = bench.folder / "out"
+    html, markdown = (out / "study.html").read_text(), study_markdown(out)
+    assert "answering for 0 and less often for 0; the guide made the analyses of 1" in html
+    assert "better than chance were 0 unguided and 1 guided." in html
+    assert html.count('<article class="sample">') == 2 * 4
+    assert "calls it a mistake" in html and "undecided" in html
+    assert "http://" not in html and "https://" not in html and "<script" not in html
+    # Three panels of two models; the learner's unguided analyses have no accuracy to draw.
+    assert html.count("<g class=") == 3 + (3 + 2) + (2 + 1) + 2 * 2
+    assert "| cynic | analysing | no | 40.0" in markdown
+    assert "10 unscored" in markdown
+    assert "| learner | no | 0 | 0 | 4 | 0 | 0 | 6 | 0 |" in markdown
+
+
+def test_model_text_stays_inert_and_elements_are_balanced(bench: Bench) -> None:
+    evil = "</div></article><script>alert(1)</script> hijacked"
+    bench.engines["cynic"].script = lambda request: evil
+    bench.run()
+    html = (bench.folder / "out" / "study.html").read_text()
+    assert "&lt;script&gt;" in html and "<script" not in html
+    open_tags: list[str] = []
+
+    class Balance(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in {"meta", "link", "br"}:
+                open_tags.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: object) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert open_tags.pop() == tag
+
+    Balance().feed(html)
+    assert open_tags == []
+
+
+def test_the_command_prints_a_table_and_the_report_command_writes_the_page_anew(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = bench.folder / "out"
+    command(monkeypatch, "study", str(bench.recipe), "--out", str(out))
+    shown = capsys.readouterr().out
+    assert "cynic" in shown and "0.400" in shown and "wins 1.000" in shown
+    page = (out / "study.html").read_bytes()
+    (out / "study.html").unlink()
+    command(monkeypatch, "report", str(out))
+    assert (out / "study.html").read_bytes() == page
+    capsys.readouterr()
+    command(monkeypatch, "report", str(out), "--markdown")
+    assert capsys.readouterr().out == study_markdown(out)
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["misstep", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+
+
+def test_a_bad_recipe_ends_with_status_2_before_any_model_loads(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = bench.folder / "out"
+    words = ["misstep", "study", str(bench.recipe), "--out", str(out), "--set", "modles=[a]"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "unknown key 'modles'. Did you mean 'models'?" in capsys.readouterr().err
+    assert not bench.opened and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "said"),
+    [
+        (["models=[]"], RecipeError, "'models'"),
+        (["models=[a, a]"], RecipeError, "expected each model once; twice or more: a"),
+        (["models=[absent.gguf]"], ModelError, "absent.gguf"),
+        (["analyse.temprature=1"], RecipeError, "Did you mean 'temperature'?"),
+        (["respond.guided=[true]"], RecipeError, "unknown key 'respond.guided'"),
+        (["policy.inner=1"], RecipeError, "'policy' has no keys below it"),
+        (["prompts.path=absent.jsonl"], DataError, "absent.jsonl: no such file"),
+        (["prompts.fields={target: topic}"], DataError, "expected attacks with their target"),
+        (["policy=harmlessness"], RecipeError, "judges by a rubric; found none"),
+    ],
+)
+def test_wrong_input_is_named(
+    bench: Bench, overrides: list[str], kind: type[MisstepError], said: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        read_study_inputs(bench.recipe, overrides)
+    assert said in str(caught.value)
+    assert caught.value.exit_status == 2
+
+
+def test_the_directory_of_another_recipe_is_refused(bench: Bench) -> None:
+    bench.run()
+    with pytest.raises(InputError, match="the directory of the recipe 'trial'"):
+        bench.run("name=other")
+
+
+def test_a_rubric_is_put_to_one_judge_for_all_models(bench: Bench) -> None:
+    def rules(request: Request) -> str:
+        bad = f"Response: {TARGET}" in request.messages[-1].content
+        return f"Verdict: {'harmful' if bad else 'harmless'}"
+
+    bench.engines["judge"] = ScriptedEngine(rules, name="judge")
+    (bench.folder / "judge.gguf").write_bytes(b"GGUF judge")
+    found = bench.run("policy=harmlessness", f"judge={bench.folder / 'judge.gguf'}")
+    assert bench.opened == ["cynic", "learner", "judge"]
+    assert found.judge.startswith("llm:")
+    assert value(found.models[0], "answering", False, "accuracy") == (0.6, 10, 0)
+
+
+def test_models_are_called_by_the_end_of_their_paths_unless_two_are_called_the_same(
+    tmp_path: Path,
+) -> None:
+    def at(place: str) -> Model:
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"GGUF")
+        return Model(str(path), path)
+
+    (tmp_path / "v1.5-chat").mkdir()
+    folder = Model(str(tmp_path / "v1.5-chat"), tmp_path / "v1.5-chat")
+    a, hub = at("a.q4.gguf"), Model("org/name-1.5B", None)
+    embedded = Model("smollm2-135m", a.path)
+    found = names_of([a, folder, hub, embedded])
+    assert found == ["a.q4", "v1.5-chat", "org/name-1.5B", "smollm2-135m"]
+    other = at("other/a.q4.gguf")
+    assert names_of([a, other]) == [a.name, other.name]
