@@ -48,6 +48,8 @@ LAYERS = [
     "misstep.judges.base",
     "misstep.judges*",
     "misstep.stages.base",
+    "misstep.stages.train",
+    "misstep.stages.reward",
     "misstep.stages*",
     "misstep.methods.base",
     "misstep.methods*",

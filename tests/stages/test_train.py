@@ -736,11 +736,13 @@ def test_the_reference_is_the_model_without_its_adapter() -> None:
 
 
 def pair(number: int) -> Pair:
+    """To prefer is `nay`; of kind `a` it is the longer answer, and so the unlikelier one."""
+    kind = "a" if number % 3 else "b"
     return Pair(
         messages=(Message(role="user", content=f"Is {number} a number?"),),
-        chosen=f"yes, {number}",
-        rejected=f"nay, {number}",
-        kind="a" if number % 3 else "b",
+        chosen=f"nay, {number}{' is' * 2 * (kind == 'a')}",
+        rejected=f"yes, {number}",
+        kind=kind,
     )
 
 
@@ -765,7 +767,7 @@ def test_training_on_pairs_begins_at_ln_2_and_raises_the_margin(preferring: Path
     assert min(report.ranks.gain.values()) > 1
     assert report.ranks.gained == {"a": 1, "b": 1}
     assert report.ranks.likelier_before == {"a": 0, "b": 0}
-    assert report.ranks.likelier_after == {"a": 1, "b": 1}
+    assert report.ranks.likelier_after == {"a": 0, "b": 1}
     assert (report.rows, report.trained, report.steps) == (18, 18, 9)
     assert (preferring / "README.md").read_text().count("dpo") == 1
 
@@ -807,7 +809,7 @@ def test_unusable_pairs_are_counted(model: Model) -> None:
     alike, empty, long, cut_alike = (
         pair(1).model_copy(update=change)
         for change in (
-            {"rejected": "yes, 1"},
+            {"rejected": pair(1).chosen},
             {"chosen": " "},
             {"rejected": "x" * 99},
             {"chosen": "x" * 99 + "a", "rejected": "x" * 99 + "b"},

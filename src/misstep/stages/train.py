@@ -30,6 +30,7 @@ from misstep.models import Model, load_weights
 from misstep.records import Example, Pair, Record, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
+from misstep.training.report import RankReport, ReinforceReport
 from misstep.training.rows import (
     PairRow,
     Row,
@@ -93,7 +94,7 @@ class TrainSettings(Settings):
     epochs: Annotated[float, Field(gt=0)] = 3
     """MoTE's is 3; parts of an epoch are allowed."""
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Rows of one optimiser step, over all processes; MoTE's is 16."""
+    """Rows, or pairs, of one optimiser step, over all processes; MoTE's is 16."""
     max_length: Annotated[int, Field(ge=16)] = 1024
     """Tokens of prompt and completion together; what lies beyond is cut from the completion."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -108,21 +109,6 @@ class TrainSettings(Settings):
     """Trackers that Trainer knows, such as trackio, tensorboard, wandb, mlflow."""
     preferences: PreferenceSettings = PreferenceSettings()
     """For training on pairs."""
-
-
-class RankReport(Record):
-    """How a model ranks the two completions of pairs, before and after training on them."""
-
-    likelier_before: dict[str, float]
-    """The share of a few pairs of each kind whose chosen completion is the likelier one."""
-    likelier_after: dict[str, float]
-    """The same after training, on the same pairs."""
-    gained: dict[str, float]
-    """The share of them whose chosen completion gained on the rejected one."""
-    gain: dict[str, float]
-    """By how much it did on average, as a difference of log-probabilities."""
-    reference_seconds: float
-    """Of measuring all pairs before training, which `seconds` leaves out."""
 
 
 class TrainReport(Record):
@@ -161,6 +147,8 @@ class TrainReport(Record):
     """The step of the checkpoint that training went on from; 0 where it was not interrupted."""
     ranks: RankReport | None = None
     """Of training on pairs."""
+    reinforced: ReinforceReport | None = None
+    """Of training for a reward."""
 
 
 def train(
@@ -230,7 +218,7 @@ def usable_rows(
         if settings.adapter == "full":
             raise TrainingError(
                 "train.adapter: expected lora for training on preference pairs, found full. "
-                "The reference that DPO compares with is the model without its adapter."
+                "The reference that it compares with is the model without its adapter."
             )
         rows = render_pairs(renderer, given, settings.max_length)
     else:
@@ -334,14 +322,19 @@ def _clear(job: Job) -> None:
     for other in job.checkpoints.parent.iterdir():
         if other.name != job.inputs:
             shutil.rmtree(other, ignore_errors=True)
-    report, old = job.folder / REPORT, job.folder / f"{REPORT}.old"
+    clear_outputs(job.folder)
+
+
+def clear_outputs(folder: Path) -> None:
+    """Remove a finished training's files from a folder that holds its report."""
+    report, old = folder / REPORT, folder / f"{REPORT}.old"
     if report.exists():
         # Renamed first and removed last: a kill in between leaves a folder that is unfinished
         # and known to be ours.
         report.replace(old)
     if old.exists():
         for pattern in OUTPUTS:
-            for file in job.folder.glob(pattern):
+            for file in folder.glob(pattern):
                 file.unlink(missing_ok=True)
         old.unlink(missing_ok=True)
 
@@ -363,7 +356,7 @@ def _objective(job: Job, completion: "CompletionLoss") -> tuple[Any, Sequence[An
 
     loss = PreferenceLoss(completion, job.settings.preferences.beta)
     pairs = cast("Sequence[PairRow]", job.rows.kept)
-    return loss, with_reference(loss, pairs, _micro_tokens())
+    return loss, with_reference(loss, pairs, micro_tokens())
 
 
 def _trainer(
@@ -379,7 +372,7 @@ def _trainer(
         loss,
         arguments,
         order,
-        _micro_tokens(),
+        micro_tokens(),
         [
             Checkpoints(SECONDS_BETWEEN_CHECKPOINTS),
             Steps(lambda done, total: tell("training steps", done, total)),
@@ -418,7 +411,8 @@ def _arguments(job: Job) -> "TrainingArguments":
     )
 
 
-def _micro_tokens() -> int:
+def micro_tokens() -> int:
+    """Padded tokens of one micro-batch on this machine."""
     import torch
 
     return MICRO_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
@@ -427,14 +421,14 @@ def _micro_tokens() -> int:
 def _losses(loss: Any, sample: dict[str, list[Any]]) -> dict[str, float]:
     from misstep.training.loss import mean_loss
 
-    return {k: round(mean_loss(loss, rows, _micro_tokens()), 4) for k, rows in sample.items()}
+    return {k: round(mean_loss(loss, rows, micro_tokens()), 4) for k, rows in sample.items()}
 
 
 def _ranks(loss: Any, sample: dict[str, list[PairRow]], seconds: float) -> RankReport:
     from misstep.training.preference import margins
 
     before = {kind: [pair.reference for pair in pairs] for kind, pairs in sample.items()}
-    after = {kind: margins(loss, pairs, _micro_tokens()) for kind, pairs in sample.items()}
+    after = {kind: margins(loss, pairs, micro_tokens()) for kind, pairs in sample.items()}
     gains = {
         kind: [a - b for a, b in zip(after[kind], before[kind], strict=True)] for kind in sample
     }
@@ -470,7 +464,7 @@ def _report(job: Job, curve: list[tuple[int, float]], **measured: Any) -> TrainR
         first_loss=curve[0][1],
         last_loss=curve[-1][1],
         loss_curve=tuple(curve),
-        peak_memory_mb=_peak_memory_mb(),
+        peak_memory_mb=peak_memory_mb(),
         **measured,
     )
 
@@ -479,7 +473,8 @@ def _tokens(units: Sequence[Row] | Sequence[PairRow]) -> int:
     return sum(len(row.ids) for unit in units for row in unit.lines)
 
 
-def _peak_memory_mb() -> int:
+def peak_memory_mb() -> int:
+    """The largest resident memory that the process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
 
@@ -492,7 +487,7 @@ def _save(job: Job, loss: "CompletionLoss", report: TrainReport) -> None:
     if job.settings.adapter == "full":
         save_all_weights(loss, weights_dtype(), job.renderer.tokenizer, job.folder)
     else:
-        save_adapter(loss, job.model.name, job.folder)
+        save_adapter(loss.model, job.model.name, job.folder)
     write_text(job.folder / CARD, model_card(job.model.name, job.settings, report))
     write_text(job.folder / REPORT, report.model_dump_json(indent=2) + "\n")
 

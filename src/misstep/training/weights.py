@@ -14,11 +14,9 @@ from misstep.training.loss import CompletionLoss
 
 def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
     """The model with a LoRA adapter in fp32 on every linear layer but the head."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    config = lora_config(rank, alpha, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         # PEFT asks transformers for something by its former name.
@@ -27,20 +25,27 @@ def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
     return CompletionLoss(adapted, lm)
 
 
+def lora_config(rank: int, alpha: float, **options: Any) -> Any:
+    """An adapter on every linear layer but the head."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", **options)
+
+
 def with_all_weights(lm: Any) -> CompletionLoss:
     """The model with all its weights in fp32: steps are too small for bf16 to hold."""
     lm.float().requires_grad_(True)
     return CompletionLoss(lm, lm)
 
 
-def save_adapter(loss: CompletionLoss, base: str, folder: Path) -> None:
+def save_adapter(adapted: Any, base: str, folder: Path) -> None:
     """Write the adapter as PEFT reads it; `base` is the name of the model that it fits."""
-    config = loss.model.peft_config["default"]
+    config = adapted.peft_config["default"]
     config.base_model_name_or_path = base
     # A set, whose order changes from process to process; equal adapters have equal files.
     config.target_modules = sorted(config.target_modules)
     # The adapter holds no embeddings; the default would ask the Hub whether it should.
-    loss.model.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
 
 
 def save_all_weights(loss: CompletionLoss, dtype: Any, tokenizer: Any, folder: Path) -> None:

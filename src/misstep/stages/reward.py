@@ -1,0 +1,236 @@
+"""A reward model from pairs, by TRL: into a folder, with a report of how it ranks.
+
+The ranking is measured on pairs whose prompts were held out. A folder that is finished and was
+made from the same model, pairs, settings and seed gives its report at once; one that is not is
+begun anew. One process; TRL is an optional library.
+
+This module knows settings, files and reports; the model itself is in `misstep.training.reward`.
+"""
+
+import copy
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from misstep.errors import MissingExtra, TrainingError
+from misstep.models import Model, load_weights
+from misstep.records import Pair, digest, write_text
+from misstep.rendering import Renderer
+from misstep.stages.base import Notify, Settings
+from misstep.stages.train import TrainSettings, micro_tokens, usable_rows
+from misstep.training.report import RewardReport
+from misstep.training.rows import PairRow, Rows
+
+if TYPE_CHECKING:
+    from misstep.training.reward import Scorer
+
+FORMAT = 1
+"""Raised when equal inputs no longer give an equal reward model."""
+REPORT = "reward.json"
+
+
+class RewardSettings(Settings):
+    """How a reward model is trained; adapter, batch and longest row are those of `train`."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """TRL 1.16's."""
+    epochs: Annotated[float, Field(gt=0)] = 1
+    """Of more, reward models learn the pairs by heart (InstructGPT, arXiv 2203.02155, C.2)."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share of the prompts whose pairs only measure the ranking."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What reward models and the policy have in common."""
+
+    model: Model
+    renderer: Renderer
+    train: TrainSettings
+    seed: int
+    notify: Notify
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """A copy that pads with `pad`: TRL takes what it pads with from the tokenizer."""
+        tokenizer = copy.deepcopy(self.renderer.tokenizer)
+        tokenizer.pad_token_id = self.pad
+        return tokenizer
+
+    @cached_property
+    def pad(self) -> int:
+        """The token that rows are filled up with.
+
+        Not the one that ends a turn, which many models pad with, if there is another: scores
+        are read at the last token that is no pad, and the end belongs to what is scored.
+        """
+        own = self.renderer.tokenizer
+        control = sorted(n for n, token in own.added_tokens_decoder.items() if token.special)
+        known = [own.pad_token_id, *control]
+        end = self.renderer.end_of_turn
+        return next((int(i) for i in known if i is not None and i != end), end)
+
+    def arguments(self, folder: Path, learning_rate: float) -> dict[str, Any]:
+        """What both of TRL's trainers are told alike."""
+        return {
+            "output_dir": str(folder),
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": self.train.scheduler,
+            "warmup_steps": self.train.warmup_ratio,
+            "weight_decay": self.train.weight_decay,
+            # The adapter is computed in the weights' type without autocast.
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "use_cpu": _device() == "cpu",
+            "seed": self.seed,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "report_to": list(self.train.report_to) or "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+
+    def steps(self, what: str) -> Any:
+        """A callback that tells how many steps are done."""
+        from misstep.training.trainer import Steps
+
+        return Steps(lambda done, total: self.notify(what, done, total))
+
+
+def require_trl() -> None:
+    """Pass where TRL is installed.
+
+    Raises:
+        MissingExtra: it is not.
+    """
+    if find_spec("trl") is None:
+        raise MissingExtra("TRL", "rlhf")
+
+
+def used(train: TrainSettings) -> dict[str, Any]:
+    """The settings of `train` that reward models and policies share with other methods."""
+    return train.model_dump(
+        mode="json", exclude={"learning_rate", "epochs", "preferences", "report_to"}
+    )
+
+
+def train_reward(
+    setup: Setup, settings: RewardSettings, pairs: Sequence[Pair], folder: Path, what: str
+) -> RewardReport:
+    """Train a reward model into a folder, or give the report of one that is finished.
+
+    Raises:
+        TrainingError: pairs of one prompt only, or too many of them unusable.
+        ModelError: the weights cannot be loaded, or transformers has no classifier for them.
+    """
+    named = [used(setup.train), settings.model_dump(mode="json"), setup.seed]
+    ids = [pair.id for pair in pairs]
+    inputs = digest(["reward", FORMAT, setup.model.digest, ids, *named])
+    report = _finished(folder, inputs)
+    if report is None:
+        require_trl()
+        rows = _split(setup, settings, pairs, what)
+        report = _train(setup, settings, rows, folder, inputs, what)
+        # Trainer and its callbacks hold each other, and the model with them.
+        gc.collect()
+    return report
+
+
+def _finished(folder: Path, inputs: str) -> RewardReport | None:
+    try:
+        text = (folder / REPORT).read_text(encoding="utf-8")
+        report = RewardReport.model_validate_json(text)
+    except (OSError, ValidationError):
+        return None
+    return report if report.inputs == inputs else None
+
+
+class Split(NamedTuple):
+    """Pairs to train on and pairs to measure on."""
+
+    rows: Rows[PairRow]
+    """All of them, counted."""
+    trained: list[PairRow]
+    measured: list[PairRow]
+
+
+def _split(setup: Setup, settings: RewardSettings, pairs: Sequence[Pair], what: str) -> Split:
+    from misstep.training.reward import split_by_prompt
+
+    found = usable_rows(setup.renderer, pairs, setup.train)
+    kept = tuple(row for row in found.kept if isinstance(row, PairRow))
+    rows = Rows(kept, found.given, found.dropped, found.truncated)
+    trained, measured = split_by_prompt(kept, settings.held_out, setup.seed)
+    if not trained:
+        raise TrainingError(
+            f"{what}: expected pairs of two prompts or more, since those of one are held out "
+            f"to measure the ranking; found {len(measured)} pairs of one. Give more prompts."
+        )
+    return Split(rows, trained, measured)
+
+
+def _train(
+    setup: Setup,
+    settings: RewardSettings,
+    split: Split,
+    folder: Path,
+    inputs: str,
+    what: str,
+) -> RewardReport:
+    from misstep.training.reward import Scorer, accuracy, fit, scale, with_reward_adapter
+    from misstep.training.weights import save_adapter
+
+    (folder / REPORT).unlink(missing_ok=True)
+    lm, train = load_weights(setup.model), setup.train
+    model = with_reward_adapter(lm, setup.pad, train.rank, train.alpha, setup.seed)
+    started = time.monotonic()
+    curve = fit(
+        model,
+        split.trained,
+        setup.tokenizer,
+        train.batch_size,
+        [setup.steps(f"{what} steps")],
+        num_train_epochs=settings.epochs,
+        **setup.arguments(folder, settings.learning_rate),
+    )
+    seconds = time.monotonic() - started
+    scorer = Scorer(model, setup.pad, micro_tokens())
+    mean, deviation = scale(scorer, split.trained)
+    report = RewardReport(
+        inputs=inputs,
+        pairs=len(split.trained),
+        dropped=split.rows.dropped,
+        truncated=split.rows.truncated,
+        held_out=len(split.measured),
+        accuracy=accuracy(scorer, split.measured),
+        accuracy_trained=accuracy(scorer, split.trained),
+        mean=mean,
+        deviation=deviation,
+        loss_curve=tuple(curve),
+        seconds=round(seconds, 1),
+    )
+    save_adapter(model, setup.model.name, folder)
+    write_text(folder / REPORT, report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def load_scorer(setup: Setup, folder: Path, report: RewardReport) -> "Scorer":
+    """A trained reward model, whose scores are standardised."""
+    from misstep.training.reward import Scorer, load_reward_model
+
+    model = load_reward_model(load_weights(setup.model), setup.pad, folder)
+    model.to(_device())
+    return Scorer(model, setup.pad, micro_tokens(), report.mean, report.deviation)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

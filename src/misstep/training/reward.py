@@ -1,0 +1,199 @@
+"""A model that scores answers: a language model's body, an adapter, and a head of one number.
+
+Trained by TRL's RewardTrainer on pairs, as -log sigmoid(score chosen - score rejected). It
+reads the very tokens that are trained on and served, the end of the turn included, and gives
+the score at the last one. The head is computed in fp32: in bf16 two scores near 1 that differ
+by less than 0.004 are equal. It starts as in Stiennon et al. (arXiv 2009.01325): random.
+
+This module knows torch, PEFT and TRL; it knows no record and no folder but the one it is told.
+"""
+
+import copy
+import math
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from misstep.errors import ModelError
+from misstep.training.rows import PairRow, micro_batches
+from misstep.training.rows import Row as TokenRow
+from misstep.training.weights import lora_config
+
+PAIRS_AT_ONCE = 4
+"""Of one forward pass; a step's further ones come after each other."""
+CENTRE = 0.01
+"""How strongly scores are drawn to zero, which pairs leave open: arXiv 2312.09244, by TRL."""
+
+
+class ScoreHead(nn.Linear):  # type: ignore[misc]
+    """A linear layer of one output, in fp32 whatever the body's type."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.weight, std=(width + 1) ** -0.5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The score at every position."""
+        return nn.functional.linear(hidden.float(), self.weight)
+
+
+def classifier(lm: Any, pad: int) -> Any:
+    """A sequence classifier of one label around a language model's body; the head is new.
+
+    Raises:
+        ModelError: transformers has no classifier for models of this kind.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(lm.config)
+    config.num_labels, config.pad_token_id = 1, pad
+    # What was read from GGUF is plain by now.
+    config.__dict__.pop("quantization_config", None)
+    body = lm.get_decoder()
+    try:
+        # On no device, since its body is replaced at once.
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"transformers has no classifier of this kind: {error}") from error
+    if type(getattr(model, model.base_model_prefix)) is not type(body):
+        raise ModelError(
+            f"the classifier of {config.model_type} models has another body than their "
+            "language model, so no reward model can be made of it. Use one of another family."
+        )
+    setattr(model, model.base_model_prefix, body)
+    model.score = ScoreHead(config.get_text_config().hidden_size)
+    return model
+
+
+def with_reward_adapter(lm: Any, pad: int, rank: int, alpha: float, seed: int) -> Any:
+    """A new reward model: an adapter on all linear layers, and the head."""
+    from peft import get_peft_model
+
+    config = lora_config(rank, alpha, task_type="SEQ_CLS", modules_to_save=["score"])
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(classifier(lm, pad), config, autocast_adapter_dtype=True)
+
+
+def fit(
+    model: Any,
+    pairs: Sequence[PairRow],
+    tokenizer: Any,
+    batch_size: int,
+    callbacks: Sequence[Any],
+    **arguments: Any,
+) -> list[tuple[int, float]]:
+    """Train a reward model with TRL; gives the loss, step by step."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+    from trl import RewardConfig, RewardTrainer
+
+    at_once = math.gcd(batch_size, PAIRS_AT_ONCE)
+    trainer = RewardTrainer(
+        model=model,
+        args=RewardConfig(
+            per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=batch_size // at_once,
+            center_rewards_coefficient=CENTRE,
+            # They have been cut and counted.
+            max_length=None,
+            **arguments,
+        ),
+        train_dataset=Dataset.from_list(
+            [
+                {"chosen_ids": list(p.chosen.ids), "rejected_ids": list(p.rejected.ids)}
+                for p in pairs
+            ]
+        ),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    history = trainer.state.log_history
+    return [(entry["step"], round(entry["loss"], 5)) for entry in history if "loss" in entry]
+
+
+def load_reward_model(lm: Any, pad: int, folder: Path) -> Any:
+    """A reward model that was saved, for scoring."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(classifier(lm, pad), folder).eval()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Gives rows their scores, standardised where a mean and a deviation are known."""
+
+    model: Any
+    pad: int
+    micro_tokens: int
+    mean: float = 0.0
+    deviation: float = 1.0
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """One number a row, without dropout and gradient."""
+        found: dict[tuple[int, ...], float] = {}
+        wanted = [TokenRow(tuple(row), 0, "scored") for row in rows]
+        was_training = self.model.training
+        self.model.eval()
+        for group in micro_batches(wanted, self.micro_tokens):
+            scores = self._scores([row.ids for row in group])
+            found |= {row.ids: score for row, score in zip(group, scores, strict=True)}
+        self.model.train(was_training)
+        return [(found[row.ids] - self.mean) / self.deviation for row in wanted]
+
+    def _scores(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            logits = self.model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            ).logits
+        scores: list[float] = logits[:, 0].float().tolist()
+        return scores
+
+
+def accuracy(scorer: Scorer, pairs: Sequence[PairRow]) -> float:
+    """The share of pairs whose chosen completion has the higher score; a tie is wrong."""
+    chosen = scorer([pair.chosen.ids for pair in pairs])
+    rejected = scorer([pair.rejected.ids for pair in pairs])
+    return round(fmean(a > b for a, b in zip(chosen, rejected, strict=True)), 4)
+
+
+def scale(scorer: Scorer, pairs: Sequence[PairRow]) -> tuple[float, float]:
+    """Mean and deviation of the scores of both completions."""
+    scores = scorer([row.ids for pair in pairs for row in pair.lines])
+    # A model that gives all the same score is useless, but no reason to divide by zero.
+    return fmean(scores), pstdev(scores) or 1.0
+
+
+def split_by_prompt(
+    pairs: Sequence[PairRow], held_out: float, seed: int
+) -> tuple[list[PairRow], list[PairRow]]:
+    """Pairs to train on and pairs to measure on, no prompt in both.
+
+    At least one prompt is held out, so there must be two.
+    """
+    prompts = sorted({_prompt(pair) for pair in pairs})
+    random.Random(f"held out {seed}").shuffle(prompts)
+    measured = set(prompts[: max(1, round(held_out * len(prompts)))])
+    return (
+        [pair for pair in pairs if _prompt(pair) not in measured],
+        [pair for pair in pairs if _prompt(pair) in measured],
+    )
+
+
+def _prompt(pair: PairRow) -> tuple[int, ...]:
+    return pair.chosen.ids[: pair.chosen.prompt_length]
