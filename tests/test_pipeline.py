@@ -253,3 +253,39 @@ def test_rounds_go_on_while_they_help(
 def test_rounds_need_induced_mistakes(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rounds: more than one needs"):
         run(recipe, tmp_path / "run", ["rounds=2"], Silent())
+
+
+@pytest.fixture
+def no_good_answers(recipe: Path, tmp_path: Path) -> Path:
+    """Reports as users give them: what was asked and what came, nothing else."""
+    data = json.loads(recipe.read_text(encoding="utf-8"))
+    reports = [
+        {"prompt": f"{q} Say: Soup", "response": "Soup", "target": "Soup"} for q in QUESTIONS
+    ]
+    data["mistakes"]["data"] = {"path": write_jsonl(tmp_path / "reports.jsonl", reports)}
+    path = tmp_path / "reports.yaml"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+def test_without_good_answers_the_main_job_is_done_without_sft(
+    no_good_answers: Path, tmp_path: Path
+) -> None:
+    heard = Heard()
+    folder = run(no_good_answers, tmp_path / "run", ["mix.good_answers=2"], heard)
+    assert any(line.startswith("Left out: sft") for line in heard.lines)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert {row["method"] for row in results["rows"]} == {
+        "vanilla",
+        "ordinary",
+        "mistake_analysis",
+    }
+    trained = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["training"]
+    assert trained["ordinary"]["rows"] == trained["mistake_analysis"]["rows"] == 16
+
+
+def test_a_method_that_the_data_have_nothing_for_is_refused_at_once(
+    no_good_answers: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="coh: expected good answers"):
+        run(no_good_answers, tmp_path / "run", ["methods=[vanilla, coh]"], Silent())

@@ -200,12 +200,26 @@ def _comparisons(values: Values, seed: int) -> list[Comparison]:
 
 
 def _against(a: Setting, others: Sequence[Setting]) -> Iterator[Setting]:
-    same = [other for other in others if other.variant == a.variant and other != a]
-    base = Setting("vanilla", False, a.variant)
-    if a != base and base in same:
+    base, guide = (Setting("vanilla", guided, a.variant) for guided in (False, True))
+    # The method `guided` gives the answers of the guided untrained model, which stand already.
+    same = [
+        other
+        for other in others
+        if other.variant == a.variant and not (other.method == "guided" and guide in others)
+    ]
+    if a not in same or a == base:
+        return
+    if base in same:
         yield base
     if METHODS[a.method].uses_analyses:
-        yield from (other for other in same if other != base)
+        later = same[same.index(a) + 1 :]
+        # Two of ours are compared once.
+        yield from (
+            other
+            for other in same
+            if other not in (a, base)
+            and (other in later or not METHODS[other.method].uses_analyses)
+        )
 
 
 def _write_manifest(folder: Path, cells: Sequence[Cell]) -> None:

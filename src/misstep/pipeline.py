@@ -11,7 +11,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -47,13 +47,14 @@ from misstep.records import (
 from misstep.report.page import write_report
 from misstep.results import Results, write_results
 from misstep.sources import check_source, load_mistakes, load_prompts, source_digest
+from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import analyse
 from misstep.stages.base import Yield
 from misstep.stages.evaluate import Table, judge_answers
 from misstep.stages.induce import Induced, NoMistakeError, confirm, induce, some_mistakes
-from misstep.stages import reinforce as rewarded
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
+from misstep.stages.reward import require_trl
 from misstep.stages.train import input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
 
@@ -66,6 +67,8 @@ class Inputs(NamedTuple):
     """All that a run reads, checked before any model loads."""
 
     config: RunConfig
+    left_out: tuple[str, ...]
+    """Methods of the default that the data have no good answers for."""
     policy: Policy
     model: Model
     """As the recipe names it; the run adds the recipe's adapter to it."""
@@ -102,18 +105,36 @@ def check_inputs(config: RunConfig) -> Inputs:
     model = locate(config.model)
     mistakes, seed = config.mistakes, config.seed
     induced = mistakes.source == "induced"
+    prompts = load_prompts(mistakes.data, seed) if induced else []
+    given = [] if induced else load_mistakes(mistakes.data, mistakes.source, seed)
+    methods = _possible(config, prompts or [mistake.prompt for mistake in given])
     return Inputs(
-        config=config,
+        config=config.model_copy(update={"methods": methods}),
+        left_out=tuple(name for name in config.methods if name not in methods),
         policy=policy,
         model=model,
         adapter=check_adapter(config.adapter) if config.adapter else None,
         analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
         judge=model if config.judge == "self" else locate(config.judge),
-        prompts=load_prompts(mistakes.data, seed) if induced else [],
-        given=[] if induced else load_mistakes(mistakes.data, mistakes.source, seed),
+        prompts=prompts,
+        given=given,
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
         tests={k: load_prompts(s, seed) for k, s in config.evaluate.tests.items()},
     )
+
+
+def _possible(config: RunConfig, asked: Sequence[Prompt]) -> tuple[str, ...]:
+    """The recipe's methods, without those of the default that the data have nothing for."""
+    needing = [name for name in config.methods if METHODS[name].needs_good_answers]
+    if not needing or any(prompt.reference for prompt in asked):
+        return config.methods
+    if "methods" in config.model_fields_set:
+        raise RecipeError(
+            f"methods: {', '.join(needing)}: expected good answers to the prompts of the "
+            f"mistakes, found none in {len(asked)} prompts. Map their column with "
+            "mistakes.data.fields: {reference: COLUMN}, or leave these methods out."
+        )
+    return tuple(name for name in config.methods if name not in needing)
 
 
 def _check_policy(config: RunConfig, policy: Policy) -> None:
@@ -124,7 +145,7 @@ def _check_policy(config: RunConfig, policy: Policy) -> None:
             f"critique and a revision), found none in {policy.name}."
         )
     if any(METHODS[name].trainer == "reinforce" for name in config.methods):
-        rewarded.require_trl()
+        require_trl()
 
 
 def _with_references(prompts: list[Prompt]) -> list[Prompt]:
@@ -238,6 +259,13 @@ class Run:
             self._whole(model) for model in (inputs.model, inputs.analyst, inputs.judge)
         )
         self._said: set[str] = set()
+        self.share = 0.0
+        """Of the prompts that mistakes were induced on: those with one, before any limit."""
+        if inputs.left_out:
+            progress.say(
+                f"Left out: {', '.join(inputs.left_out)}, which learns from good answers to "
+                "the prompts of mistakes; the data have none."
+            )
         if self.manifest.changed:
             progress.say(
                 f"The recipe has changed since the last run: "
@@ -311,7 +339,7 @@ class Run:
         anew: its adapter fits the model that is served, whatever the number of rounds. Rounds
         end early where the share of prompts with a mistake no longer falls.
         """
-        share = self._share_of_mistakes(mistakes)
+        share = self.share
         for number in range(2, self.config.rounds + 1):
             rows = self.rows(mistakes, analyses, [], only=(FOCUS,))[FOCUS]
             with self.manifest.stage("rounds"), self._engine(self.judge, "judging") as judging:
@@ -340,6 +368,7 @@ class Run:
         return len({m.prompt.id for m in mistakes}) / max(1, len(self.inputs.prompts))
 
     def _keep_mistakes(self, mistakes: list[Mistake], counts: Yield) -> list[Mistake]:
+        self.share = self._share_of_mistakes(mistakes)
         kept = some_mistakes(mistakes, self.config.mistakes.limit, self.config.seed)
         write_jsonl(self.folder / "mistakes.jsonl", kept)
         self._yield("induce", counts)

@@ -98,7 +98,7 @@ class Comparison(Record):
     p: float
     """Not adjusted for the number of comparisons."""
     p_adjusted: float | None = None
-    """Adjusted by Holm's method for all comparisons of the file; of several methods only."""
+    """Adjusted by Holm's method for all comparisons of the same metric and test set."""
     test: str
     test_set: str
     seed: int
@@ -218,13 +218,16 @@ def compare_pooled(
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons with their p adjusted for their number."""
+    """The comparisons, their p adjusted for the number of those of one metric and test set."""
     from misstep.stats import holm
 
-    p_values = holm([comparison.p for comparison in comparisons])
+    families: dict[tuple[str, str], list[Comparison]] = {}
+    for comparison in comparisons:
+        families.setdefault((comparison.metric, comparison.test_set), []).append(comparison)
     return [
         comparison.model_copy(update={"p_adjusted": p})
-        for comparison, p in zip(comparisons, p_values, strict=True)
+        for family in families.values()
+        for comparison, p in zip(family, holm([c.p for c in family]), strict=True)
     ]
 
 

@@ -138,8 +138,9 @@ def crossed_mean(table: Sequence[Sequence[float]], seed: int) -> Interval:
     """The mean of a table, a line a training seed and a column a prompt, for both at once.
 
     The percentile bootstrap resamples lines and columns (Owen, "The pigeonhole bootstrap",
-    2007); it is rather too wide than too narrow. A table that is all 0 or all 1 has Wilson's
-    interval of its columns. `n` counts the columns.
+    2007), one line fewer than there are, which makes the variance of few lines unbiased. With
+    three lines that differ much it still holds less than 95 % (measured: 85 %). A table that is
+    all 0 or all 1 has Wilson's interval of its columns. `n` counts the columns.
 
     Raises:
         ValueError: the table is empty, or its lines are not equally long.
@@ -155,7 +156,10 @@ def crossed_mean(table: Sequence[Sequence[float]], seed: int) -> Interval:
 def crossed_difference(
     a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], seed: int
 ) -> Difference:
-    """The mean paired difference of two such tables; the p is the bootstrap's.
+    """The mean paired difference of two such tables.
+
+    The p is the normal one for the bootstrap's standard error: counting resamples would bound
+    it below at 2 in 10,001, and no correction for many comparisons could pass.
 
     Raises:
         ValueError: a table is empty, or they are not of one shape.
@@ -169,9 +173,8 @@ def crossed_difference(
         return Difference(0.0, 0.0, 0.0, 1.0, "pigeonhole bootstrap", n)
     means = _crossed_means(differences, seed)
     low, high = np.quantile(means, (0.025, 0.975))
-    fewer = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    p = min(1.0, 2 * (fewer + 1) / (RESAMPLES + 1))
-    value = float(differences.mean())
+    value, error = float(differences.mean()), float(means.std(ddof=1))
+    p = min(1.0, 2 * _NORMAL.cdf(-abs(value) / error)) if error else 0.0
     return Difference(value, float(low), float(high), p, "pigeonhole bootstrap", n)
 
 
@@ -204,7 +207,8 @@ def _crossed_means(data: Floats, seed: int) -> Floats:
     lines, columns = data.shape
     means = []
     for size in _batches(columns):
-        of_lines = rng.multinomial(lines, [1 / lines] * lines, size=size) / lines
+        drawn = max(1, lines - 1)
+        of_lines = rng.multinomial(drawn, [1 / lines] * lines, size=size) / drawn
         of_columns = rng.multinomial(columns, [1 / columns] * columns, size=size) / columns
         means.append(((of_lines @ data) * of_columns).sum(axis=1))
     return np.concatenate(means)

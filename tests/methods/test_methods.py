@@ -181,6 +181,25 @@ def test_a_method_without_its_material_is_refused(name: str, lacks: str) -> None
         METHODS[name].rows(materials(**{lacks: []}))
 
 
+@pytest.mark.parametrize("name", ["mistake_analysis", "corrected_analysis"])
+def test_analyses_come_again_where_no_good_answer_is_known(name: str) -> None:
+    found = METHODS[name].rows(materials(answered=[], mix=MixSettings(good_answers=2)))
+    assert kinds(list(found)) == {"analysis": 12, "ordinary": 4}
+
+
+def test_methods_that_need_good_answers_say_so() -> None:
+    unknown = [
+        m.model_copy(update={"prompt": m.prompt.model_copy(update={"reference": None})})
+        for m in MISTAKES
+    ]
+    for method in METHODS.values():
+        try:
+            method.rows(materials(answered=[], mistakes=unknown))
+            assert not method.needs_good_answers
+        except RunError:
+            assert method.needs_good_answers
+
+
 def test_mistakes_without_a_good_answer_make_no_pair() -> None:
     unknown = [
         m.model_copy(update={"prompt": m.prompt.model_copy(update={"reference": None})})

@@ -90,6 +90,8 @@ class Method(ABC):
     uses_mistakes: ClassVar[bool] = False
     uses_analyses: ClassVar[bool] = False
     uses_revisions: ClassVar[bool] = False
+    needs_good_answers: ClassVar[bool] = False
+    """Whether nothing can be trained without good answers to the prompts of mistakes."""
     trainer: ClassVar[Literal["fine-tune", "reinforce"]] = "fine-tune"
     """`reinforce`: the pairs make a reward model, whose reward the policy is optimised for."""
     guided: ClassVar[tuple[bool, ...]] = (False, True)
@@ -117,6 +119,19 @@ def answers(prompts: Sequence[Prompt], kind: str) -> list[Example]:
         for prompt in prompts
         if prompt.reference
     ]
+
+
+def good_rows(materials: Materials) -> list[Example]:
+    """The good answers to attacked prompts that are mixed in.
+
+    Where none is known, analyses come again in their place: all methods train on equally many
+    rows.
+    """
+    share = materials.mix.good_answers
+    if materials.answered:
+        return answers(materials.some(materials.answered, share, "answered"), "good_answer")
+    drawn = materials.some(materials.analyses, share, "analyses")
+    return [analysis_row(materials.policy, analysis) for analysis in drawn]
 
 
 def ordinary_rows(materials: Materials) -> list[Example]:

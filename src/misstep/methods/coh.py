@@ -24,6 +24,7 @@ class ChainOfHindsight(Method):
 
     name = "coh"
     about = "Chain of Hindsight: good and bad answers behind markers"
+    needs_good_answers = True
     uses_mistakes = True
 
     def rows(self, materials: Materials) -> Rows:

@@ -6,7 +6,14 @@ answer is known; and of the good answers mixed in, every second one is given to 
 prompt, so that guidance at inference is no stranger to the model.
 """
 
-from misstep.methods.base import Materials, Method, Rows, analysis_row, answers, ordinary_rows
+from misstep.methods.base import (
+    Materials,
+    Method,
+    Rows,
+    analysis_row,
+    good_rows,
+    ordinary_rows,
+)
 from misstep.policy import Policy
 from misstep.records import Analysis, Example, Prompt
 
@@ -24,10 +31,11 @@ class CorrectedAnalysis(Method):
     def rows(self, materials: Materials) -> Rows:
         policy = materials.policy
         rows = [_corrected(policy, analysis) for analysis in materials.analyses]
-        share = materials.mix.good_answers
-        good = materials.some(materials.answered, share, "answered")
-        shown = [_guided(policy, p) if i % 2 else p for i, p in enumerate(good)]
-        return rows + answers(shown, "good_answer") + ordinary_rows(materials)
+        good = [
+            _guided(policy, row) if number % 2 and row.kind == "good_answer" else row
+            for number, row in enumerate(good_rows(materials))
+        ]
+        return rows + good + ordinary_rows(materials)
 
 
 def _corrected(policy: Policy, analysis: Analysis) -> Example:
@@ -37,5 +45,6 @@ def _corrected(policy: Policy, analysis: Analysis) -> Example:
     return row.model_copy(update={"completion": f"{row.completion}{CORRECTION}{right}"})
 
 
-def _guided(policy: Policy, prompt: Prompt) -> Prompt:
-    return prompt.model_copy(update={"messages": policy.guided_prompt(prompt)})
+def _guided(policy: Policy, row: Example) -> Example:
+    prompt = Prompt(messages=row.messages)
+    return row.model_copy(update={"messages": policy.guided_prompt(prompt)})

@@ -12,6 +12,7 @@ class DPO(Method):
 
     name = "dpo"
     about = "direct preference optimisation on pairs of good answer and mistake"
+    needs_good_answers = True
     uses_mistakes = True
 
     def rows(self, materials: Materials) -> Rows:

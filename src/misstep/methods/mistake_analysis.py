@@ -10,7 +10,7 @@ from misstep.methods.base import (
     Method,
     Rows,
     analysis_row,
-    answers,
+    good_rows,
     ordinary_rows,
 )
 
@@ -25,6 +25,4 @@ class MistakeAnalysis(Method):
 
     def rows(self, materials: Materials) -> Rows:
         rows = [analysis_row(materials.policy, a) for a in materials.analyses]
-        share = materials.mix.good_answers
-        good = materials.some(materials.answered, share, "answered")
-        return rows + answers(good, "good_answer") + ordinary_rows(materials)
+        return rows + good_rows(materials) + ordinary_rows(materials)

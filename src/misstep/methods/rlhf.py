@@ -13,6 +13,7 @@ class RLHF(Method):
 
     name = "rlhf"
     about = "a reward model from pairs of good answer and mistake, then RLOO"
+    needs_good_answers = True
     uses_mistakes = True
     trainer = "reinforce"
 

@@ -15,6 +15,7 @@ class SelfGuard(Method):
 
     name = "self_guard"
     about = "Self-Guard: the model tags its own answer, a filter replaces what is tagged"
+    needs_good_answers = True
     uses_mistakes = True
 
     def rows(self, materials: Materials) -> Rows:

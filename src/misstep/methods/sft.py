@@ -8,6 +8,7 @@ class SFT(Method):
 
     name = "sft"
     about = "supervised fine-tuning on good answers"
+    needs_good_answers = True
 
     def rows(self, materials: Materials) -> Rows:
         good = materials.some(materials.answered, materials.lesson, "answered")

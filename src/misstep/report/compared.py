@@ -116,7 +116,7 @@ def cell(metric: Pooled | None) -> str:
 
 
 def of_interest(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """The smallest adjusted p first within a test set and metric."""
+    """Ordered by metric, test set and settings."""
     return sorted(comparisons, key=lambda c: (c.metric, c.test_set, c.a, c.b))
 
 

@@ -56,8 +56,8 @@ def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
         "## Rates with 95 % intervals",
         pooled_table(results),
         "## Paired differences (a minus b)",
-        "The adjusted p is Holm's, for all comparisons of the file; shown are those of methods "
-        "that train on analyses.",
+        "The adjusted p is Holm's, for all comparisons of one metric and test set; shown are "
+        "those of methods that train on analyses.",
         _pooled_differences(results.comparisons),
     ]
     return "\n\n".join(parts) + "\n"

@@ -192,8 +192,12 @@ class Losses(NamedTuple):
 
 
 def losses(training: Mapping[str, Training]) -> Losses | None:
-    """A line for each method that was trained."""
-    found = {name: report.loss_curve for name, report in training.items() if report.loss_curve}
+    """A line for each method that was trained on completions: other losses are no such mean."""
+    found = {
+        name: report.loss_curve
+        for name, report in training.items()
+        if report.loss_curve and not (report.ranks or report.reinforced)
+    }
     if not found:
         return None
     every = [point for points in found.values() for point in points]

@@ -50,6 +50,10 @@ class Training(Part):
     seconds: float
     loss_curve: tuple[tuple[int, float], ...]
     """Step and loss."""
+    ranks: dict[str, Any] | None = None
+    """Of training on pairs."""
+    reinforced: dict[str, Any] | None = None
+    """Of training for a reward."""
 
 
 class Manifest(Part):
