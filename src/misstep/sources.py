@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -39,10 +39,13 @@ from misstep.suites import (
 Row = tuple[str, dict[str, Any]]
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "question", "instruction", "query", "input"),
-    "response": ("response", "answer", "completion", "output", "rejected", "violating_answer"),
+    "prompt": ("prompt", "question", "instruction", "query", "input", "objective"),
+    "response": (
+        *("response", "answer", "completion", "output", "rejected", "violating_answer"),
+        "assistant_response",
+    ),
     "reference": ("reference", "chosen", "safe_answer", "completion", "answer", "output"),
-    "label": ("label", "is_bad", "unsafe", "harmful"),
+    "label": ("label", "is_bad", "unsafe", "harmful", "human_score"),
     "safe": ("is_safe", "safe"),
     "accept": ("accept",),
     "target": ("target",),
@@ -171,7 +174,7 @@ def load_prompts(source: Source, seed: int) -> list[Prompt]:
         return _suite_prompts(source, seed)
     found: dict[tuple[Message, ...], Prompt] = {}
     for where, row in rows(source):
-        prompt = _prompt(source, row, where)
+        prompt = prompt_of(source, row, where)
         found.setdefault(prompt.messages, prompt)
     return _draw(list(found.values()), source.n, seed)
 
@@ -185,7 +188,7 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> list[Mistak
     Raises:
         DataError: names file, line and field; or there is no bad answer in the data.
     """
-    labelled = [item for where, row in rows(source) for item in _labelled(source, row, where)]
+    labelled = [item for where, row in rows(source) for item in labelled_answers(source, row, where)]
     good: dict[tuple[Message, ...], str] = {}
     for item in labelled:
         if not item.bad:
@@ -288,20 +291,28 @@ def _csv(path: Path, source: Source) -> Iterator[Row]:
 def _csv_rows(path: Path, source: Source) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, each with the line that it starts at."""
     with path.open(encoding=source.encoding, newline="") as file:
-        # PyRIT's files may open with a comment line above the header.
-        comment = source.header and file.readline().startswith("#")
-        if not comment:
-            file.seek(0)
+        comments = _comments(file) if source.header else 0
         reader = csv.reader(file, strict=True)
-        line = 1 + comment
+        line = 1 + comments
         try:
             for cells in reader:
                 yield line, cells
-                line = 1 + comment + reader.line_num
+                line = 1 + comments + reader.line_num
         except csv.Error as fault:
             raise DataError(
                 f"{path}, line {line}: no valid CSV ({fault}). Check the quotes from there on."
             ) from fault
+
+
+def _comments(file: TextIO) -> int:
+    """Pass over the comment lines that PyRIT's files open with, and count them."""
+    number = 0
+    while True:
+        start = file.tell()
+        if not file.readline().startswith("#"):
+            file.seek(start)
+            return number
+        number += 1
 
 
 def _parquet(path: Path, _: Source) -> Iterator[Row]:
@@ -345,7 +356,12 @@ def _column(source: Source, row: Mapping[str, Any], field: str) -> Any:
     return next((row[name] for name in COLUMNS[field] if row.get(name) is not None), None)
 
 
-def _required(source: Source, row: Mapping[str, Any], field: str, where: str) -> str:
+def required(source: Source, row: Mapping[str, Any], field: str, where: str) -> str:
+    """A field that must hold text.
+
+    Raises:
+        DataError: it is absent, empty or no text.
+    """
     value = _column(source, row, field)
     expected = (
         f"column '{source.fields[field]}'"
@@ -365,7 +381,7 @@ def _required(source: Source, row: Mapping[str, Any], field: str, where: str) ->
 def _messages(source: Source, row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     turns = row.get("messages")
     if turns is None or "prompt" in source.fields:
-        return (Message(role="user", content=_required(source, row, "prompt", where)),)
+        return (Message(role="user", content=required(source, row, "prompt", where)),)
     try:
         found = tuple(Message(role=t["role"], content=t["content"]) for t in turns)
     except (KeyError, TypeError, ValueError) as fault:
@@ -375,7 +391,12 @@ def _messages(source: Source, row: Mapping[str, Any], where: str) -> tuple[Messa
     return found
 
 
-def _prompt(source: Source, row: Mapping[str, Any], where: str) -> Prompt:
+def prompt_of(source: Source, row: Mapping[str, Any], where: str) -> Prompt:
+    """What a row asks, and what it knows about answers.
+
+    Raises:
+        DataError: names the row and the field.
+    """
     turns = _messages(source, row, where)
     known = Prompt(
         messages=turns[:-1] if turns[-1].role == "assistant" else turns,
@@ -397,7 +418,7 @@ def _reference(
         return turns[-1].content
     text = str(_column(source, row, "reference") or "").strip()
     if text == str(_column(source, row, "response") or "").strip():
-        label = _label(source, row, where)
+        label = label_of(source, row, where)
         text = "" if label and label[0] in label[1] else text
     return text or None
 
@@ -416,14 +437,18 @@ def _target(source: Source, row: Mapping[str, Any], text: str) -> str | None:
     return (match.group(1) or "").strip(" \"'.") or None if match else None
 
 
-def _labelled(source: Source, row: Mapping[str, Any], where: str) -> Iterator[Labelled]:
-    """The answers of one row: one, or two where the row is a pair."""
-    base = _prompt(source, row, where)
+def labelled_answers(source: Source, row: Mapping[str, Any], where: str) -> Iterator[Labelled]:
+    """The answers of one row: one, or two where the row is a pair.
+
+    Raises:
+        DataError: names the row and the field.
+    """
+    base = prompt_of(source, row, where)
     if _is_pair(source, row):
         for answer, bad in _pair(row, where):
             yield Labelled(base, answer, bad)
         return
-    response = _required(source, row, "response", where)
+    response = required(source, row, "response", where)
     reference = None if base.reference == response else base.reference
     known = base.model_copy(update={"reference": reference})
     yield Labelled(known, response, _is_bad(source, row, where))
@@ -441,19 +466,22 @@ def _pair(row: Mapping[str, Any], where: str) -> Iterator[tuple[str, bool]]:
                 raise DataError(f"{where}: field '{column}' is missing.")
         answer, label = (str(row[column]).strip() for column in columns)
         if answer:
-            yield answer, _says_bad(label.lower(), LABELS["safe"], where, columns[1])
+            yield answer, says_bad(label.lower(), LABELS["safe"], where, columns[1])
 
 
 def _is_bad(source: Source, row: Mapping[str, Any], where: str) -> bool:
-    label = _label(source, row, where)
-    return True if label is None else _says_bad(*label, where, "label")
+    label = label_of(source, row, where)
+    return True if label is None else says_bad(*label, where, "label")
 
 
-def _label(source: Source, row: Mapping[str, Any], where: str) -> tuple[str, set[str]] | None:
+def label_of(source: Source, row: Mapping[str, Any], where: str) -> tuple[str, set[str]] | None:
     """What a row is labelled, and which labels call it bad; a mapped column comes first.
 
     Without a label column there is no label; a label that was left out is a fault, since it
     says neither good nor bad.
+
+    Raises:
+        DataError: the label of this row was left out, or its mapped column is absent.
     """
     empty = None
     for field in [f for f in LABELS if f in source.fields] or LABELS:
@@ -474,7 +502,12 @@ def _label(source: Source, row: Mapping[str, Any], where: str) -> tuple[str, set
     return None
 
 
-def _says_bad(label: str, bad: set[str], where: str, field: str) -> bool:
+def says_bad(label: str, bad: set[str], where: str, field: str) -> bool:
+    """Whether a label calls an answer bad.
+
+    Raises:
+        DataError: it is no label that is known.
+    """
     known = YES | NO | BAD | GOOD
     if label not in known:
         raise DataError(
