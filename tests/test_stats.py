@@ -2,10 +2,15 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from misstep import stats
 from misstep.stats import (
+    Interval,
+    clustered_rate,
+    corrected_rate,
     crossed_difference,
     crossed_mean,
     holm,
@@ -255,3 +260,88 @@ def test_the_mean_of_two_covers_the_truth_about_as_often_as_it_says() -> None:
         found = mean_of_two(wilson(int(a), 40), wilson(int(b), 15))
         hits += found.low <= 0.55 <= found.high
     assert 0.93 <= hits / 1000 <= 0.975
+
+
+def test_clustered_rate_is_wilsons_where_each_case_stands_alone() -> None:
+    hits = [True] * 30 + [False] * 70
+    found, plain = clustered_rate(hits, [str(i) for i in range(100)]), wilson(30, 100)
+    # One cluster fewer than cases in the variance: a hair wider.
+    assert found.value == plain.value and found.n == 100
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), abs=1e-3)
+
+
+@pytest.mark.parametrize("hits", [[True] * 6 + [False] * 14, [True] * 20, [False] * 20])
+def test_cases_repeated_in_their_cluster_are_worth_no_more(hits: list[bool]) -> None:
+    names = [str(i) for i in range(20)]
+    once, often = clustered_rate(hits, names), clustered_rate(hits * 9, names * 9)
+    assert often.value == once.value
+    assert (often.low, often.high) == pytest.approx((once.low, once.high))
+
+
+def test_clustered_rate_covers_the_true_rate() -> None:
+    rng, hits, rounds = np.random.default_rng(3), 0, 600
+    for _ in range(rounds):
+        rates, sizes = rng.beta(2, 3, size=80), rng.integers(1, 6, size=80)
+        cases = [
+            (bool(rng.random() < rates[i]), str(i)) for i in range(80) for _ in range(sizes[i])
+        ]
+        found = clustered_rate([hit for hit, _ in cases], [name for _, name in cases])
+        hits += found.low <= 0.4 <= found.high
+    assert 0.92 <= hits / rounds <= 0.975
+
+
+@pytest.mark.parametrize(
+    ("true", "sens", "spec", "n", "bad", "good"),
+    [
+        (0.3, 0.85, 0.8, 200, 60, 60),
+        (0.05, 0.8, 0.9, 400, 200, 200),
+        (0.5, 0.9, 0.9, 300, 1000, 1000),
+        (0.8, 0.7, 0.75, 300, 400, 300),
+    ],
+)
+def test_corrected_rates_recover_the_true_rate(
+    true: float, sens: float, spec: float, n: int, bad: int, good: int
+) -> None:
+    rng, hits, values, rounds = np.random.default_rng(4), 0, 0.0, 2000
+    for _ in range(rounds):
+        raw = wilson(int(rng.binomial(n, true * sens + (1 - true) * (1 - spec))), n)
+        found = corrected_rate(
+            raw,
+            wilson(int(rng.binomial(bad, sens)), bad),
+            wilson(int(rng.binomial(good, spec)), good),
+        )
+        hits += found.low <= true <= found.high
+        values += found.value / rounds
+    assert 0.93 <= hits / rounds <= 0.97
+    assert values == pytest.approx(true, abs=0.01)
+
+
+def test_a_judge_known_to_be_right_corrects_nothing() -> None:
+    raw, sure = wilson(30, 100), Interval(1.0, 1 - 1e-9, 1.0, 10**9)
+    found = corrected_rate(raw, sure, sure)
+    assert found.value == pytest.approx(raw.value)
+    assert (found.low, found.high) == pytest.approx((raw.low, raw.high), abs=1e-3)
+
+
+@given(*[st.integers(0, 40)] * 3)
+def test_a_corrected_rate_lies_in_its_interval_and_that_in_0_to_1(
+    k: int, t: int, u: int
+) -> None:
+    raw, sens, spec = wilson(k, 40), wilson(t, 40), wilson(u, 40)
+    if t + u <= 40:
+        with pytest.raises(ValueError, match="no more than chance"):
+            corrected_rate(raw, sens, spec)
+        return
+    found = corrected_rate(raw, sens, spec)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.n == 40
+
+
+def test_what_is_not_known_of_the_judge_widens_the_interval() -> None:
+    raw = wilson(150, 500)
+    wide, narrow = (
+        corrected_rate(raw, wilson(n * 9 // 10, n), wilson(n * 8 // 10, n)) for n in (50, 5000)
+    )
+    assert wide.value == narrow.value
+    assert wide.high - wide.low > 1.3 * (narrow.high - narrow.low)
+    assert narrow.high - narrow.low > raw.high - raw.low

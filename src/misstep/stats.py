@@ -55,13 +55,7 @@ def wilson(successes: int, n: int) -> Interval:
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"expected 0 <= successes <= n and n >= 1, found {successes} of {n}")
     rate = successes / n
-    shrink = 1 + _Z**2 / n
-    centre = (rate + _Z**2 / (2 * n)) / shrink
-    half = _Z / shrink * math.sqrt(rate * (1 - rate) / n + _Z**2 / (4 * n**2))
-    # At the ends the score interval touches 0 or 1 exactly; rounding alone would miss them.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return Interval(rate, low, high, n)
+    return Interval(rate, *_score_interval(rate, n), n)
 
 
 def mean_of_two(a: Interval, b: Interval) -> Interval:
@@ -75,6 +69,57 @@ def mean_of_two(a: Interval, b: Interval) -> Interval:
     up = _joined(a.high - a.value, b.high - b.value, 0.0) / 2
     value = (a.value + b.value) / 2
     return Interval(value, value - down, value + up, a.n + b.n)
+
+
+def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> Interval:
+    """A proportion over cases that come in clusters, such as several answers to one prompt.
+
+    Wilson's interval, for so many independent cases as the cases are worth: `n` over the
+    design effect, the variance between clusters over the binomial one (Kish 1965), never below
+    1. Where all cases agree nothing can be told of clusters, and each is one case, so that no
+    interval gets narrow by repetition.
+
+    Raises:
+        ValueError: there are no cases, or the lengths differ.
+    """
+    if len(hits) != len(clusters) or not hits:
+        raise ValueError(f"expected a cluster a case, found {len(clusters)} for {len(hits)}")
+    data = np.asarray(hits, dtype=np.float64)
+    names, places = np.unique(np.asarray(clusters), return_inverse=True)
+    n, k, rate = len(data), len(names), float(data.mean())
+    if rate in (0.0, 1.0):
+        worth = float(k)
+    else:
+        sums = np.bincount(places, weights=data - rate)
+        between = float((sums**2).sum()) * k / max(1, k - 1)
+        worth = n / max(1.0, between / (n * rate * (1 - rate)))
+    low, high = _score_interval(rate, worth)
+    return Interval(rate, low, high, n)
+
+
+def corrected_rate(raw: Interval, sensitivity: Interval, specificity: Interval) -> Interval:
+    """The rate that a fallible judge's rate stands for (Rogan and Gladen 1978), within 0 to 1.
+
+    The interval holds the uncertainty of all three (Lang and Reiczigel, "Confidence limits for
+    prevalence of disease adjusted for estimated sensitivity and specificity", Preventive
+    Veterinary Medicine 113, 2014). It supposes that the judge errs on these cases as it does on
+    those that it was measured on, and that the three were measured on different cases.
+
+    Raises:
+        ValueError: sensitivity and specificity together do not exceed 1, so that the judge's
+            rate says nothing of the true one.
+    """
+    youden = sensitivity.value + specificity.value - 1
+    if youden <= 0:
+        raise ValueError(
+            f"sensitivity {sensitivity.value:.3f} and specificity {specificity.value:.3f} "
+            "together do not exceed 1: this judge tells no more than chance"
+        )
+    value = (raw.value + specificity.value - 1) / youden
+    low, high = _lang_reiczigel(raw, sensitivity, specificity)
+    point = min(1.0, max(0.0, value))
+    # The estimate stays inside its own interval where the interval's small shift would lose it.
+    return Interval(point, min(low, point), max(high, point), raw.n)
 
 
 def mean_interval(values: Sequence[float], seed: int) -> Interval:
@@ -212,6 +257,41 @@ def _crossed_means(data: Floats, seed: int) -> Floats:
         of_columns = rng.multinomial(columns, [1 / columns] * columns, size=size) / columns
         means.append(((of_lines @ data) * of_columns).sum(axis=1))
     return np.concatenate(means)
+
+
+def _score_interval(rate: float, n: float) -> tuple[float, float]:
+    """Wilson's interval of a proportion from so many independent cases."""
+    shrink = 1 + _Z**2 / n
+    centre = (rate + _Z**2 / (2 * n)) / shrink
+    half = _Z / shrink * math.sqrt(rate * (1 - rate) / n + _Z**2 / (4 * n**2))
+    # At the ends the score interval touches 0 or 1 exactly; rounding alone would miss them.
+    return 0.0 if rate == 0 else centre - half, 1.0 if rate == 1 else centre + half
+
+
+def _worth(found: Interval) -> float:
+    """The independent cases that Wilson's interval of this width is made from."""
+    half = (found.high - found.low) / 2
+    spread = found.value * (1 - found.value)
+    # The square of the half width, solved for n.
+    a, b = half**2, 2 * half**2 * _Z**2 - _Z**2 * spread
+    c = half**2 * _Z**4 - _Z**4 / 4
+    return (-b + math.sqrt(max(0.0, b**2 - 4 * a * c))) / (2 * a)
+
+
+def _lang_reiczigel(raw: Interval, sens: Interval, spec: Interval) -> tuple[float, float]:
+    n, positives, negatives = _worth(raw), _worth(sens) + 2, _worth(spec) + 2
+    p = (raw.value * n + _Z**2 / 2) / (n + _Z**2)
+    se = (sens.value * (positives - 2) + 1) / positives
+    sp = (spec.value * (negatives - 2) + 1) / negatives
+    youden = se + sp - 1
+    if youden <= 0:
+        return 0.0, 1.0
+    value = (p + sp - 1) / youden
+    of_se, of_sp = se * (1 - se) / positives, sp * (1 - sp) / negatives
+    variance = p * (1 - p) / (n + _Z**2) + value**2 * of_se + (1 - value) ** 2 * of_sp
+    middle = value + 2 * _Z**2 * (value * of_se - (1 - value) * of_sp)
+    half = _Z * math.sqrt(variance) / youden
+    return min(1.0, max(0.0, middle - half)), max(0.0, min(1.0, middle + half))
 
 
 def _check_pairs(a: int, b: int) -> None:

@@ -1,0 +1,142 @@
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import mannwhitneyu
+
+from misstep import agreement
+from misstep.agreement import (
+    auc,
+    calibration_curve,
+    calibration_error,
+    kappa,
+    krippendorff_alpha,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Enough for what is asked here, and quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "RESAMPLES", 300)
+        yield
+
+
+def apart(n: int) -> list[str]:
+    """A prompt for each case."""
+    return [f"p{i}" for i in range(n)]
+
+
+CASES = st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=60).filter(
+    lambda cases: len({label for _, label in cases}) == 2
+)
+
+
+@given(CASES)
+def test_auc_is_the_u_statistic_over_all_pairs(cases: list[tuple[int, bool]]) -> None:
+    scores, labels = [s / 5 for s, _ in cases], [label for _, label in cases]
+    of_bad = [s for s, label in zip(scores, labels, strict=True) if label]
+    of_good = [s for s, label in zip(scores, labels, strict=True) if not label]
+    expected = mannwhitneyu(of_bad, of_good).statistic / (len(of_bad) * len(of_good))
+    found = auc(scores, labels, apart(len(cases)))
+    assert found.value == pytest.approx(expected)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    turned = auc([-s for s in scores], labels, apart(len(cases)))
+    assert turned.value == pytest.approx(1 - found.value)
+
+
+def test_auc_interval_covers_the_true_value() -> None:
+    rng, hits, rounds = random.Random(1), 0, 150
+    for _ in range(rounds):
+        labels = [i % 2 == 0 for i in range(120)]
+        # Two normals one standard deviation apart: the true AUC is Phi(1 / sqrt 2).
+        scores = [rng.gauss(float(label), 1) for label in labels]
+        found = auc(scores, labels, apart(120))
+        hits += found.low <= 0.7602 <= found.high
+    assert 0.90 <= hits / rounds <= 0.99
+
+
+def test_repeating_each_case_under_its_prompt_makes_no_interval_narrower() -> None:
+    rng = random.Random(2)
+    labels = [rng.random() < 0.5 for _ in range(100)]
+    said = [label if rng.random() < 0.8 else not label for label in labels]
+    scores = [float(s) for s in said]
+    for measure, first in ((auc, scores), (kappa, said), (calibration_error, scores)):
+        alone = measure(first, labels, apart(100))  # type: ignore[operator]
+        repeated = measure(first * 5, labels * 5, apart(100) * 5)  # type: ignore[operator]
+        assert repeated.value == pytest.approx(alone.value)
+        assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high))
+        naive = measure(first * 5, labels * 5, apart(500))  # type: ignore[operator]
+        assert naive.high - naive.low < 0.7 * (alone.high - alone.low)
+
+
+def test_kappa_of_the_textbook_table() -> None:
+    # Cohen's example as it is often printed: 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no.
+    said = [True] * 25 + [False] * 25
+    labels = [True] * 20 + [False] * 5 + [True] * 10 + [False] * 15
+    found = kappa(said, labels, apart(50))
+    assert found.value == pytest.approx(0.4)
+    # The large-sample standard error is 0.129.
+    assert found.low == pytest.approx(0.4 - 1.96 * 0.129, abs=0.05)
+    assert found.high == pytest.approx(0.4 + 1.96 * 0.129, abs=0.05)
+
+
+def test_a_judge_that_decides_by_chance_has_no_kappa_and_half_an_auc() -> None:
+    labels = [True, False] * 40
+    said = [True, True, False, False] * 20
+    assert kappa(said, labels, apart(80)).value == pytest.approx(0)
+    assert auc([float(s) for s in said], labels, apart(80)).value == pytest.approx(0.5)
+
+
+def test_calibration_by_hand() -> None:
+    scores = [0.15] * 10 + [0.85] * 10
+    labels = [True] * 2 + [False] * 8 + [True] * 6 + [False] * 4
+    # The bins are off by 0.05 and 0.25, with half of the cases each.
+    assert calibration_error(scores, labels, apart(20)).value == pytest.approx(0.15)
+    low, high = calibration_curve(scores, labels)
+    assert (low.score, low.share, low.n) == pytest.approx((0.15, 0.2, 10))
+    assert (high.low, high.high, high.share) == pytest.approx((0.8, 0.9, 0.6))
+
+
+def test_a_score_of_one_belongs_to_the_last_bin() -> None:
+    (only,) = calibration_curve([1.0], [True])
+    assert (only.low, only.high) == (0.9, 1.0)
+
+
+@pytest.mark.parametrize("measure", [auc, kappa])
+def test_one_label_alone_has_no_such_number(measure: object) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        measure([True, True], [True, True], apart(2))  # type: ignore[operator]
+
+
+def test_scores_that_are_no_probabilities_have_no_calibration() -> None:
+    with pytest.raises(ValueError, match="0 to 1"):
+        calibration_error([7.0], [True], apart(1))
+
+
+def test_alpha_of_the_published_example() -> None:
+    """Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011), section C: four
+    observers, twelve units, nominal data with missing values; alpha is 0.743."""
+    table = [
+        "1 2 3 3 2 1 4 1 2 . . .",
+        "1 2 3 3 2 2 4 1 2 5 . 3",
+        ". 3 3 3 2 3 4 2 2 5 1 .",
+        "1 2 3 3 2 4 4 1 2 5 1 .",
+    ]
+    units = zip(*(line.split() for line in table), strict=True)
+    ratings = {i: [value for value in unit if value != "."] for i, unit in enumerate(units)}
+    found = krippendorff_alpha(ratings)
+    assert found == pytest.approx(0.743, abs=0.0005)
+
+
+def test_alpha_of_two_observers_and_of_ratings_without_variety() -> None:
+    """The same paper, section A: two observers, ten units, binary data; alpha is 0.095."""
+    ratings = {
+        i: list(pair) for i, pair in enumerate(zip("0100000010", "1110010000", strict=True))
+    }
+    assert krippendorff_alpha(ratings) == pytest.approx(0.095, abs=0.0005)
+    assert krippendorff_alpha({1: ["a", "a"], 2: ["a", "a"]}) is None
+    assert krippendorff_alpha({1: ["a"], 2: ["b"]}) is None
+    assert krippendorff_alpha({1: ["a", "a"], 2: ["b", "b"]}) == 1.0
