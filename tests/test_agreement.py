@@ -1,5 +1,6 @@
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -63,12 +64,16 @@ def test_repeating_each_case_under_its_prompt_makes_no_interval_narrower() -> No
     labels = [rng.random() < 0.5 for _ in range(100)]
     said = [label if rng.random() < 0.8 else not label for label in labels]
     scores = [float(s) for s in said]
-    for measure, first in ((auc, scores), (kappa, said), (calibration_error, scores)):
-        alone = measure(first, labels, apart(100))  # type: ignore[operator]
-        repeated = measure(first * 5, labels * 5, apart(100) * 5)  # type: ignore[operator]
+    measures: list[Callable[[int, list[str]], Any]] = [
+        lambda times, prompts: auc(scores * times, labels * times, prompts),
+        lambda times, prompts: kappa(said * times, labels * times, prompts),
+        lambda times, prompts: calibration_error(scores * times, labels * times, prompts),
+    ]
+    for measure in measures:
+        alone, repeated = measure(1, apart(100)), measure(5, apart(100) * 5)
         assert repeated.value == pytest.approx(alone.value)
         assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high))
-        naive = measure(first * 5, labels * 5, apart(500))  # type: ignore[operator]
+        naive = measure(5, apart(500))
         assert naive.high - naive.low < 0.7 * (alone.high - alone.low)
 
 
@@ -126,17 +131,14 @@ def test_alpha_of_the_published_example() -> None:
         "1 2 3 3 2 4 4 1 2 5 1 .",
     ]
     units = zip(*(line.split() for line in table), strict=True)
-    ratings = {i: [value for value in unit if value != "."] for i, unit in enumerate(units)}
-    found = krippendorff_alpha(ratings)
+    found = krippendorff_alpha([[v for v in unit if v != "."] for unit in units])
     assert found == pytest.approx(0.743, abs=0.0005)
 
 
 def test_alpha_of_two_observers_and_of_ratings_without_variety() -> None:
     """The same paper, section A: two observers, ten units, binary data; alpha is 0.095."""
-    ratings = {
-        i: list(pair) for i, pair in enumerate(zip("0100000010", "1110010000", strict=True))
-    }
+    ratings = zip("0100000010", "1110010000", strict=True)
     assert krippendorff_alpha(ratings) == pytest.approx(0.095, abs=0.0005)
-    assert krippendorff_alpha({1: ["a", "a"], 2: ["a", "a"]}) is None
-    assert krippendorff_alpha({1: ["a"], 2: ["b"]}) is None
-    assert krippendorff_alpha({1: ["a", "a"], 2: ["b", "b"]}) == 1.0
+    assert krippendorff_alpha([["a", "a"], ["a", "a"]]) is None
+    assert krippendorff_alpha([["a"], ["b"]]) is None
+    assert krippendorff_alpha([["a", "a"], ["b", "b"]]) == 1.0

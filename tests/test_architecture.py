@@ -34,9 +34,12 @@ LAYERS = [
     "misstep.policy",
     "misstep.suites",
     "misstep.sources",
+    "misstep.labelled",
     "misstep.stats",
+    "misstep.agreement",
     "misstep.results",
     "misstep.study_results",
+    "misstep.check_results",
     "misstep.gguf_header",
     "misstep.models",
     "misstep.rendering",
@@ -55,11 +58,13 @@ LAYERS = [
     "misstep.methods*",
     "misstep.config",
     "misstep.study_config",
+    "misstep.judge_config",
     "misstep.progress",
     "misstep.report*",
     "misstep.pipeline",
     "misstep.comparison",
     "misstep.study",
+    "misstep.judge_check",
     "misstep.summary",
     "misstep.cli",
     "misstep.__main__",
@@ -165,7 +170,9 @@ def test_every_module_says_what_it_is() -> None:
     assert [name for name, tree in MODULES.items() if not ast.get_docstring(tree)] == []
 
 
-@pytest.mark.parametrize("module", ["misstep.cli", "misstep.config", "misstep.study_config"])
+@pytest.mark.parametrize(
+    "module", ["misstep.cli", "misstep.config", "misstep.study_config", "misstep.judge_config"]
+)
 def test_the_command_starts_without_heavy_libraries(module: str) -> None:
     code = f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

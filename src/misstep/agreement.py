@@ -5,7 +5,7 @@ independent cases. Where all resamples give the same number, as a judge without 
 the interval is that number alone. Knows numbers only, as misstep.stats does.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -128,13 +128,13 @@ def calibration_curve(scores: Sequence[float], labels: Sequence[bool]) -> list[B
     ]
 
 
-def krippendorff_alpha(ratings: Mapping[Hashable, Sequence[Hashable]]) -> float | None:
+def krippendorff_alpha(units: Iterable[Sequence[str]]) -> float | None:
     """Krippendorff's alpha of nominal ratings: what raters called each unit, in any order.
 
     A unit with fewer than two ratings says nothing of agreement and is left out. None where no
     unit has two, or where all ratings are the same, since alpha is not defined there.
     """
-    paired = [values for values in ratings.values() if len(values) > 1]
+    paired = [values for values in units if len(values) > 1]
     called = list(dict.fromkeys(value for values in paired for value in values))
     if len(called) < 2:
         return None

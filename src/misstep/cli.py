@@ -18,6 +18,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A language model learns from its mistakes: collect, analyse, train, guide, prove.",
 )
+judge_app = typer.Typer(
+    no_args_is_help=True, help="Judges: how far to trust one, and people as judges."
+)
+app.add_typer(judge_app, name="judge")
 Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The run directory; runs/NAME where left out.")
@@ -119,18 +123,63 @@ def study(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  
     print_study(folder)
 
 
+@judge_app.command("check")
+def judge_check(
+    judge: Annotated[
+        str,
+        typer.Argument(
+            help="obedience, helpfulness, refusal, policy:NAME, or a YAML file.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Labelled data: files (.csv, .jsonl, .json, .parquet), Hugging Face data "
+            "sets, or YAML files with the keys of a recipe's source.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The check's directory; runs/check-JUDGE where left out."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Of a rubric: the model that it is put to.")
+    ] = None,
+    field: Annotated[
+        list[str],
+        typer.Option("--field", metavar="FIELD=COLUMN", help="Map a column, as label=is_bad."),
+    ] = [],  # noqa: B006
+) -> None:
+    """Measure a judge on people's labels: agreement and errors with intervals, a page."""
+    from misstep.judge_check import check_judge
+    from misstep.progress import progress
+    from misstep.summary import print_check
+
+    with progress() as shown:
+        folder = check_judge(judge, data, out, model, field, shown)
+    print_check(folder)
+
+
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="The directory of a run or a study.", show_default=False)
+        Path,
+        typer.Argument(
+            help="The directory of a run, a study or a judge's check.", show_default=False
+        ),
     ],
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the run's numbers as Markdown instead.")
     ] = False,
 ) -> None:
-    """Write the run or the study as one self-contained HTML page."""
+    """Write the run, the study or the check as one self-contained HTML page."""
     if (folder / "study.json").is_file():
         _report_study(folder, markdown)
+        return
+    if (folder / "check.json").is_file():
+        _report_check(folder, markdown)
         return
     if markdown:
         from misstep.report.markdown import markdown_page
@@ -150,6 +199,16 @@ def _report_study(folder: Path, markdown: bool) -> None:
         print(study_markdown(folder), end="")
     else:
         print(write_study_report(folder))
+
+
+def _report_check(folder: Path, markdown: bool) -> None:
+    from misstep.report.check import write_check_report
+    from misstep.report.check_markdown import check_markdown
+
+    if markdown:
+        print(check_markdown(folder), end="")
+    else:
+        print(write_check_report(folder))
 
 
 def _version(show: bool) -> None:

@@ -8,9 +8,15 @@ file; it does not know which engine answered or which judge looked.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import (
+    Field,
+    FiniteFloat,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from misstep.errors import DataError
 from misstep.records import MistakeSource, Record, Response, Score, describe, write_text
@@ -39,6 +45,14 @@ Values = dict[tuple[Setting, str, str], dict[int, dict[str, float | None]]]
 """Setting, test set and metric of a comparison."""
 
 
+class Corrected(Record):
+    """A rate corrected for the judge's errors; the interval holds what is not known of them."""
+
+    value: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+
+
 class Metric(Record):
     """One number with its interval."""
 
@@ -50,6 +64,15 @@ class Metric(Record):
     """How many responses have a score."""
     unscored: int = 0
     """How many have none; they move no other number here."""
+    corrected: Corrected | None = None
+    """Where the judge was measured; absent from files where it was not."""
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        if self.corrected is None:
+            data.pop("corrected", None)
+        return data
 
 
 class Row(Record):

@@ -188,7 +188,9 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> list[Mistak
     Raises:
         DataError: names file, line and field; or there is no bad answer in the data.
     """
-    labelled = [item for where, row in rows(source) for item in labelled_answers(source, row, where)]
+    labelled = [
+        item for where, row in rows(source) for item in labelled_answers(source, row, where)
+    ]
     good: dict[tuple[Message, ...], str] = {}
     for item in labelled:
         if not item.bad:

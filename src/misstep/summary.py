@@ -1,12 +1,22 @@
-"""What the terminal shows of a run's or a study's directory: rates with intervals."""
+"""What the terminal shows of a directory: of a run, a study or a check of a judge."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from misstep.check_results import Measured, read_check
 from misstep.results import Metric, Results, read_results
 from misstep.study_results import Study, Task, read_study
 
 TITLES = {"mistake_rate": "mistakes", "helpfulness": "helpful", "over_refusal": "refuses"}
+
+CHECKED = {
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced",
+    "kappa": "kappa",
+    "false_safe": "false-safe",
+    "false_unsafe": "false-unsafe",
+}
+"""Of a check: numbers, and their titles."""
 
 STUDIED: tuple[tuple[str, Task, str], ...] = (
     ("answers that are right", "answering", "accuracy"),
@@ -71,6 +81,28 @@ def print_study(folder: Path) -> None:
     console = Console(width=None if Console().is_terminal else 110)
     console.print(table)
     console.print(f"{folder / 'study.html'}\n{folder / 'study.json'}", markup=False)
+
+
+def print_check(folder: Path) -> None:
+    """Print how far a judge agrees with people, and where the page lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    check = read_check(folder / "check.json")
+    table = Table(title=f"{check.title} against people: 95 % intervals")
+    table.add_column("data")
+    for name in ("n", "unscored", *CHECKED.values()):
+        table.add_column(name, justify="right")
+    found: list[tuple[str, Measured]] = [(data.name, data.whole) for data in check.data]
+    if check.pooled is not None and len(found) > 1:
+        found.append(("all together", check.pooled))
+    for title, measured in found:
+        metrics = [measured.metrics.get(name) for name in CHECKED]
+        cells = [_text(m and m.model_copy(update={"unscored": 0})) for m in metrics]
+        table.add_row(title, str(measured.n), str(measured.unscored), *cells)
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(table)
+    console.print(f"{folder / 'check.html'}\n{folder / 'check.json'}", markup=False)
 
 
 def _study_cells(study: Study) -> Iterator[list[str]]:

@@ -195,8 +195,13 @@ class RefusalJudge(Judge):
     name = "rule:refusal/1"
     metric = "over_refusal"
 
+    def __init__(self, any_prompt: bool = False) -> None:
+        self.any_prompt = any_prompt
+        """Whether answers to any prompt are scored: to refuse an attack is no over-refusal, but
+        people's labels say of such answers, too, whether they refuse."""
+
     def applies(self, prompt: Prompt) -> bool:
-        return bool(prompt.accept) and prompt.target is None
+        return self.any_prompt or (bool(prompt.accept) and prompt.target is None)
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
         return [self._score(response) for response in responses]

@@ -1,0 +1,56 @@
+"""Which judge a command is about: a shipped rule, a policy's judge, or a YAML file of one.
+
+Unknown keys are refused, as in a recipe. Knows no model; nothing here loads or runs anything.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from misstep.documents import check, read_yaml, suggestion
+from misstep.errors import RecipeError
+from misstep.judges.choose import RULES
+from misstep.stages.base import Settings
+
+OF_POLICY = "policy:"
+
+
+class JudgeConfig(Settings):
+    """One judge: a rule, or a policy's own with the model that its rubric is put to."""
+
+    rule: Literal["obedience", "helpfulness", "refusal"] | None = None
+    policy: str | None = None
+    """A shipped policy, or the path of a policy file."""
+    model: str | None = None
+    """`smollm2-135m`, a Hugging Face id, a folder of safetensors, or a GGUF file."""
+    engine: Literal["auto", "openvino", "transformers"] = "auto"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "JudgeConfig":
+        if (self.rule is None) == (self.policy is None):
+            raise ValueError("give either a rule or a policy")
+        if self.rule is not None and self.model is not None:
+            raise ValueError("a rule asks no model; leave the model out")
+        return self
+
+
+def load_judge(name: str, model: str | None) -> JudgeConfig:
+    """The judge of a command's argument; `model` is that of `--model`.
+
+    Raises:
+        RecipeError: no such judge, or all that is wrong with its file, a line each.
+    """
+    given = {} if model is None else {"model": model}
+    if name.endswith((".yaml", ".yml")):
+        data, lines = read_yaml(Path(name), RecipeError)
+        return check(JudgeConfig, data | given, RecipeError, name, lines)
+    if name.startswith(OF_POLICY):
+        policy = name.removeprefix(OF_POLICY)
+        return check(JudgeConfig, {"policy": policy} | given, RecipeError, f"judge {name}")
+    if name not in RULES:
+        raise RecipeError(
+            f"judge '{name}': expected a rule ({', '.join(RULES)}), {OF_POLICY}NAME, or the "
+            f"path of a .yaml file.{suggestion(name, list(RULES))}"
+        )
+    return check(JudgeConfig, {"rule": name} | given, RecipeError, f"judge {name}")

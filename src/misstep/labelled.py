@@ -1,0 +1,204 @@
+"""Answers that people have labelled: what judges are measured on.
+
+Reads what misstep.sources reads, and two layouts more: XSTest's completions (complied,
+refused, or in part) and LLMBar's pairs (which of two answers is better). A label is what the
+judge should say: 1 where its metric counts the answer, as a mistake, a refusal or a helpful
+answer. Rows that say nothing of that are left out and counted. Knows no judge.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from misstep.errors import DataError
+from misstep.records import Prompt, Response
+from misstep.sources import (
+    BAD,
+    COLUMNS,
+    GOOD,
+    NO,
+    PAIR,
+    YES,
+    Source,
+    label_of,
+    labelled_answers,
+    prompt_of,
+    required,
+    rows,
+    source_digest,
+)
+
+MISTAKES, REFUSALS, HELPFULNESS = "mistake_rate", "over_refusal", "helpfulness"
+XSTEST = {"prompt", "completion", "type", "final_label"}
+LLMBAR = {"output_1", "output_2", "label"}
+CATEGORIES = ("topic", "category", "harm_category", "kind", "attack")
+"""Columns that say what a case is about; a mapped `topic` comes first."""
+PARTIAL, REFUSED = "3_partial_refusal", "2_full_refusal"
+XSTEST_LABELS = ("1_full_compliance", REFUSED, PARTIAL)
+UNSAFE_TYPES = "contrast_"
+"""How the types of XSTest's unsafe prompts begin."""
+ASKED = {
+    MISTAKES: "whether the answer is a mistake",
+    REFUSALS: "whether the answer refuses",
+    HELPFULNESS: "whether the answer helps",
+}
+SAFETY = {*PAIR[0], "is_safe", "safe", "unsafe", "harmful"}
+"""Columns whose labels speak of harm and of nothing else."""
+
+
+class Case(NamedTuple):
+    """One labelled answer, or two of which the label says whether the first is better."""
+
+    where: str
+    response: Response
+    label: bool
+    categories: tuple[str, ...]
+    other: Response | None = None
+
+
+class LeftOut(NamedTuple):
+    """A row that has no label of this kind."""
+
+    because: str
+
+
+class DataSet(NamedTuple):
+    """The labelled answers of one source."""
+
+    name: str
+    digest: str
+    cases: list[Case]
+    left_out: dict[str, int]
+    """Rows that could not be used, by the reason."""
+    pairs: bool
+    """Whether each case holds two answers."""
+
+
+Row = Mapping[str, Any]
+Found = Iterator[Case | LeftOut]
+
+
+def load_labelled(source: Source, metric: str) -> DataSet:
+    """The cases of a source for judges of this metric.
+
+    Raises:
+        DataError: names file, line and field; or there is nothing that could be judged.
+    """
+    name = str(source.path)
+    found = [item for where, row in rows(source) for item in _cases(source, row, metric, where)]
+    left_out = Counter(item.because for item in found if isinstance(item, LeftOut))
+    cases = _drawn([item for item in found if isinstance(item, Case)], source.n)
+    if not cases:
+        why = "; ".join(f"{number} left out: {reason}" for reason, number in left_out.items())
+        raise DataError(
+            f"{name}: expected labelled answers, found none ({why or 'the file is empty'})."
+        )
+    pairs = {case.other is not None for case in cases}
+    if len(pairs) > 1:
+        raise DataError(f"{name}: expected answers or pairs of answers, found both.")
+    short = Path(name).stem if source.is_file else name
+    return DataSet(short, source_digest(source), cases, dict(left_out), pairs.pop())
+
+
+def _drawn(cases: list[Case], n: int | None) -> list[Case]:
+    """At most so many, the same ones each time, in their order."""
+    if n is None or n >= len(cases):
+        return cases
+    chosen = random.Random("labelled").sample(range(len(cases)), n)
+    return [cases[place] for place in sorted(chosen)]
+
+
+def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
+    if not source.fields and set(row) >= XSTEST:
+        yield from _xstest(source, row, metric, where)
+    elif not source.fields and set(row) >= LLMBAR:
+        yield _llmbar(source, row, where)
+    else:
+        yield from _plain(source, row, metric, where)
+
+
+def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
+    is_pair = not source.fields and set(row) >= set(PAIR[0])
+    if metric != MISTAKES and (SAFETY & set(row)) and "label" not in source.fields:
+        raise DataError(
+            f"{where}: expected labels that say {ASKED[metric]}, found columns that say "
+            f"whether it does harm ({', '.join(sorted(SAFETY & set(row)))}). Give other data, "
+            "or map the column with label=COLUMN."
+        )
+    label = None if is_pair else label_of(source, row, where)
+    if label is None and not is_pair:
+        raise DataError(
+            f"{where}: expected a column with labels ({', '.join(COLUMNS['label'])} or "
+            f"is_safe), found {', '.join(sorted(row))}. Map it with label=COLUMN."
+        )
+    for item in labelled_answers(source, row, where) if metric == MISTAKES else ():
+        yield Case(where, _response(item.prompt, item.response), item.bad, _about(source, row))
+    if label is not None and metric != MISTAKES:
+        response = _response(
+            prompt_of(source, row, where), required(source, row, "response", where)
+        )
+        yield Case(where, response, _says(label[0], metric, where), _about(source, row))
+
+
+def _says(label: str, metric: str, where: str) -> bool:
+    """Whether a label says yes; good and bad say it of helpfulness only."""
+    good, bad = (GOOD, BAD) if metric == HELPFULNESS else (set(), set())
+    if label not in YES | NO | good | bad:
+        expected = ", ".join(sorted(YES | NO | good | bad))
+        raise DataError(f"{where}: 'label': expected one of {expected}, found {label!r:.40}.")
+    return label in YES | good
+
+
+def _xstest(source: Source, row: Row, metric: str, where: str) -> Found:
+    """A refusal where people saw one; harm where an unsafe prompt was complied with."""
+    label = str(row["final_label"]).strip()
+    if label not in XSTEST_LABELS:
+        raise DataError(
+            f"{where}: 'final_label': expected one of {', '.join(XSTEST_LABELS)}, "
+            f"found {label!r:.40}."
+        )
+    kind = str(row["type"])
+    if metric not in (REFUSALS, MISTAKES):
+        raise DataError(
+            f"{where}: expected labels that say {ASKED.get(metric, metric)}, found XSTest's, "
+            "which say whether it refuses. Give other data."
+        )
+    if label == PARTIAL:
+        yield LeftOut("a refusal in part")
+    elif metric == MISTAKES and not kind.startswith(UNSAFE_TYPES):
+        yield LeftOut("a safe prompt, of which XSTest says nothing about harm")
+    elif not str(row["completion"] or "").strip():
+        yield LeftOut("no answer")
+    else:
+        response = _response(prompt_of(source, row, where), str(row["completion"]).strip())
+        refused = label == REFUSED
+        yield Case(where, response, refused == (metric == REFUSALS), (kind,))
+
+
+def _llmbar(source: Source, row: Row, where: str) -> Case:
+    """The label names the answer that people prefer."""
+    label = str(row["label"]).strip()
+    if label not in ("1", "2"):
+        raise DataError(f"{where}: 'label': expected 1 or 2, found {label!r:.40}.")
+    prompt = prompt_of(source, row, where)
+    one, other = (_response(prompt, str(row[f"output_{n}"] or "").strip()) for n in (1, 2))
+    return Case(where, one, label == "1", (), other)
+
+
+def _response(prompt: Prompt, text: str) -> Response:
+    """The answer to what a judge may know of a prompt; its reference is no part of that."""
+    known = Prompt(messages=prompt.messages, accept=prompt.accept, target=prompt.target)
+    return Response(prompt=known, text=text)
+
+
+def _about(source: Source, row: Row) -> tuple[str, ...]:
+    """The categories of a row; BeaverTails says of each whether it applies."""
+    mapped = [source.fields["topic"]] if "topic" in source.fields else []
+    value = next((row[name] for name in (*mapped, *CATEGORIES) if row.get(name)), None)
+    if isinstance(value, Mapping):
+        return tuple(str(name) for name, applies in value.items() if applies)
+    if isinstance(value, (list, tuple)):
+        return tuple(map(str, value))
+    return () if value is None else (str(value),)

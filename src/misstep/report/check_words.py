@@ -1,0 +1,47 @@
+"""What a judge's numbers are called, by the metric that it judges for."""
+
+from typing import NamedTuple
+
+METRICS = {
+    "accuracy": "Accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "auc": "AUC",
+    "kappa": "Cohen's kappa",
+    "calibration_error": "Calibration error",
+    "false_safe": "False-safe rate",
+    "false_unsafe": "False-unsafe rate",
+}
+"""In the order of every table."""
+RATES = ("accuracy", "balanced_accuracy", "false_safe", "false_unsafe")
+"""Those that are shares of cases; the others are plain numbers."""
+
+
+class Sides(NamedTuple):
+    """What an answer is called that the metric counts, and one that it does not."""
+
+    counted: str
+    other: str
+
+
+SIDES = {
+    "mistake_rate": Sides("unsafe", "safe"),
+    "over_refusal": Sides("refusal", "no refusal"),
+    "helpfulness": Sides("helpful", "not helpful"),
+}
+PAIRS = Sides("the first is better", "the second is better")
+
+
+def sides(metric: str, pairs: bool) -> Sides:
+    """The two sides of a label."""
+    return PAIRS if pairs else SIDES[metric]
+
+
+def caution(metric: str) -> str:
+    """How the two error rates are to be read."""
+    counted, other = SIDES[metric]
+    return (
+        f"False-safe: of the answers that people call {counted}, those that the judge calls "
+        f"{other}. False-unsafe: of those that people call {other}, those that it calls "
+        f"{counted}. An answer that the judge could not score is in no rate. Intervals are 95 "
+        "% and take several answers to one prompt for what they are: not independent."
+    )
