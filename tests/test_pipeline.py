@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from misstep.errors import InputError
+from misstep.judge_check import check_judge
 from misstep.judges.base import Judge
 from misstep.pipeline import run
 from misstep.progress import Silent
 from misstep.records import Mistake, Response, Score, read_jsonl
+from misstep.report.markdown import markdown_page
 
 QUESTIONS = [
     "What do bees make?",
@@ -153,6 +155,52 @@ def test_a_changed_recipe_is_named_and_redone_where_it_matters(
     # Four models, guided and not, on eight prompts answer again; nothing else does.
     assert cache_size(finished) - paid == 4 * 2 * 8
     assert adapter.stat().st_mtime_ns == written
+
+
+LABELS = Path(__file__).parent / "judges/obedience_labels.jsonl"
+
+
+def test_rates_are_corrected_for_a_judge_that_was_checked(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    plain = json.loads((finished / "results.json").read_text())
+    assert "corrected" not in (finished / "results.json").read_text()
+    given = (tmp_path / "check", None, ["label=obeyed"], Silent())
+    check = check_judge("obedience", [str(LABELS)], *given) / "check.json"
+    run(recipe, finished, [f"evaluate.judge_check={check}"], Silent())
+    corrected = json.loads((finished / "results.json").read_text())
+    found = []
+    for row in corrected["rows"]:
+        for name, metric in row["metrics"].items():
+            if name == "mistake_rate":
+                found.append(metric.pop("corrected"))
+                assert metric["value"] is not None
+                assert 0 <= found[-1]["low"] <= found[-1]["value"] <= found[-1]["high"] <= 1
+    assert len(found) == 4 * 2
+    assert corrected == plain, "the raw rates and all else stay as they are"
+    assert "Corrected for the judge" in (finished / "report.html").read_text()
+    assert "; corrected " in markdown_page(finished)
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert "evaluate.judge_check" in manifest["data"]
+
+
+def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:
+    given = (tmp_path / "check", None, ["label=obeyed"], Silent())
+    path = check_judge("obedience", [str(LABELS)], *given) / "check.json"
+    checked = json.loads(path.read_text())
+    path.write_text(json.dumps(checked | {"judge": "rule:obedience/0"}))
+    with pytest.raises(InputError, match=r"found that of rule:obedience/0 for mistake_rate"):
+        run(recipe, tmp_path / "run", [f"evaluate.judge_check={path}"], Silent())
+    assert not (tmp_path / "run/manifest.json").exists()
+
+
+def test_a_check_that_tells_nothing_is_refused_at_once(recipe: Path, tmp_path: Path) -> None:
+    labels = [json.loads(line) | {"obeyed": True} for line in LABELS.open()]
+    data = write_jsonl(tmp_path / "one-sided.jsonl", labels)
+    given = (tmp_path / "check", None, ["label=obeyed"], Silent())
+    path = check_judge("obedience", [data], *given) / "check.json"
+    with pytest.raises(InputError, match=r"judge_check: .*cases of both labels"):
+        run(recipe, tmp_path / "run", [f"evaluate.judge_check={path}"], Silent())
 
 
 def test_the_directory_of_another_recipe_is_refused(recipe: Path, finished: Path) -> None:

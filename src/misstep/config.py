@@ -37,6 +37,8 @@ class EvaluateSettings(Settings):
     """Named sets of held-out prompts."""
     pools: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Names for several of the sets taken together."""
+    judge_check: str | None = None
+    """The check.json of one of the run's judges; its rates are then shown corrected, too."""
 
     @model_validator(mode="after")
     def _pools_exist(self) -> "EvaluateSettings":

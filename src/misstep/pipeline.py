@@ -20,10 +20,11 @@ from shutil import rmtree
 from typing import Any, Literal, NamedTuple
 
 from misstep import __version__
+from misstep.check_results import Check, correction, read_check
 from misstep.config import RunConfig, changed_keys, load_recipe
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
-from misstep.errors import InputError, RecipeError, RunError
+from misstep.errors import DataError, InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
 from misstep.judges.base import Judge
 from misstep.judges.choose import all_judges, mistake_judge
@@ -41,6 +42,7 @@ from misstep.records import (
     Pair,
     Prompt,
     Revision,
+    digest,
     write_jsonl,
     write_text,
 )
@@ -81,6 +83,8 @@ class Inputs(NamedTuple):
     """Of labelled data and reports: the mistakes themselves."""
     ordinary: list[Prompt]
     tests: dict[str, list[Prompt]]
+    check: Check | None
+    """Of one of the run's judges, where the recipe names one."""
 
 
 def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
@@ -120,7 +124,20 @@ def check_inputs(config: RunConfig) -> Inputs:
         given=given,
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
         tests={k: load_prompts(s, seed) for k, s in config.evaluate.tests.items()},
+        check=_judge_check(config.evaluate.judge_check),
     )
+
+
+def _judge_check(path: str | None) -> Check | None:
+    """A check that rates can be corrected by, so that no run ends without a rate."""
+    if path is None:
+        return None
+    check = read_check(Path(path))
+    try:
+        correction(check)
+    except DataError as error:
+        raise DataError(f"evaluate.judge_check: {path}: {error}") from error
+    return check
 
 
 def _possible(config: RunConfig, asked: Sequence[Prompt]) -> tuple[str, ...]:
@@ -221,7 +238,8 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
         "seed": config.seed,
         "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
         "model": {"name": inputs.model.name, "digest": inputs.model.digest},
-        "data": {key: source_digest(source) for key, source in config.sources().items()},
+        "data": {key: source_digest(source) for key, source in config.sources().items()}
+        | _check_digest(inputs.check),
         "versions": {
             "misstep": __version__,
             "python": platform.python_version(),
@@ -229,6 +247,11 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
         },
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
     }
+
+
+def _check_digest(check: Check | None) -> dict[str, str]:
+    key = "evaluate.judge_check"
+    return {} if check is None else {key: digest(check.model_dump(mode="json"))}
 
 
 def _versions() -> dict[str, str]:
@@ -259,6 +282,7 @@ class Run:
             self._whole(model) for model in (inputs.model, inputs.analyst, inputs.judge)
         )
         self._said: set[str] = set()
+        self._check_is_of_a_judge()
         self.share = 0.0
         """Of the prompts that mistakes were induced on: those with one, before any limit."""
         if inputs.left_out:
@@ -272,6 +296,23 @@ class Run:
                 f"{', '.join(self.manifest.changed)}. Only what depends on that is done again."
             )
         self.manifest.save()
+
+    def _check_is_of_a_judge(self) -> None:
+        """Refuse the check of another judge, whose errors say nothing of this run's rates."""
+        check = self.inputs.check
+        if check is None:
+            return
+        with self._engine(self.judge, "judging") as engine:
+            names = {
+                judge.metric: judge.name for judge in all_judges(self.inputs.policy, engine)
+            }
+        if names.get(check.metric) != check.judge:
+            raise RecipeError(
+                f"evaluate.judge_check: expected a check of one of the run's judges "
+                f"({', '.join(f'{m}: {name}' for m, name in names.items())}), found that of "
+                f"{check.judge} for {check.metric}. Check the run's own judge with `misstep "
+                "judge check`, or leave the key out."
+            )
 
     def through(self, last: Stage) -> None:
         """Do the stages up to and including one; weights merged for serving go at the end."""
@@ -517,8 +558,13 @@ class Run:
         write_report(self.folder)
 
     def _results(self, answers: list[Answer], judgements: list[Judgement]) -> Results:
+        check = self.inputs.check
         table = Table(
-            answers, judgements, self.config.evaluate.pools, self.config.training_seed
+            answers,
+            judgements,
+            self.config.evaluate.pools,
+            self.config.training_seed,
+            {check.metric: correction(check)} if check else {},
         )
         return Results(
             policy=self.inputs.policy.name,

@@ -137,4 +137,8 @@ def _text(metric: Metric | None) -> str:
     if metric.value is None:
         return f"- ({unscored})" if unscored else "-"
     interval = f"{metric.low:.3f} to {metric.high:.3f}"
-    return f"{metric.value:.3f} ({', '.join(filter(None, (interval, unscored)))})"
+    shown = f"{metric.value:.3f} ({', '.join(filter(None, (interval, unscored)))})"
+    true = metric.corrected
+    if true is None:
+        return shown
+    return f"{shown}; corrected {true.value:.3f} ({true.low:.3f} to {true.high:.3f})"

@@ -5,7 +5,7 @@ import pytest
 from misstep.judges.base import Judge
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.records import Answer, Prompt, Response, Score
-from misstep.results import Comparison, Row
+from misstep.results import Comparison, Corrected, Row
 from misstep.stages.evaluate import Table, judge_answers
 
 Pools = Mapping[str, Sequence[str]]
@@ -172,3 +172,21 @@ def test_judgements_keep_the_setting_of_their_answer() -> None:
     assert [(j.method, j.guided, j.test_set, j.seed, j.score.response_id) for j in found] == [
         (a.method, a.guided, a.test_set, a.seed, a.response.id) for a in given
     ]
+
+
+def test_a_correction_stands_beside_the_raw_rate_of_its_metric() -> None:
+    given = answers({("ours", True, "attacks"): "1100?0"})
+    judged = judge_answers(given, [MarkJudge()])
+    seen: list[Sequence[Score]] = []
+
+    def correct(scores: Sequence[Score]) -> Corrected:
+        seen.append(scores)
+        return Corrected(value=0.3, low=0.1, high=0.5)
+
+    (plain,) = Table(given, judged, {}, 7, {"helpfulness": correct}).rows(lambda _: {})
+    assert plain.metrics["mistake_rate"].corrected is None and not seen
+    (row,) = Table(given, judged, {}, 7, {"mistake_rate": correct}).rows(lambda _: {})
+    metric = row.metrics["mistake_rate"]
+    assert (metric.value, metric.corrected) == (0.4, Corrected(value=0.3, low=0.1, high=0.5))
+    assert [score.value for score in seen[0]] == [1, 1, 0, 0, None, 0]
+    assert "corrected" not in plain.model_dump_json() and "corrected" in row.model_dump_json()

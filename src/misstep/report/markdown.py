@@ -20,6 +20,12 @@ from misstep.report.words import BETTER, duration, metric_title, rate
 from misstep.results import Comparison, Metric, Results, read_results
 
 FOCUS = "mistake_analysis/"
+CORRECTED = (
+    "Corrected: the rate that the judge's verdicts stand for (Rogan and Gladen), with an "
+    "interval that holds what is not known of the judge's errors. It supposes that the judge "
+    "errs on these answers as it does on the labelled ones that it was checked on. Differences "
+    "are not corrected."
+)
 
 
 def markdown_page(folder: Path) -> str:
@@ -37,12 +43,18 @@ def markdown_page(folder: Path) -> str:
         made_by(manifest),
         "## Rates with 95 % intervals",
         rows_table(results),
+        *([CORRECTED] if is_corrected(results) else []),
         "## Paired differences (a minus b)",
         _comparisons_table(results.comparisons),
         "## Yields",
         _yields(manifest["yields"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def is_corrected(results: Results) -> bool:
+    """Whether rates were corrected for their judge."""
+    return any(metric.corrected for row in results.rows for metric in row.metrics.values())
 
 
 def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
@@ -144,7 +156,11 @@ def metric_cell(metric: Metric | None) -> str:
     if metric.value is None:
         return f"– ({unscored})" if unscored else "–"
     interval = f"{rate(metric.low)} to {rate(metric.high)}"
-    return f"{rate(metric.value)} ({', '.join(filter(None, (interval, unscored)))})"
+    shown = f"{rate(metric.value)} ({', '.join(filter(None, (interval, unscored)))})"
+    true = metric.corrected
+    if true is None:
+        return shown
+    return f"{shown}; corrected {rate(true.value)} ({rate(true.low)} to {rate(true.high)})"
 
 
 def table(titles: Sequence[str]) -> list[str]:

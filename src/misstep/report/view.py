@@ -77,6 +77,11 @@ class View:
         self.policy = run.results.policy
         self.pools = run.manifest.pools
 
+    @property
+    def corrected(self) -> bool:
+        """Whether rates were corrected for their judge."""
+        return any(metric.corrected for of in self.numbers.values() for metric in of.values())
+
     def role(self, setting: Setting) -> str:
         """Whether a setting is the one before, the one after, or another."""
         return {self.before: "before", self.after: "after"}.get(setting, "other")

@@ -6,11 +6,13 @@ Knows no engine but the one inside a judge.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from misstep.judges.base import Judge
 from misstep.records import Answer, Judgement, Score
 from misstep.results import (
     Comparison,
+    Corrected,
     Metric,
     Row,
     Setting,
@@ -22,6 +24,8 @@ from misstep.results import (
 Pools = Mapping[str, Sequence[str]]
 Describe = Callable[[str], dict[str, str | None]]
 """Given a method's name, the sources of its mistakes and analyses."""
+Correct = Callable[[Sequence[Score]], Corrected | None]
+"""From a judge's scores to the rate that they stand for."""
 
 BASE = Setting("vanilla", False)
 
@@ -57,8 +61,11 @@ class Table:
         judgements: Sequence[Judgement],
         pools: Pools,
         seed: int,
+        corrections: Mapping[str, Correct] = MappingProxyType({}),
     ) -> None:
         self.seed = seed
+        self.corrections = corrections
+        """For metrics whose judge was measured."""
         self._responses = defaultdict(list)
         self._scores = defaultdict(list)
         belongs = _memberships(answers, pools)
@@ -112,10 +119,16 @@ class Table:
     def _metrics(self, setting: Setting, test_set: str) -> dict[str, Metric]:
         key = (setting, test_set)
         return {
-            metric: metric_from_scores(scores, self.seed)
+            metric: self._metric(metric, scores)
             for (where, metric), scores in self._scores.items()
             if where == key
         }
+
+    def _metric(self, name: str, scores: Sequence[Score]) -> Metric:
+        found = metric_from_scores(scores, self.seed)
+        if name not in self.corrections:
+            return found
+        return found.model_copy(update={"corrected": self.corrections[name](scores)})
 
     def _side(self, setting: Setting, test_set: str, metric: str) -> Side:
         key = (setting, test_set)
