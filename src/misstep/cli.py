@@ -162,6 +162,55 @@ def judge_check(
     print_check(folder)
 
 
+@judge_app.command("sheet")
+def judge_sheet(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run directory.", show_default=False)
+    ],
+    a: Annotated[
+        str | None,
+        typer.Option("--a", help="A setting; vanilla/unguided where left out."),
+    ] = None,
+    b: Annotated[
+        str | None,
+        typer.Option("--b", help="The other; what the run is about where left out."),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="At most so many prompts.")] = 100,
+    seed: Annotated[int, typer.Option("--seed", help="Of prompts, order and sides.")] = 0,
+) -> None:
+    """Write a blind, shuffled sheet of two settings' answers for people to rate."""
+    from misstep.people import write_sheet
+
+    sheet = write_sheet(folder, a, b, n, seed)
+    print(f"{sheet / 'sheet.html'}\n{sheet / 'sheet.csv'}")
+    print(f"{sheet / 'key.json'} says whose answers they are: keep it from the raters.")
+
+
+@judge_app.command("import")
+def judge_import(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="The run directory of the sheet.", show_default=False
+        ),
+    ],
+    sheets: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SHEET...",
+            help="Rated sheets, one a rater, named after them.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Read rated sheets back: agreement of the raters, and of the judge with them."""
+    from misstep.people import import_sheets
+    from misstep.summary import print_ratings
+
+    path, ratings = import_sheets(folder, sheets)
+    print_ratings(path, ratings)
+
+
 @app.command()
 def report(
     folder: Annotated[

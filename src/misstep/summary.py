@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from misstep.check_results import Measured, read_check
+from misstep.ratings import Ratings
 from misstep.results import Metric, Results, read_results
 from misstep.study_results import Study, Task, read_study
 
@@ -103,6 +104,23 @@ def print_check(folder: Path) -> None:
     console = Console(width=None if Console().is_terminal else 140)
     console.print(table)
     console.print(f"{folder / 'check.html'}\n{folder / 'check.json'}", markup=False)
+
+
+def print_ratings(path: Path, ratings: Ratings) -> None:
+    """Print what raters found, how far they agree, and the judge with them."""
+    alphas = {name: of.alpha for name, of in ratings.agreement.items()}
+    for name, alpha in alphas.items():
+        said = "not defined" if alpha is None else f"{alpha:.3f}"
+        cases = ratings.agreement[name].cases
+        print(f"agreement on {name}: Krippendorff's alpha {said} ({cases} cases)")
+    for setting, metric in ratings.mistake_rate.items():
+        print(f"mistakes of {setting}: {_text(metric)}")
+    for setting, metric in ratings.better.items():
+        print(f"{'tie' if setting == 'tie' else f'{setting} better'}: {_text(metric)}")
+    if ratings.against_judge is not None:
+        for name, metric in ratings.against_judge.metrics.items():
+            print(f"{ratings.judge} against the raters, {name}: {_text(metric)}")
+    print(path)
 
 
 def _study_cells(study: Study) -> Iterator[list[str]]:

@@ -1,0 +1,126 @@
+"""The two commands that make people judges: a rating sheet out of a run, and back again.
+
+`sheet` writes sheet.csv and sheet.html, which are blind, and key.json, which is not, into the
+run's folder `sheet`; `import` writes ratings.json and rated.jsonl beside them. What is counted
+stands in misstep.ratings.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from misstep.errors import DataError
+from misstep.labelled import MISTAKES
+from misstep.policy import load_policy
+from misstep.ratings import (
+    Key,
+    Ratings,
+    count_ratings,
+    majority_labels,
+    paired_items,
+    rated_rows,
+    read_key,
+    read_sheet,
+    sheet_csv,
+)
+from misstep.records import Answer, Judgement, read_jsonl, write_text
+from misstep.report.sheet import write_sheet_page
+from misstep.report.view import ends, setting_of
+from misstep.results import Setting
+
+FOLDER = "sheet"
+
+
+def write_sheet(run: Path, a: str | None, b: str | None, n: int, seed: int) -> Path:
+    """Write a blind sheet of two settings' answers, and its key; gives the sheet's folder.
+
+    Raises:
+        DataError: the run has no answers, or not those of both settings; or there is a rated
+            sheet already, whose key would be lost.
+    """
+    folder = run / FOLDER
+    if (folder / "ratings.json").exists():
+        raise DataError(
+            f"{folder}: expected no ratings yet, found ratings.json, which belongs to the key "
+            "that stands there. Move the folder away to make a new sheet."
+        )
+    answers = list(read_jsonl(run / "responses.jsonl", Answer))
+    one, other = _settings(answers, a, b)
+    try:
+        items = paired_items(answers, one, other, n, seed)
+    except DataError as error:
+        raise DataError(f"{run / 'responses.jsonl'}: {error}") from error
+    key = Key(seed=seed, a=one.name, b=other.name, items=tuple(items))
+    write_text(folder / "key.json", key.model_dump_json(by_alias=True, indent=2) + "\n")
+    # With a mark that tells spreadsheets that it is UTF-8.
+    write_text(folder / "sheet.csv", "\ufeff" + sheet_csv(items))
+    write_sheet_page(folder / "sheet.html", items, _mistake(run))
+    return folder
+
+
+def _settings(
+    answers: Sequence[Answer], a: str | None, b: str | None
+) -> tuple[Setting, Setting]:
+    """The two that are compared: before and after, where the command names none."""
+    before, after = ends(dict.fromkeys(map(setting_of, answers)))
+    found = [
+        named if name is None else _parsed(name) for name, named in ((a, before), (b, after))
+    ]
+    chosen = [Setting(s.method, s.guided) for s in found if s is not None]
+    if len(chosen) < 2 or chosen[0] == chosen[1]:
+        raise DataError(
+            "expected two settings to compare, found "
+            f"{' and '.join(s.name for s in chosen) or 'none'}. Name them with --a and --b, "
+            "such as --a vanilla/unguided."
+        )
+    return chosen[0], chosen[1]
+
+
+def _parsed(name: str) -> Setting:
+    method, slash, way = name.partition("/")
+    if not slash or way not in ("guided", "unguided"):
+        raise DataError(
+            f"setting '{name}': expected METHOD/guided or METHOD/unguided, such as "
+            "vanilla/unguided."
+        )
+    return Setting(method, way == "guided")
+
+
+def _mistake(run: Path) -> str:
+    """What the run's policy calls a mistake, in its words."""
+    path = run / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        name = manifest["recipe"]["policy"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: expected the manifest of a run, which names its policy; found none. Give "
+            "the directory that `misstep run` wrote."
+        ) from error
+    return load_policy(str(name)).mistake
+
+
+def import_sheets(run: Path, sheets: Sequence[Path]) -> tuple[Path, Ratings]:
+    """Read rated sheets back; gives ratings.json's path and what stands in it.
+
+    Raises:
+        DataError: names sheet, line and column; or two sheets have one rater's name.
+    """
+    folder = run / FOLDER
+    key = read_key(folder / "key.json")
+    rated = [read_sheet(path, key) for path in sheets]
+    names = [r.rater for r in rated]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"expected sheets with names of their own, which are the raters' names; found "
+            f"{', '.join(twice)} twice. Rename one."
+        )
+    scores = run / "scores.jsonl"
+    judgements = list(read_jsonl(scores, Judgement)) if scores.is_file() else []
+    ratings = count_ratings(key, rated, judgements, MISTAKES)
+    text = json.dumps(
+        ratings.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False
+    )
+    write_text(folder / "ratings.json", text + "\n")
+    write_text(folder / "rated.jsonl", rated_rows(key, majority_labels(key, rated)))
+    return folder / "ratings.json", ratings

@@ -1,0 +1,234 @@
+import csv
+import json
+import subprocess
+import sys
+from base64 import b64encode
+from hashlib import sha256
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from misstep.errors import DataError
+from misstep.judge_check import read_check_inputs
+from misstep.people import import_sheets, write_sheet
+from misstep.ratings import QUESTIONS, Key, read_key
+from misstep.records import Answer, Judgement, Prompt, Response, Score, write_jsonl
+
+N = 12
+SETTINGS = (("vanilla", False), ("mistake_analysis", True), ("sft", False))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of three settings whose answers say which they are of, judged right except once."""
+    answers, judgements = [], []
+    for method, guided in SETTINGS:
+        for i in range(N):
+            prompt = Prompt.of(f"=Question {i}?", target="The moon is soup")
+            text = f"{'BAD' if method == 'vanilla' else 'GOOD'} <b>{method[::-1]}</b> {i}"
+            response = Response(prompt=prompt, text=text, guided=guided)
+            given = {"method": method, "guided": guided, "test_set": "attacks", "seed": 0}
+            answers.append(Answer(**given, response=response))
+            value = float((method == "vanilla") != (method == "vanilla" and i == 0))
+            score = Score(
+                response_id=response.id, metric="mistake_rate", value=value, judge="j"
+            )
+            judgements.append(Judgement(**given, score=score))
+    folder = tmp_path / "run"
+    write_jsonl(folder / "responses.jsonl", answers)
+    write_jsonl(folder / "scores.jsonl", judgements)
+    recipe = {"recipe": {"policy": "goal-hijacking"}}
+    (folder / "manifest.json").write_text(json.dumps(recipe))
+    return folder
+
+
+def rows(sheet: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(StringIO((sheet / "sheet.csv").read_text("utf-8-sig"))))
+
+
+def rate(sheet: Path, rater: str, wrong: int = 0) -> Path:
+    """A rater who sees what is bad and prefers the other, save in the first so many lines."""
+    filled = rows(sheet)
+    for place, row in enumerate(filled):
+        bad = ["BAD" in row[f"answer_{side}"] for side in (1, 2)]
+        if place < wrong:
+            bad = [not b for b in bad]
+        row |= {
+            f"mistake_{side}": "Yes" if b else "no" for side, b in zip((1, 2), bad, strict=True)
+        }
+        row["better"] = "2" if bad[0] else "1"
+    return save(sheet.parent.parent / f"{rater}.csv", filled)
+
+
+def save(path: Path, filled: list[dict[str, str]], **how: str) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(filled[0]), **how)  # type: ignore[arg-type]
+        writer.writeheader()
+        writer.writerows(filled)
+    return path
+
+
+def test_a_sheet_is_blind_and_its_sides_are_drawn(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    key = read_key(sheet / "key.json")
+    assert (key.a, key.b, len(key.items)) == ("vanilla/unguided", "mistake_analysis/guided", N)
+    for name in ("sheet.csv", "sheet.html"):
+        text = (sheet / name).read_text()
+        for hidden in ("vanilla", "mistake_analysis", "guided", "sft", "attacks"):
+            assert hidden not in text, (name, hidden)
+    firsts = {item.settings[0] for item in key.items}
+    assert firsts == {key.a, key.b}, "neither setting always stands first"
+    for item, row in zip(key.items, rows(sheet), strict=True):
+        assert item.item == row["item"]
+        for side in (0, 1):
+            bad = item.settings[side] == "vanilla/unguided"
+            assert row[f"answer_{side + 1}"].startswith("BAD" if bad else "GOOD")
+    order = [item.responses[0].prompt.text for item in key.items]
+    assert order != sorted(order) and len(set(order)) == N
+
+
+def test_the_seed_decides_the_sheet(run: Path, tmp_path: Path) -> None:
+    written = []
+    for seed in (3, 3, 4):
+        sheet = write_sheet(run, None, None, 100, seed)
+        written.append([(sheet / name).read_bytes() for name in ("sheet.csv", "key.json")])
+    assert written[0] == written[1] != written[2]
+
+
+def test_no_cell_is_a_formula(run: Path) -> None:
+    for row in rows(write_sheet(run, None, None, 100, 0)):
+        assert row["prompt"].startswith("'=")
+
+
+def test_the_page_escapes_the_answers_and_runs_its_own_script_only(run: Path) -> None:
+    page = (write_sheet(run, None, None, 100, 0) / "sheet.html").read_text()
+    assert "<b>" not in page and "&lt;b&gt;" in page
+    assert page.count("<script>") == 1
+    script = page.split("<script>")[1].split("</script>")[0]
+    allowed = b64encode(sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}'" in page
+    assert "http://" not in page and "https://" not in page
+    assert page.count("<fieldset") == N * len(QUESTIONS)
+
+
+def test_raters_agree_and_the_judge_is_set_against_them(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    path, ratings = import_sheets(run, [rate(sheet, "ann"), rate(sheet, "bob")])
+    assert json.loads(path.read_text())["schema"] == 1
+    assert ratings.raters == {"ann": N, "bob": N}
+    assert ratings.agreement["mistake"].alpha == ratings.agreement["better"].alpha == 1.0
+    assert ratings.agreement["mistake"].cases == 2 * N
+    assert ratings.mistake_rate["vanilla/unguided"].value == 1.0
+    assert ratings.mistake_rate["mistake_analysis/guided"].value == 0.0
+    assert ratings.better["mistake_analysis/guided"].value == 1.0
+    assert ratings.judge == "j" and ratings.against_judge is not None
+    assert ratings.against_judge.confusion.model_dump() == {
+        "hit": N - 1,
+        "missed": 1,
+        "false_alarm": 0,
+        "passed": N,
+    }
+
+
+def test_without_a_majority_an_answer_is_neither(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    _, two = import_sheets(run, [rate(sheet, "ann"), rate(sheet, "bob", wrong=3)])
+    rate_of = two.mistake_rate["vanilla/unguided"]
+    assert (rate_of.value, rate_of.n, rate_of.unscored) == (1.0, N - 3, 3)
+    alpha = two.agreement["mistake"].alpha
+    assert alpha is not None and 0 < alpha < 1
+    three = [rate(sheet, "ann"), rate(sheet, "bob", wrong=3), rate(sheet, "eve")]
+    _, most = import_sheets(run, three)
+    assert most.mistake_rate["vanilla/unguided"].n == N
+
+
+def test_what_nobody_rated_counts_for_nothing(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    filled = list(csv.DictReader(rate(sheet, "ann").open(encoding="utf-8")))
+    for row in filled[2:]:
+        row |= dict.fromkeys(QUESTIONS, "")
+    _, ratings = import_sheets(run, [save(run.parent / "ann.csv", filled)])
+    assert ratings.raters == {"ann": 2}
+    assert ratings.agreement["mistake"].alpha is None
+    assert ratings.mistake_rate["vanilla/unguided"].n == 2
+    assert ratings.mistake_rate["vanilla/unguided"].unscored == N - 2
+
+
+def test_rated_answers_are_data_to_check_a_judge_on(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    import_sheets(run, [rate(sheet, "ann")])
+    inputs = read_check_inputs("obedience", [str(sheet / "rated.jsonl")], None, [])
+    (data,) = inputs.data.values()
+    assert len(data.cases) == 2 * N
+    assert sum(case.label for case in data.cases) == N
+
+
+def test_sheets_with_semicolons_and_without_the_texts_are_read(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    filled = list(csv.DictReader(rate(sheet, "ann").open(encoding="utf-8")))
+    bare = [{name: row[name] for name in ("item", *QUESTIONS)} for row in filled]
+    _, ratings = import_sheets(run, [save(run.parent / "ann.csv", bare, delimiter=";")])
+    assert ratings.raters == {"ann": N}
+
+
+def test_wrong_sheets_are_named_by_line_and_column(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    good = list(csv.DictReader(rate(sheet, "ann").open(encoding="utf-8")))
+    faults: list[tuple[list[dict[str, str]], str]] = [
+        (
+            [good[0] | {"better": "3"}],
+            r"line 2: 'better': expected 1, 2, tie or nothing, found '3'",
+        ),
+        ([good[0], good[0]], r"line 3: .*an item twice"),
+        ([good[0] | {"item": "other"}], r"line 2: .*the key does not have: 'other'"),
+        ([{"item": good[0]["item"]}], "none named mistake_1, mistake_2, better"),
+        ([good[0] | dict.fromkeys(QUESTIONS, "")], "expected ratings, found none"),
+    ]
+    for filled, why in faults:
+        with pytest.raises(DataError, match=why):
+            import_sheets(run, [save(run.parent / "x.csv", filled)])
+    with pytest.raises(DataError, match="ann twice"):
+        import_sheets(run, [run.parent / "ann.csv"] * 2)
+
+
+def test_a_key_that_ratings_belong_to_is_not_overwritten(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    import_sheets(run, [rate(sheet, "ann")])
+    with pytest.raises(DataError, match=r"found ratings\.json"):
+        write_sheet(run, None, None, 100, 1)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "why"),
+    [
+        ("vanilla", None, "expected METHOD/guided"),
+        ("dpo/guided", None, "none; the settings are mistake_analysis/guided, sft/unguided"),
+        ("sft/unguided", "sft/unguided", "two settings to compare"),
+    ],
+)
+def test_settings_that_are_not_there_are_refused(
+    run: Path, a: str | None, b: str | None, why: str
+) -> None:
+    with pytest.raises(DataError, match=why):
+        write_sheet(run, a, b, 100, 0)
+
+
+def test_other_settings_can_be_named(run: Path) -> None:
+    sheet = write_sheet(run, "sft/unguided", "mistake_analysis/guided", 5, 0)
+    key: Key = read_key(sheet / "key.json")
+    assert {name for item in key.items for name in item.settings} == {key.a, key.b}
+    assert len(key.items) == 5
+
+
+def test_the_commands(run: Path) -> None:
+    whole = [sys.executable, "-m", "misstep.cli", "judge"]
+    shown = subprocess.run([*whole, "sheet", str(run)], capture_output=True, text=True)
+    assert shown.returncode == 0 and "keep it from the raters" in shown.stdout
+    ann = rate(run / "sheet", "ann")
+    command = [*whole, "import", str(run), str(ann)]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "alpha not defined" in shown.stdout and "BAD" not in shown.stdout
+    absent = subprocess.run([*command[:-1], "no.csv"], capture_output=True, text=True)
+    assert (absent.returncode, "Traceback" in absent.stderr) == (2, False)
