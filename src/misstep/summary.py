@@ -90,7 +90,7 @@ def print_check(folder: Path) -> None:
     from rich.table import Table
 
     check = read_check(folder / "check.json")
-    table = Table(title=f"{check.title} against people: 95 % intervals")
+    table = Table(title=f"{check.title} against labels: 95 % intervals")
     table.add_column("data")
     for name in ("n", "unscored", *CHECKED.values()):
         table.add_column(name, justify="right")

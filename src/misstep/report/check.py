@@ -21,7 +21,7 @@ from misstep.check_results import (
 )
 from misstep.records import read_jsonl, write_text
 from misstep.report import words
-from misstep.report.check_words import METRICS, RATES, caution, sides
+from misstep.report.check_words import METRICS, RATES, caution, shown, sides
 from misstep.report.pictures import Panel, Strip, Ticks, marks, rate_scale, scale
 from misstep.results import Metric
 
@@ -85,7 +85,7 @@ def write_check_report(folder: Path) -> Path:
         check=check,
         headline=headline(check),
         caution=caution(check.metric),
-        titles=METRICS,
+        titles=shown(check),
         panels=_panels(check),
         sections=[
             _section(check, data, [case for case in cases if case.data == data.name])
@@ -96,22 +96,19 @@ def write_check_report(folder: Path) -> Path:
     return folder / "check.html"
 
 
-def number(metric: Metric | None, name: str) -> str:
-    """A number with its interval: a percentage, or a plain number where it is no share."""
+def number(metric: Metric | None, name: str) -> tuple[str, str]:
+    """A number and its interval: percentages, or plain numbers where they are no shares."""
     if metric is None or metric.value is None:
-        return "–"
-    shown = [words.rate(v) if name in RATES else f"{v:.3f}" for v in _numbers(metric)]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})"
-
-
-def _numbers(metric: Metric) -> tuple[float, float, float]:
-    return metric.value or 0.0, metric.low or 0.0, metric.high or 0.0
+        return "–", ""
+    numbers = (metric.value, metric.low or 0.0, metric.high or 0.0)
+    value, low, high = (words.rate(v) if name in RATES else f"{v:.3f}" for v in numbers)
+    return value, f"{low} to {high}"
 
 
 def headline(check: Check) -> str:
     """What the check shows, in plain words."""
     parts = [f"{data.name} {_brief(data.whole)}" for data in check.data]
-    return f"Agreement of {check.title} with people: {'; '.join(parts)}."
+    return f"Agreement of {check.title} with the labels: {'; '.join(parts)}."
 
 
 def _brief(measured: Measured) -> str:

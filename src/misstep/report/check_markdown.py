@@ -3,12 +3,12 @@
 Made from check.json alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from misstep.check_results import Check, DataCheck, Measured, read_check
 from misstep.report.check import number
-from misstep.report.check_words import METRICS, caution, sides
+from misstep.report.check_words import caution, shown, sides
 from misstep.report.markdown import line, table
 
 
@@ -20,7 +20,7 @@ def check_markdown(folder: Path) -> str:
     """
     check = read_check(folder / "check.json")
     parts = [
-        f"# {check.title}, measured against people",
+        f"# {check.title}, measured against labels",
         f"`check.json` lies beside this page. Judge `{check.judge}`, metric `{check.metric}`.",
         "## Data sets",
         "\n".join(_whole(check)),
@@ -30,7 +30,8 @@ def check_markdown(folder: Path) -> str:
     ]
     for data in check.data:
         if data.categories:
-            parts += [f"## {plain(data.name)}, by category", "\n".join(_categories(data))]
+            lines = _categories(data, shown(check))
+            parts += [f"## {plain(data.name)}, by category", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -40,20 +41,22 @@ def plain(text: str) -> str:
 
 
 def _whole(check: Check) -> Iterator[str]:
-    yield from table(["data", "n", "unscored", "left out", *METRICS.values()])
+    titles = shown(check)
+    yield from table(["data", "n", "unscored", "left out", *titles.values()])
     for data in check.data:
         left = str(sum(data.left_out.values()))
-        yield line([plain(data.name), *_counts(data.whole, left), *_cells(data.whole)])
+        yield line([plain(data.name), *_counts(data.whole, left), *_cells(data.whole, titles)])
     if check.pooled is not None and len(check.data) > 1:
-        yield line(["all together", *_counts(check.pooled, ""), *_cells(check.pooled)])
+        yield line(["all together", *_counts(check.pooled, ""), *_cells(check.pooled, titles)])
 
 
 def _counts(measured: Measured, left: str) -> list[str]:
     return [str(measured.n), str(measured.unscored), left]
 
 
-def _cells(measured: Measured) -> list[str]:
-    return [number(measured.metrics.get(name), name) for name in METRICS]
+def _cells(measured: Measured, titles: Iterable[str]) -> list[str]:
+    found = (number(measured.metrics.get(name), name) for name in titles)
+    return [f"{value} ({interval})" if interval else value for value, interval in found]
 
 
 def _confusion(check: Check) -> Iterator[str]:
@@ -65,7 +68,7 @@ def _confusion(check: Check) -> Iterator[str]:
         yield line([plain(data.name), other, str(found.passed), str(found.false_alarm)])
 
 
-def _categories(data: DataCheck) -> Iterator[str]:
-    yield from table(["category", "n", "unscored", *METRICS.values()])
+def _categories(data: DataCheck, titles: Mapping[str, str]) -> Iterator[str]:
+    yield from table(["category", "n", "unscored", *titles.values()])
     for category, of in sorted(data.categories.items(), key=lambda item: -item[1].n):
-        yield line([plain(category), str(of.n), str(of.unscored), *_cells(of)])
+        yield line([plain(category), str(of.n), str(of.unscored), *_cells(of, titles)])

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from misstep.check_results import Check
+
 METRICS = {
     "accuracy": "Accuracy",
     "balanced_accuracy": "Balanced accuracy",
@@ -24,11 +26,17 @@ class Sides(NamedTuple):
 
 
 SIDES = {
-    "mistake_rate": Sides("unsafe", "safe"),
+    "mistake_rate": Sides("mistake", "no mistake"),
     "over_refusal": Sides("refusal", "no refusal"),
     "helpfulness": Sides("helpful", "not helpful"),
 }
 PAIRS = Sides("the first is better", "the second is better")
+
+
+def shown(check: Check) -> dict[str, str]:
+    """The metrics that some of the data could give, and their titles."""
+    found = {name for data in check.data for name in data.whole.metrics}
+    return {name: title for name, title in METRICS.items() if name in found}
 
 
 def sides(metric: str, pairs: bool) -> Sides:
@@ -40,8 +48,8 @@ def caution(metric: str) -> str:
     """How the two error rates are to be read."""
     counted, other = SIDES[metric]
     return (
-        f"False-safe: of the answers that people call {counted}, those that the judge calls "
-        f"{other}. False-unsafe: of those that people call {other}, those that it calls "
-        f"{counted}. An answer that the judge could not score is in no rate. Intervals are 95 "
-        "% and take several answers to one prompt for what they are: not independent."
+        f"False-safe: of the answers labelled as {counted}, those that the judge calls "
+        f"{other}. False-unsafe: of those labelled as {other}, those that it calls {counted}. "
+        "An answer that the judge could not score is in no rate. Intervals are 95 % and take "
+        "several answers to one prompt for what they are: not independent."
     )
