@@ -105,6 +105,19 @@ def test_calibration_by_hand() -> None:
     assert (high.low, high.high, high.share) == pytest.approx((0.8, 0.9, 0.6))
 
 
+@pytest.mark.parametrize(("shift", "least"), [(0.0, 0.8), (0.25, 0.9)])
+def test_calibration_interval_covers_the_true_error(shift: float, least: float) -> None:
+    rng, hits, rounds = random.Random(6), 0, 100
+    for _ in range(rounds):
+        scores = [rng.random() for _ in range(300)]
+        # Scores that are too low by a parabola, whose mean over all scores is 4/6 of the shift.
+        labels = [rng.random() < min(1, s + 4 * shift * s * (1 - s)) for s in scores]
+        found = calibration_error(scores, labels, apart(300))
+        assert found.low <= found.value <= found.high
+        hits += found.low <= shift * 4 / 6 <= found.high
+    assert hits / rounds >= least
+
+
 def test_a_score_of_one_belongs_to_the_last_bin() -> None:
     (only,) = calibration_curve([1.0], [True])
     assert (only.low, only.high) == (0.9, 1.0)

@@ -95,6 +95,12 @@ def test_categories_are_counted_apart() -> None:
     assert found["y"].metrics["accuracy"].value == 0.5
 
 
+def test_a_value_for_each_case_is_no_category() -> None:
+    judged = [case(True, 1, f"p{i}", categories=(f"id {i}",)) for i in range(101)]
+    assert measure_data("d", "0", False, {}, judged).categories == {}
+    assert len(measure_data("d", "0", False, {}, judged[:100]).categories) == 100
+
+
 def test_intervals_count_prompts_and_not_answers() -> None:
     judged = cases((True, 1, 30), (True, 0, 10), (False, 0, 35), (False, 1, 5))
     one, many = measure(judged), measure(judged * 6)

@@ -89,8 +89,9 @@ def calibration_error(
 ) -> Interval:
     """The expected calibration error: how far mean score and share of 1 lie apart, by bins.
 
-    Resampling adds noise that the error counts as miscalibration (its estimate is too high for
-    few cases as well), so the interval is the basic bootstrap's, which takes the noise off.
+    Noise counts as miscalibration, so the value is too high for few cases, and resampling adds
+    as much once more. The interval takes that off: once above, twice below, where it can reach
+    0. Simulated, it held the true error in 81 to 99 of 100 cases, least where that is 0.
 
     Raises:
         ValueError: there are no scores, or one lies outside 0 to 1.
@@ -103,9 +104,11 @@ def calibration_error(
     def statistic(weights: Floats) -> Floats:
         return np.asarray(np.abs(weights @ apart).sum(axis=1) / weights.sum(axis=1))
 
-    found = _interval(statistic, clusters, len(wanted))
-    low, high = 2 * found.value - found.high, 2 * found.value - found.low
-    return Interval(found.value, max(0.0, low), min(1.0, max(found.value, high)), found.n)
+    value, numbers = _resampled(statistic, clusters, len(wanted))
+    mean, top = float(numbers.mean()), float(np.quantile(numbers, 0.975))
+    noise = max(0.0, mean - value)
+    low, high = value - 2 * noise - (top - mean), top - noise
+    return Interval(value, min(value, max(0.0, low)), max(value, high), len(wanted))
 
 
 def calibration_curve(scores: Sequence[float], labels: Sequence[bool]) -> list[Bin]:
@@ -169,6 +172,15 @@ def _binned(scores: Sequence[float]) -> tuple[Floats, NDArray[np.intp]]:
 
 def _interval(statistic: Statistic, clusters: NDArray[np.intp], n: int) -> Interval:
     """A statistic with its percentile bootstrap interval over clusters of cases."""
+    value, numbers = _resampled(statistic, clusters, n)
+    low, high = np.quantile(numbers, (0.025, 0.975)) if len(numbers) else (value, value)
+    return Interval(value, min(float(low), value), max(float(high), value), n)
+
+
+def _resampled(
+    statistic: Statistic, clusters: NDArray[np.intp], n: int
+) -> tuple[float, Floats]:
+    """A statistic, and what it is in resamples of clusters of cases."""
     value = float(statistic(np.ones((1, n)))[0])
     rng = np.random.default_rng(0)
     count = int(clusters.max()) + 1
@@ -180,6 +192,4 @@ def _interval(statistic: Statistic, clusters: NDArray[np.intp], n: int) -> Inter
         found.append(statistic(drawn[:, clusters]))
     # A resample may hold cases of one label only; it has no such number.
     numbers = np.concatenate(found)
-    numbers = numbers[np.isfinite(numbers)]
-    low, high = np.quantile(numbers, (0.025, 0.975)) if len(numbers) else (value, value)
-    return Interval(value, min(float(low), value), max(float(high), value), n)
+    return value, numbers[np.isfinite(numbers)]

@@ -23,6 +23,8 @@ from misstep.results import Corrected, Metric
 
 THRESHOLD = 0.5
 """A score from here on is the verdict 1."""
+MOST_CATEGORIES = 100
+"""A column with more values than that names cases and not categories."""
 
 
 class JudgedCase(Record):
@@ -140,6 +142,8 @@ def measure_data(
 ) -> DataCheck:
     """Count one data set, whole and by category."""
     known = dict.fromkeys(category for case in cases for category in case.categories)
+    if not 1 < len(known) <= MOST_CATEGORIES:
+        known = {}
     return DataCheck(
         name=name,
         digest=digest,
@@ -148,7 +152,7 @@ def measure_data(
         whole=measure(cases),
         categories={
             category: measure([case for case in cases if category in case.categories])
-            for category in (known if len(known) > 1 else ())
+            for category in known
         },
         calibration=_calibration(cases),
     )
