@@ -12,8 +12,8 @@ import pytest
 from misstep.errors import DataError
 from misstep.judge_check import read_check_inputs
 from misstep.people import import_sheets, write_sheet
-from misstep.ratings import QUESTIONS, Key, read_key
-from misstep.records import Answer, Judgement, Prompt, Response, Score, write_jsonl
+from misstep.ratings import QUESTIONS, Key
+from misstep.records import Answer, Judgement, Prompt, Response, Score, read_json, write_jsonl
 
 N = 12
 SETTINGS = (("vanilla", False), ("mistake_analysis", True), ("sft", False))
@@ -71,7 +71,7 @@ def save(path: Path, filled: list[dict[str, str]], **how: str) -> Path:
 
 def test_a_sheet_is_blind_and_its_sides_are_drawn(run: Path) -> None:
     sheet = write_sheet(run, None, None, 100, 0)
-    key = read_key(sheet / "key.json")
+    key = read_json(sheet / "key.json", Key)
     assert (key.a, key.b, len(key.items)) == ("vanilla/unguided", "mistake_analysis/guided", N)
     for name in ("sheet.csv", "sheet.html"):
         text = (sheet / name).read_text()
@@ -192,6 +192,11 @@ def test_wrong_sheets_are_named_by_line_and_column(run: Path) -> None:
         import_sheets(run, [run.parent / "ann.csv"] * 2)
 
 
+def test_without_a_sheet_there_is_nothing_to_import(run: Path) -> None:
+    with pytest.raises(DataError, match="Make a sheet first"):
+        import_sheets(run, [run / "ann.csv"])
+
+
 def test_a_key_that_ratings_belong_to_is_not_overwritten(run: Path) -> None:
     sheet = write_sheet(run, None, None, 100, 0)
     import_sheets(run, [rate(sheet, "ann")])
@@ -216,7 +221,7 @@ def test_settings_that_are_not_there_are_refused(
 
 def test_other_settings_can_be_named(run: Path) -> None:
     sheet = write_sheet(run, "sft/unguided", "mistake_analysis/guided", 5, 0)
-    key: Key = read_key(sheet / "key.json")
+    key = read_json(sheet / "key.json", Key)
     assert {name for item in key.items for name in item.settings} == {key.a, key.b}
     assert len(key.items) == 5
 

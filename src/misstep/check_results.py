@@ -7,15 +7,14 @@ and is in no number. Several answers to one prompt are no independent cases, and
 takes them for such. Knows numbers and labels; prints no text of the data.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat
 
 from misstep.errors import DataError
-from misstep.records import Record, Response, Score, describe, write_text
+from misstep.records import Record, Response, Score, read_json, write_json
 from misstep.results import Corrected, Metric
 
 # misstep.stats and misstep.agreement are imported where they are needed: numpy is slow to load,
@@ -271,9 +270,7 @@ def correction(check: Check) -> Callable[[Sequence[Score]], Corrected | None]:
 
 def write_check(path: Path, check: Check) -> None:
     """Write check.json so that equal checks are equal bytes."""
-    data = check.model_dump(mode="json", by_alias=True)
-    text = json.dumps(data, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_json(path, check.model_dump(mode="json", by_alias=True))
 
 
 def read_check(path: Path) -> Check:
@@ -282,12 +279,4 @@ def read_check(path: Path) -> Check:
     Raises:
         DataError: the file is absent, is no JSON, or a field of it is wrong.
     """
-    try:
-        return Check.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Give the check.json that "
-            "`misstep judge check` wrote."
-        ) from error
-    except ValidationError as error:
-        raise DataError(f"{path}: " + "; ".join(describe(error))) from error
+    return read_json(path, Check)

@@ -19,11 +19,10 @@ from misstep.ratings import (
     majority_labels,
     paired_items,
     rated_rows,
-    read_key,
     read_sheet,
     sheet_csv,
 )
-from misstep.records import Answer, Judgement, read_jsonl, write_text
+from misstep.records import Answer, Judgement, read_json, read_jsonl, write_json, write_text
 from misstep.report.sheet import write_sheet_page
 from misstep.report.view import ends, setting_of
 from misstep.results import Setting
@@ -51,7 +50,7 @@ def write_sheet(run: Path, a: str | None, b: str | None, n: int, seed: int) -> P
     except DataError as error:
         raise DataError(f"{run / 'responses.jsonl'}: {error}") from error
     key = Key(seed=seed, a=one.name, b=other.name, items=tuple(items))
-    write_text(folder / "key.json", key.model_dump_json(by_alias=True, indent=2) + "\n")
+    write_json(folder / "key.json", key.model_dump(mode="json", by_alias=True))
     # With a mark that tells spreadsheets that it is UTF-8.
     write_text(folder / "sheet.csv", "\ufeff" + sheet_csv(items))
     write_sheet_page(folder / "sheet.html", items, _mistake(run))
@@ -100,6 +99,15 @@ def _mistake(run: Path) -> str:
     return load_policy(str(name)).mistake
 
 
+def _key(path: Path) -> Key:
+    if not path.is_file():
+        raise DataError(
+            f"{path}: expected the key of a sheet, found none. Make a sheet first with "
+            "`misstep judge sheet`."
+        )
+    return read_json(path, Key)
+
+
 def import_sheets(run: Path, sheets: Sequence[Path]) -> tuple[Path, Ratings]:
     """Read rated sheets back; gives ratings.json's path and what stands in it.
 
@@ -107,7 +115,7 @@ def import_sheets(run: Path, sheets: Sequence[Path]) -> tuple[Path, Ratings]:
         DataError: names sheet, line and column; or two sheets have one rater's name.
     """
     folder = run / FOLDER
-    key = read_key(folder / "key.json")
+    key = _key(folder / "key.json")
     rated = [read_sheet(path, key) for path in sheets]
     names = [r.rater for r in rated]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -118,9 +126,6 @@ def import_sheets(run: Path, sheets: Sequence[Path]) -> tuple[Path, Ratings]:
     scores = run / "scores.jsonl"
     judgements = list(read_jsonl(scores, Judgement)) if scores.is_file() else []
     ratings = count_ratings(key, rated, judgements, MISTAKES)
-    text = json.dumps(
-        ratings.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False
-    )
-    write_text(folder / "ratings.json", text + "\n")
+    write_json(folder / "ratings.json", ratings.model_dump(mode="json", by_alias=True))
     write_text(folder / "rated.jsonl", rated_rows(key, majority_labels(key, rated)))
     return folder / "ratings.json", ratings

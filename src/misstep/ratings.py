@@ -14,11 +14,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from misstep.check_results import JudgedCase, Measured, measure
 from misstep.errors import DataError
-from misstep.records import Answer, Judgement, Record, Response, describe, digest
+from misstep.records import Answer, Judgement, Record, Response, digest
 from misstep.results import Metric, Setting
 
 SIDES = (1, 2)
@@ -136,23 +136,6 @@ def sheet_csv(items: Iterable[Item]) -> str:
 def _inert(text: str) -> str:
     """A text that no spreadsheet takes for a formula."""
     return f"'{text}" if text.startswith(FORMULA) else text
-
-
-def read_key(path: Path) -> Key:
-    """Read key.json.
-
-    Raises:
-        DataError: the file is absent, is no JSON, or a field of it is wrong.
-    """
-    try:
-        return Key.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Make a sheet first with `misstep "
-            "judge sheet`."
-        ) from error
-    except ValidationError as error:
-        raise DataError(f"{path}: " + "; ".join(describe(error))) from error
 
 
 def read_sheet(path: Path, key: Key) -> Rated:

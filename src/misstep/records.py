@@ -186,6 +186,28 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write data in one step so that equal data are equal bytes; not a number is an error."""
+    text = json.dumps(data, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_json(path: Path, kind: type[R]) -> R:
+    """Read a file that is one record.
+
+    Raises:
+        DataError: the file is absent, is no JSON, or a field of it is wrong.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}). Check the path."
+        ) from error
+    except ValidationError as error:
+        raise DataError(f"{path}: " + "; ".join(describe(error))) from error
+
+
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
     """Write records one a line, in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)

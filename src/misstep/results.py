@@ -5,7 +5,6 @@ Rates are fractions and intervals are 95 %. An unscored response is counted apar
 file; it does not know which engine answered or which judge looked.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,12 +13,17 @@ from pydantic import (
     Field,
     FiniteFloat,
     SerializerFunctionWrapHandler,
-    ValidationError,
     model_serializer,
 )
 
-from misstep.errors import DataError
-from misstep.records import MistakeSource, Record, Response, Score, describe, write_text
+from misstep.records import (
+    MistakeSource,
+    Record,
+    Response,
+    Score,
+    read_json,
+    write_json,
+)
 
 # misstep.stats is imported where it is needed: numpy is slow to load, and the command starts
 # without it.
@@ -274,8 +278,7 @@ def write_results(path: Path, results: Results) -> None:
         for key, empty in (("variant", ""), ("p_adjusted", None)):
             if item.get(key, empty) == empty:
                 item.pop(key, None)
-    text = json.dumps(data, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_json(path, data)
 
 
 def read_results(path: Path) -> Results:
@@ -284,14 +287,7 @@ def read_results(path: Path) -> Results:
     Raises:
         DataError: the file is absent, is no JSON, or a field of it is wrong.
     """
-    try:
-        return Results.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Check the path."
-        ) from error
-    except ValidationError as error:
-        raise DataError(f"{path}: " + "; ".join(describe(error))) from error
+    return read_json(path, Results)
 
 
 def _binary(values: Sequence[float]) -> bool:

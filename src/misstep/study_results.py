@@ -11,15 +11,13 @@ balanced accuracy of one half, the mean of sensitivity (mistakes called mistakes
 specificity (right answers called right).
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat
 
-from misstep.errors import DataError
-from misstep.records import Record, Response, Score, describe, write_text
+from misstep.records import Record, Response, Score, read_json, write_json
 from misstep.results import Metric
 
 # misstep.stats is imported where it is needed: numpy is slow to load, and the command starts
@@ -286,9 +284,7 @@ def _paired(a: Way, b: Way) -> Paired | None:
 
 def write_study(path: Path, study: Study) -> None:
     """Write study.json so that equal studies are equal bytes."""
-    data = study.model_dump(mode="json", by_alias=True)
-    text = json.dumps(data, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    write_json(path, study.model_dump(mode="json", by_alias=True))
 
 
 def read_study(path: Path) -> Study:
@@ -297,11 +293,4 @@ def read_study(path: Path) -> Study:
     Raises:
         DataError: the file is absent, is no JSON, or a field of it is wrong.
     """
-    try:
-        return Study.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}). Check the path."
-        ) from error
-    except ValidationError as error:
-        raise DataError(f"{path}: " + "; ".join(describe(error))) from error
+    return read_json(path, Study)
