@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
-from misstep.config import RunConfig, changed_keys, load_recipe
+from misstep.config import MAIN_JOB, RunConfig, changed_keys, load_recipe
 from misstep.errors import RecipeError
 from misstep.methods.registry import METHODS
 
@@ -42,8 +42,9 @@ def test_a_recipe_is_named_by_its_file_unless_it_says_otherwise(tmp_path: Path) 
     assert load(tmp_path, recipe="name: other\n" + RECIPE).name == "other"
 
 
-def test_every_method_is_run_unless_the_recipe_chooses(tmp_path: Path) -> None:
-    assert load(tmp_path).methods == tuple(METHODS)
+def test_the_main_job_is_run_unless_the_recipe_chooses(tmp_path: Path) -> None:
+    assert load(tmp_path).methods == MAIN_JOB
+    assert set(MAIN_JOB) < set(METHODS)
     assert load(tmp_path, "methods=[sft]").methods == ("sft",)
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -283,6 +284,9 @@ def main() -> None:
     # too; this must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     debug = "--debug" in sys.argv
+    if not debug:
+        # Libraries warn each other of coming changes; who runs a command cannot act on them.
+        warnings.simplefilter("ignore", FutureWarning)
     # The option may stand anywhere, as people type it last after a failure.
     sys.argv = [arg for arg in sys.argv if arg != "--debug"]
     try:
