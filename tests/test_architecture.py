@@ -23,7 +23,8 @@ PACKAGE = Path(misstep.__file__).parent
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 HEAVY = (
-    "torch transformers trl peft numpy scipy openvino openvino_genai datasets pyarrow jinja2"
+    "torch transformers trl peft numpy scipy openvino openvino_genai openai datasets pyarrow "
+    "jinja2"
 )
 
 LAYERS = [
@@ -38,12 +39,14 @@ LAYERS = [
     "misstep.results",
     "misstep.study_results",
     "misstep.gguf_header",
+    "misstep.endpoint",
     "misstep.models",
     "misstep.rendering",
     "misstep.gguf_merge",
     "misstep.folding",
     "misstep.training*",
     "misstep.engines.base",
+    "misstep.engines.pace",
     "misstep.engines*",
     "misstep.judges.base",
     "misstep.judges*",
