@@ -20,8 +20,8 @@ demo: install
 check: lint types quick
 
 lint: install
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
 
 types: install
 	$(BIN)/mypy

@@ -77,7 +77,9 @@ def after(seconds: float, call: Call) -> tuple[int, Reply, dict[str, str]]:
 
 @contextmanager
 def serve(
-    reply: Callable[[Call], tuple[int, Reply, dict[str, str]]] = echo, key: str | None = None
+    reply: Callable[[Call], tuple[int, Reply, dict[str, str]]] = echo,
+    key: str | None = None,
+    port: int = 0,
 ) -> Iterator[Served]:
     state = Served(reply, key=key)
 
@@ -129,7 +131,7 @@ def serve(
             with suppress(ConnectionError, ValueError, OSError):
                 super().handle()
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     state.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -4,12 +4,15 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from misstep import __version__
 from misstep.errors import InputError, MisstepError
+
+if TYPE_CHECKING:
+    from misstep.bench.measure import Bench
 
 app = typer.Typer(
     name="misstep",
@@ -18,12 +21,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A language model learns from its mistakes: collect, analyse, train, guide, prove.",
 )
+bench = typer.Typer(
+    no_args_is_help=True, help="Speed side by side with peers, in one run, by turns."
+)
+app.add_typer(bench, name="bench")
 Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The run directory; runs/NAME where left out.")
 ]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the recipe's.")
+]
+BenchModel = Annotated[str, typer.Option("--model", help="A model whose weights are here.")]
+Rounds = Annotated[int, typer.Option(min=1, help="So many times each side has its turn.")]
+BenchOut = Annotated[
+    Path | None, typer.Option("--out", help="A JSON file; bench-NAME.json where left out.")
 ]
 
 
@@ -150,6 +162,71 @@ def _report_study(folder: Path, markdown: bool) -> None:
         print(study_markdown(folder), end="")
     else:
         print(write_study_report(folder))
+
+
+@bench.command("train")
+def bench_train(
+    model: BenchModel = "smollm2-135m",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each kind of work.")] = 160,
+    work: Annotated[list[str], typer.Option(help="analysis, mixed; all where left out.")] = [],  # noqa: B006
+    rounds: Rounds = 3,
+    out: BenchOut = None,
+) -> None:
+    """Training, beside TRL's SFTTrainer as documented and at its best settings."""
+    from misstep.bench.run import bench_train
+    from misstep.progress import progress
+
+    with progress() as shown:
+        found = bench_train(model, rows, work, rounds, shown)
+    _keep_bench(found, out)
+
+
+@bench.command("generate")
+def bench_generate(
+    model: BenchModel = "smollm2-135m",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind of work.")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of an answer.")] = 64,
+    work: Annotated[
+        list[str], typer.Option(help="analysis, attacks; all where left out.")
+    ] = [],  # noqa: B006
+    rounds: Rounds = 3,
+    out: BenchOut = None,
+) -> None:
+    """Answers, beside model.generate, and llama.cpp's server and vLLM where installed."""
+    from misstep.bench.run import bench_generate
+    from misstep.progress import progress
+
+    with progress() as shown:
+        found = bench_generate(model, prompts, max_tokens, work, rounds, shown)
+    _keep_bench(found, out)
+
+
+@bench.command("pipeline")
+def bench_pipeline(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006
+    script: Annotated[Path, typer.Option(help="The peer's script for the same work.")] = Path(
+        "benchmarks/pipeline_trl.py"
+    ),
+    rounds: Rounds = 1,
+    out: BenchOut = None,
+) -> None:
+    """A whole recipe, beside a script of TRL and transformers for the same work."""
+    from misstep.bench.run import bench_pipeline
+    from misstep.progress import progress
+
+    with progress() as shown:
+        found = bench_pipeline(recipe, overrides, script, rounds, shown)
+    _keep_bench(found, out)
+
+
+def _keep_bench(found: "Bench", out: Path | None) -> None:
+    from misstep.bench.measure import print_bench, write_bench
+
+    path = out or Path(f"bench-{found.bench}.json")
+    write_bench(found, path)
+    print_bench(found)
+    print(path)
 
 
 def _version(show: bool) -> None:

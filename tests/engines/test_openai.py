@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ def asks(count: int) -> list[Request]:
 
 def engine(served: Served, patience: Patience = QUICK) -> OpenAIEngine:
     return OpenAIEngine(Endpoint("m", served.url), patience)
+
+
+def same(opened: OpenAIEngine) -> OpenAIEngine:
+    return opened
 
 
 def texts(completions: list[Completion]) -> list[str]:
@@ -156,7 +161,7 @@ def test_failures_are_not_kept_and_the_next_run_asks_again(tmp_path: Path) -> No
     with serve(reply) as served:
         for expected in (["question 0", "", "question 2"], [f"question {i}" for i in range(3)]):
             real = engine(served)
-            with CachedEngine(real.identity, lambda e=real: e, tmp_path / "c") as cached:
+            with CachedEngine(real.identity, partial(same, real), tmp_path / "c") as cached:
                 assert texts(cached.generate(asks(3))) == expected
             down[0] = False
     assert sorted(map(text_of, served.calls)) == [
