@@ -52,8 +52,17 @@ class Endpoint:
 
     @property
     def key(self) -> str | None:
-        """The key, where the environment has one."""
-        return os.environ.get(self.variable) or None
+        """The key, where the environment has one.
+
+        Raises:
+            ModelError: it holds what no header can carry.
+        """
+        found = os.environ.get(self.variable, "").strip()
+        if not (found.isascii() and found.isprintable()):
+            raise ModelError(
+                f"{self.variable}: expected a key of printable ASCII characters, found others."
+            )
+        return found or None
 
 
 def parse_endpoint(name: str) -> Endpoint:

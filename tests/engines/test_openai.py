@@ -199,6 +199,19 @@ def test_a_server_that_wants_too_long_a_wait_is_not_waited_for() -> None:
     assert len(served.calls) == 1
 
 
+def test_a_server_that_hangs_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("misstep.engines.openai.SECONDS", 0.3)
+    known: list[Served] = []
+
+    def reply(call: Call) -> Given:
+        return after(2, call) if known[0].number(call) == 1 else echo(call)
+
+    with serve(reply) as served, engine(served) as opened:
+        known.append(served)
+        (found,) = opened.generate(asks(1))
+    assert found.text == "question 0" and len(served.calls) == 2
+
+
 def test_waits_are_read_in_all_three_forms() -> None:
     now = 1_800_000_000.0
     date = formatdate(now + 30, usegmt=True)
@@ -242,7 +255,9 @@ def test_what_fails_for_all_ends_the_run_at_once(
 def test_the_key_goes_to_its_host_only_and_nowhere_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-service")
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "sk-of-another-service")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Proxy: sk-of-another-service")
     with serve(key="sk-secret") as served:
         name = f"openai:m@{served.url}"
         with pytest.raises(ModelError, match=r"MISSTEP_KEY_127_0_0_1, which is not set"):
@@ -255,8 +270,19 @@ def test_the_key_goes_to_its_host_only_and_nowhere_else(
         chosen = choose("auto", locate(name))
         with CachedEngine(chosen.identity, chosen.open, tmp_path / "cache.sqlite") as cached:
             assert texts(cached.generate(asks(1))) == ["question 0"]
+    assert all("another" not in str(headers) for headers in served.headers)
     assert "sk-" not in chosen.identity + chosen.why
     assert b"sk-secret" not in (tmp_path / "cache.sqlite").read_bytes()
+
+
+@pytest.mark.parametrize("key", ["sk-one\nsk-two", "sk-schlüssel"])
+def test_a_key_that_no_header_can_carry_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("MISSTEP_KEY_127_0_0_1", key)
+    with serve() as served, pytest.raises(ModelError, match="printable ASCII") as refused:
+        locate(f"openai:m@{served.url}")
+    assert "sk-" not in str(refused.value)
 
 
 def test_a_key_that_a_server_repeats_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,16 @@ MOST_AT_ONCE = 64
 """Requests under way at most, whatever the endpoint bears."""
 SECONDS = 300.0
 """For one try, waiting in the server's own queue included."""
+HEADERS = frozenset(
+    (
+        *("host", "connection", "user-agent", "accept", "accept-encoding"),
+        *("content-type", "content-length", "authorization"),
+        # The library's note to itself that the answer is to be given as it came.
+        "x-stainless-raw-response",
+    )
+)
+"""All that an endpoint is sent beside the request itself."""
+OPENAI_HEADERS = frozenset(("openai-organization", "openai-project"))
 SHOWN = 200
 """Characters of a server's message that an error keeps."""
 
@@ -63,7 +73,7 @@ class OpenAIEngine(Engine):
     """Answers from an endpoint, many requests at once."""
 
     def __init__(self, endpoint: Endpoint, patience: Patience | None = None) -> None:
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
 
         self.identity = identity(endpoint)
         self.endpoint = endpoint
@@ -75,6 +85,7 @@ class OpenAIEngine(Engine):
             api_key=endpoint.key or "none",
             max_retries=0,
             timeout=SECONDS,
+            http_client=DefaultHttpxClient(event_hooks={"request": [self._strip]}),
         )
         # OpenAI's own models know the limit by its newer name only, most servers by the older.
         self._limit = "max_completion_tokens" if endpoint.host == OPENAI else "max_tokens"
@@ -182,6 +193,14 @@ class OpenAIEngine(Engine):
             return Fault(f"the connection failed ({error.__cause__ or error})", "broken")
         except OpenAIError as error:
             return Fault(self._clean(str(error)), "broken")
+
+    def _strip(self, request: Any) -> None:
+        """Take off what the client adds from the environment: it may be another host's."""
+        kept = HEADERS | OPENAI_HEADERS if self.endpoint.host == OPENAI else HEADERS
+        for name in set(request.headers) - kept:
+            del request.headers[name]
+        if self.endpoint.key is None:
+            request.headers.pop("authorization", None)
 
     def _arguments(self, request: Request) -> dict[str, Any]:
         return {
