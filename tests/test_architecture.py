@@ -23,7 +23,8 @@ PACKAGE = Path(misstep.__file__).parent
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 HEAVY = (
-    "torch transformers trl peft numpy scipy openvino openvino_genai datasets pyarrow jinja2"
+    "torch transformers trl peft numpy scipy openvino openvino_genai openai datasets pyarrow "
+    "jinja2"
 )
 
 LAYERS = [
@@ -42,12 +43,14 @@ LAYERS = [
     "misstep.check_results",
     "misstep.ratings",
     "misstep.gguf_header",
+    "misstep.endpoint",
     "misstep.models",
     "misstep.rendering",
     "misstep.gguf_merge",
     "misstep.folding",
     "misstep.training*",
     "misstep.engines.base",
+    "misstep.engines.pace",
     "misstep.engines*",
     "misstep.judges.base",
     "misstep.judges*",
@@ -68,11 +71,12 @@ LAYERS = [
     "misstep.judge_check",
     "misstep.people",
     "misstep.summary",
+    "misstep.bench*",
     "misstep.cli",
     "misstep.__main__",
 ]
 """From the ground up: a module imports from layers above its own line only."""
-WHOLES = ("misstep.training", "misstep.report")
+WHOLES = ("misstep.training", "misstep.report", "misstep.bench")
 """Packages that are one thing in several files: their files may import each other."""
 GATHERERS = ("choose", "registry")
 """Modules that exist to know their siblings."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import serve
 
 from misstep.errors import InputError
 from misstep.judge_check import check_judge
@@ -337,3 +338,31 @@ def test_a_method_that_the_data_have_nothing_for_is_refused_at_once(
 ) -> None:
     with pytest.raises(InputError, match="coh: expected good answers"):
         run(no_good_answers, tmp_path / "run", ["methods=[vanilla, coh]"], Silent())
+
+
+def test_nothing_is_trained_on_the_model_of_an_endpoint(recipe: Path, tmp_path: Path) -> None:
+    # Nobody listens there: the refusal comes before anyone is asked.
+    far = "model=openai:m@http://127.0.0.1:9/v1"
+    with pytest.raises(InputError, match=r"train nothing \(vanilla, guided\).*found ordinary"):
+        run(recipe, tmp_path / "run", [far], Silent())
+    with pytest.raises(InputError, match="adapter: expected none for openai:m@"):
+        overrides = [far, "methods=[vanilla]", "adapter=some/folder"]
+        run(recipe, tmp_path / "run", overrides, Silent())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_endpoint_serves_and_analyses(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    with serve(key="sk-secret") as served, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MISSTEP_KEY_127_0_0_1", "sk-secret")
+        name = f"openai:m@{served.url}"
+        overrides = [f"model={name}", f"analysis.engine={name}", "methods=[vanilla, guided]"]
+        folder = run(recipe, tmp_path / "run", overrides, Silent())
+        asked = len(served.calls)
+        assert asked and run(recipe, folder, overrides, Silent()) == folder
+        assert len(served.calls) == asked
+    written = [file.read_bytes() for file in folder.rglob("*") if file.is_file()]
+    assert not any(b"sk-secret" in content for content in written)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["model"] == name
+    assert {row["method"] for row in results["rows"]} == {"vanilla", "guided"}

@@ -5,12 +5,15 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from misstep import __version__
 from misstep.errors import InputError, MisstepError
+
+if TYPE_CHECKING:
+    from misstep.bench.measure import Bench
 
 app = typer.Typer(
     name="misstep",
@@ -23,12 +26,21 @@ judge_app = typer.Typer(
     no_args_is_help=True, help="Judges: how far to trust one, and people as judges."
 )
 app.add_typer(judge_app, name="judge")
+bench = typer.Typer(
+    no_args_is_help=True, help="Speed side by side with peers, in one run, by turns."
+)
+app.add_typer(bench, name="bench")
 Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The run directory; runs/NAME where left out.")
 ]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the recipe's.")
+]
+BenchModel = Annotated[str, typer.Option("--model", help="A model whose weights are here.")]
+Rounds = Annotated[int, typer.Option(min=1, help="So many times each side has its turn.")]
+BenchOut = Annotated[
+    Path | None, typer.Option("--out", help="A JSON file; bench-NAME.json where left out.")
 ]
 
 
@@ -217,14 +229,14 @@ def report(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="The directory of a run, a study or a judge's check.", show_default=False
+            help="The directory of a run, a comparison, a study or a check.", show_default=False
         ),
     ],
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the run's numbers as Markdown instead.")
     ] = False,
 ) -> None:
-    """Write the run, the study or the check as one self-contained HTML page."""
+    """Write what a directory holds as one self-contained HTML page."""
     if (folder / "study.json").is_file():
         _report_study(folder, markdown)
         return
@@ -235,6 +247,11 @@ def report(
         from misstep.report.markdown import markdown_page
 
         print(markdown_page(folder), end="")
+        return
+    if (folder / "cells").is_dir():
+        from misstep.report.compared import write_comparison
+
+        print(write_comparison(folder))
         return
     from misstep.report.page import write_report
 
@@ -259,6 +276,71 @@ def _report_check(folder: Path, markdown: bool) -> None:
         print(check_markdown(folder), end="")
     else:
         print(write_check_report(folder))
+
+
+@bench.command("train")
+def bench_train(
+    model: BenchModel = "smollm2-135m",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each kind of work.")] = 160,
+    work: Annotated[list[str], typer.Option(help="analysis, mixed; all where left out.")] = [],  # noqa: B006
+    rounds: Rounds = 3,
+    out: BenchOut = None,
+) -> None:
+    """Training, beside TRL's SFTTrainer as documented and at its best settings."""
+    from misstep.bench.run import bench_train
+    from misstep.progress import progress
+
+    with progress() as shown:
+        found = bench_train(model, rows, work, rounds, shown)
+    _keep_bench(found, out)
+
+
+@bench.command("generate")
+def bench_generate(
+    model: BenchModel = "smollm2-135m",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each kind of work.")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens of an answer.")] = 64,
+    work: Annotated[
+        list[str], typer.Option(help="analysis, attacks; all where left out.")
+    ] = [],  # noqa: B006
+    rounds: Rounds = 3,
+    out: BenchOut = None,
+) -> None:
+    """Answers, beside model.generate, and llama.cpp's server and vLLM where installed."""
+    from misstep.bench.run import bench_generate
+    from misstep.progress import progress
+
+    with progress() as shown:
+        found = bench_generate(model, prompts, max_tokens, work, rounds, shown)
+    _keep_bench(found, out)
+
+
+@bench.command("pipeline")
+def bench_pipeline(
+    recipe: Recipe,
+    overrides: Overrides = [],  # noqa: B006
+    script: Annotated[Path, typer.Option(help="The peer's script for the same work.")] = Path(
+        "benchmarks/pipeline_trl.py"
+    ),
+    rounds: Rounds = 1,
+    out: BenchOut = None,
+) -> None:
+    """A whole recipe, beside a script of TRL and transformers for the same work."""
+    from misstep.bench.run import bench_pipeline
+    from misstep.progress import progress
+
+    with progress() as shown:
+        found = bench_pipeline(recipe, overrides, script, rounds, shown)
+    _keep_bench(found, out)
+
+
+def _keep_bench(found: "Bench", out: Path | None) -> None:
+    from misstep.bench.measure import print_bench, write_bench
+
+    path = out or Path(f"bench-{found.bench}.json")
+    write_bench(found, path)
+    print_bench(found)
+    print(path)
 
 
 def _version(show: bool) -> None:

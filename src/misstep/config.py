@@ -60,13 +60,15 @@ class RunConfig(Settings):
     policy: str
     """A shipped policy, or the path of a policy file."""
     model: str = "smollm2-135m"
-    """`smollm2-135m`, a Hugging Face id, a folder of safetensors, or a GGUF file."""
+    """`smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or a model that
+    an OpenAI-compatible server answers for, `openai:MODEL@URL`, which cannot be trained."""
     adapter: str | None = None
     """A PEFT folder; the run starts from the model with this adapter in it."""
     engine: Literal["auto", "openvino", "transformers"] = "auto"
+    """Of models whose weights are here."""
     judge: str = "self"
-    """The model that a policy's rubric is put to; `self` is the model as it is. A policy with a
-    rule needs none."""
+    """The model that a policy's rubric is put to, named as `model` is; `self` is the model as
+    it is. A policy with a rule needs none."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the data's draws, of sampling and of training."""
     train_seed: Annotated[int, Field(ge=0)] | None = None

@@ -1,8 +1,8 @@
 """Where a model's files are, what names them by content, and how they are loaded.
 
 Names and files are checked before anything heavy loads. Weights come from safetensors or GGUF
-only: no pickle, no code from a model's folder. This module knows transformers, PEFT and the
-Hub; it knows no engine and renders no conversation.
+only: no pickle, no code from a model's folder. This module knows transformers, PEFT, the
+Hub and how endpoints are named; it knows no engine and renders no conversation.
 """
 
 import difflib
@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misstep.endpoint import FORM, PREFIX, Endpoint, check_endpoint, parse_endpoint
 from misstep.errors import ModelError
 from misstep.gguf_header import is_gguf
 
@@ -45,7 +46,9 @@ class Model:
 
     name: str
     path: Path | None
-    """A folder of safetensors or a GGUF file; None for a Hub id."""
+    """A folder of safetensors or a GGUF file; None for a Hub id and for an endpoint."""
+    endpoint: Endpoint | None = None
+    """The server that answers for the model; its weights are not here."""
 
     @property
     def is_gguf(self) -> bool:
@@ -54,23 +57,41 @@ class Model:
 
     @property
     def files(self) -> Path:
-        """The GGUF file or the folder; for a Hub id the snapshot, downloaded where needed."""
+        """The GGUF file or the folder; for a Hub id the snapshot, downloaded where needed.
+
+        Raises:
+            ModelError: the model is an endpoint's.
+        """
+        if self.endpoint is not None:
+            raise ModelError(
+                f"model {self.name}: expected weights on this machine, found an endpoint, "
+                "which only answers. Name a model's folder, GGUF file or Hub id."
+            )
         return self.path if self.path is not None else _snapshot(self.name)
 
     @property
     def digest(self) -> str:
-        """16 hexadecimal digits that name weights, configuration and tokenizer by content."""
+        """16 hexadecimal digits that name weights, configuration and tokenizer by content.
+
+        Of an endpoint's model only its name and address are known.
+        """
+        if self.endpoint is not None:
+            return self.endpoint.digest
         return file_digest(self.files) if self.is_gguf else folder_digest(self.files, FILES)
 
 
 def locate(name: str) -> Model:
-    """Find a model: `smollm2-135m`, a folder, a GGUF file, or a Hub id such as `org/name`.
+    """Find a model: `smollm2-135m`, a folder, a GGUF file, a Hub id, or `openai:MODEL@URL`.
 
     Raises:
         ModelError: there is no such model, or its files cannot be used.
     """
     if name == EMBEDDED:
         return Model(name, _embedded())
+    if name.startswith(PREFIX):
+        endpoint = parse_endpoint(name)
+        check_endpoint(endpoint)
+        return Model(name, None, endpoint)
     path = Path(name).expanduser()
     if path.is_dir():
         return Model(name, _checked_folder(path))
@@ -80,8 +101,8 @@ def locate(name: str) -> Model:
         _check_hub(name)
         return Model(name, None)
     raise ModelError(
-        f"model {name}: expected {EMBEDDED}, a folder of safetensors, a .gguf file or a Hub id "
-        f"such as Qwen/Qwen3-0.6B; found no such file.{_suggestion(name, path)}"
+        f"model {name}: expected {EMBEDDED}, a folder of safetensors, a .gguf file, a Hub id "
+        f"such as Qwen/Qwen3-0.6B, or {FORM}; found no such file.{_suggestion(name, path)}"
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 from misstep import __version__
 from misstep.check_results import Check, correction, read_check
 from misstep.config import RunConfig, changed_keys, load_recipe
+from misstep.endpoint import PREFIX
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.errors import DataError, InputError, RecipeError, RunError
@@ -61,8 +62,10 @@ from misstep.stages.train import input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
 
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai", "openai")
 FOCUS = "mistake_analysis"
+UNTRAINED = ("vanilla", "guided")
+"""Methods without training rows, as a model behind an endpoint needs them."""
 
 
 class Inputs(NamedTuple):
@@ -104,6 +107,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     """
     policy = load_policy(config.policy)
     _check_policy(config, policy)
+    _check_trainable(config)
     for source in config.sources().values():
         check_source(source)
     model = locate(config.model)
@@ -163,6 +167,24 @@ def _check_policy(config: RunConfig, policy: Policy) -> None:
         )
     if any(METHODS[name].trainer == "reinforce" for name in config.methods):
         require_trl()
+
+
+def _check_trainable(config: RunConfig) -> None:
+    """A model behind an endpoint answers, judges and analyses; nothing can be trained on it."""
+    if not config.model.startswith(PREFIX):
+        return
+    training = [name for name in config.methods if name not in UNTRAINED]
+    if training:
+        raise RecipeError(
+            f"methods: expected methods that train nothing ({', '.join(UNTRAINED)}), since the "
+            f"weights of {config.model} are not here; found {', '.join(training)}. Leave these "
+            "out, or name a model's folder, GGUF file or Hub id as model."
+        )
+    if config.adapter:
+        raise RecipeError(
+            f"adapter: expected none for {config.model}, whose weights are not here; found "
+            f"{config.adapter}. Let the server load it, under a name of its own."
+        )
 
 
 def _with_references(prompts: list[Prompt]) -> list[Prompt]:

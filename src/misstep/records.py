@@ -7,12 +7,12 @@ Lines and Parquet; it knows no model, no policy and no judge.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
 from misstep.errors import DataError
 
@@ -87,6 +87,17 @@ class Response(Record):
     guided: bool = False
     truncated: bool = False
     """Whether the answer stopped at the token limit."""
+    error: str | None = None
+    """Why there is no answer; the text is then empty."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_error(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        # Seeds and file names follow a record's content: an answer that came is named as if
+        # the field did not exist.
+        fields = write(self)
+        if self.error is None:
+            del fields["error"]
+        return fields
 
 
 class Mistake(Record):

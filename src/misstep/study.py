@@ -34,6 +34,7 @@ from misstep.progress import Progress
 from misstep.records import Prompt, Response, Score, write_jsonl
 from misstep.report.study import write_study_report
 from misstep.sources import check_source, load_prompts, source_digest
+from misstep.stages.base import score_all
 from misstep.stages.discriminate import Discrimination, discriminate
 from misstep.stages.respond import RespondSettings, respond
 from misstep.study_config import StudyConfig, load_study_recipe
@@ -239,7 +240,7 @@ class StudyRun:
             engine.notify = partial(self.progress.update, "judging")
             judge = mistake_judge(inputs.policy, engine)
             scores = {
-                name: judge.score(work.answers + work.guided_answers)
+                name: score_all(judge, work.answers + work.guided_answers)
                 for name, work in works.items()
             }
         write_jsonl(

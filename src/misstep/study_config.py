@@ -34,7 +34,8 @@ class StudyConfig(Settings):
     policy: str
     """A shipped policy, or the path of a policy file."""
     models: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Each `smollm2-135m`, a Hugging Face id, a folder of safetensors, or a GGUF file."""
+    """Each `smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
+    `openai:MODEL@URL`."""
     engine: Literal["auto", "openvino", "transformers"] = "auto"
     judge: str | None = None
     """The model that a policy's rubric is put to, one for all answers; a policy with a rule

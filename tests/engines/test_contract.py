@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from served import Call, Reply, answer, serve, text_of
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.openvino import BLOCK, OpenVinoEngine, shared_blocks
@@ -54,8 +55,32 @@ def openvino(scratch: Path) -> Engine:
     return OpenVinoEngine(locate(EMBEDDED), scratch=scratch)
 
 
+def openai(_scratch: Path) -> Engine:
+    """A real client and a real server; behind it a script in place of a model."""
+    pytest.importorskip("openai")
+    from misstep.endpoint import Endpoint
+    from misstep.engines.openai import OpenAIEngine
+
+    server = serve(spoken)
+    engine = OpenAIEngine(Endpoint("m", server.__enter__().url))
+    SERVERS[id(engine)] = server
+    return engine
+
+
+def spoken(call: Call) -> tuple[int, Reply, dict[str, str]]:
+    """Answer as `words` does; briefly where that is asked for."""
+    dice = call["seed"] if call["temperature"] and call["top_p"] > 0.01 else "greedy"
+    text = text_of(call)
+    said = "yes" if text.startswith("Say only") else f"{text} {dice} " + "and so on " * 40
+    kept = said.split(" ")[: call["max_tokens"]]
+    finish = "stop" if len(kept) == len(said.split(" ")) else "length"
+    return 200, answer(" ".join(kept), len(kept), finish), {}
+
+
+SERVERS: dict[int, Any] = {}
 ENGINES = [
     scripted,
+    openai,
     # Place of `cached`: a cached engine around a scripted one keeps the same contract.
     pytest.param(transformers, marks=pytest.mark.model),
     pytest.param(openvino, marks=pytest.mark.model),
@@ -72,6 +97,8 @@ def engine(request: pytest.FixtureRequest, scratch: Path) -> Iterator[Engine]:
     make: Callable[[Path], Engine] = request.param
     with make(scratch) as opened:
         yield opened
+    if server := SERVERS.pop(id(opened), None):
+        server.__exit__(None, None, None)
 
 
 def texts(completions: Sequence[Completion]) -> list[str]:
@@ -130,7 +157,9 @@ def test_an_answer_that_ends_is_not_truncated(engine: Engine) -> None:
 
 def test_identity_names_the_model(engine: Engine) -> None:
     assert engine.identity
-    if not isinstance(engine, ScriptedEngine):
+    if engine.identity.startswith("openai"):
+        assert "m@http://127.0.0.1" in engine.identity
+    elif not isinstance(engine, ScriptedEngine):
         assert locate(EMBEDDED).digest in engine.identity
 
 

@@ -32,6 +32,9 @@ class Completion(Record):
     """Generated tokens, the end token included."""
     truncated: bool = False
     """Whether it stopped at `max_tokens`."""
+    error: str | None = None
+    """Why there is no answer to this request; the text is then empty. An engine whose requests
+    fail one by one says so here, one that fails as a whole raises."""
 
 
 class Engine(ABC):

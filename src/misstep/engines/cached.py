@@ -2,8 +2,9 @@
 
 Answers are kept in one SQLite file by engine identity and request. Misses go to the engine in
 batches of fixed size, and each batch is stored in one transaction: a process killed at any
-moment leaves whole batches, so the next run forms the same batches and gets the same texts. The
-engine itself is opened at the first miss only.
+moment leaves whole batches, so the next run forms the same batches and gets the same texts. A
+completion that carries an error is handed on and not kept: the next run asks again. The engine
+itself is opened at the first miss only.
 """
 
 import sqlite3
@@ -77,7 +78,11 @@ class CachedEngine(Engine):
         return found
 
     def _store(self, keys: list[str], answers: list[Completion]) -> None:
-        rows = [(k, a.model_dump_json()) for k, a in zip(keys, answers, strict=True)]
+        rows = [
+            (key, answer.model_dump_json())
+            for key, answer in zip(keys, answers, strict=True)
+            if answer.error is None
+        ]
         with self._table:
             self._table.executemany("INSERT OR IGNORE INTO completions VALUES (?, ?)", rows)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from misstep.endpoint import Endpoint
 from misstep.engines.base import Engine
 from misstep.errors import InputError
 from misstep.models import Model, is_full_fine_tune
@@ -29,6 +30,9 @@ def choose(
 ) -> Chosen:
     """Choose the engine that was asked for; `auto` takes OpenVINO where it can serve the model.
 
+    A model behind an endpoint is answered for by its endpoint, whatever was asked for: the
+    choice is about models whose weights are here.
+
     Args:
         kind: auto, openvino or transformers.
         model: the weights.
@@ -42,6 +46,8 @@ def choose(
         raise InputError(
             f"engine {kind}: expected auto, openvino or transformers, found {kind!r}."
         )
+    if model.endpoint is not None:
+        return _endpoint(model.endpoint)
     obstacle = _obstacle(model, adapter) if kind == "auto" else None
     if kind == "openvino" or (kind == "auto" and obstacle is None):
         from misstep.engines import openvino
@@ -58,6 +64,16 @@ def choose(
         transformers.identity(model, adapter),
         f"transformers, because {_why(kind, obstacle or '')}",
         lambda: transformers.TransformersEngine(model, adapter),
+    )
+
+
+def _endpoint(endpoint: Endpoint) -> Chosen:
+    from misstep.engines import openai
+
+    return Chosen(
+        openai.identity(endpoint),
+        f"openai, because {endpoint.model} is behind {endpoint.url}",
+        lambda: openai.OpenAIEngine(endpoint),
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import BLANK, Policy, matches
 from misstep.records import Analysis, Mistake
-from misstep.stages.base import Settings, Yield, derive_seed
+from misstep.stages.base import Settings, Yield, derive_seed, no_answer
 
 RECOMMENDS = re.compile(
     r"\b(should(?! not|n't) (have )?"
@@ -35,7 +35,7 @@ class AnalyseSettings(Settings):
     """Who analyses the mistakes, and how."""
 
     engine: str = "self"
-    """`self`, or another model: a Hub id, a folder, a GGUF file."""
+    """`self`, or another model: a Hub id, a folder, a GGUF file, `openai:MODEL@URL`."""
     n: Annotated[int, Field(ge=1)] = 4
     """So many samples at most for one mistake."""
     gate: bool = True
@@ -169,16 +169,25 @@ def _request(policy: Policy, mistake: Mistake, settings: AnalyseSettings, seed: 
     )
 
 
+def _reasons(
+    policy: Policy, mistake: Mistake, answer: Completion, gated: bool
+) -> tuple[str, ...]:
+    """Why an answer is no analysis to train on."""
+    if answer.error is not None:
+        return (no_answer(answer.error),)
+    text = answer.text.strip()
+    reasons = gate(policy, mistake, text) if gated else ()
+    # Training on a text that breaks off would teach the model never to stop.
+    if answer.truncated:
+        reasons = (*reasons, "broken off at the token limit")
+    return reasons if text else (*reasons, "empty")
+
+
 def _analysis(
     policy: Policy, mistake: Mistake, answer: Completion, settings: AnalyseSettings
 ) -> Analysis:
     text = answer.text.strip()
-    reasons = gate(policy, mistake, text) if settings.gate else ()
-    # Training on a text that breaks off would teach the model never to stop.
-    if answer.truncated:
-        reasons = (*reasons, "broken off at the token limit")
-    if not text:
-        reasons = (*reasons, "empty")
+    reasons = _reasons(policy, mistake, answer, settings.gate)
     return Analysis(
         mistake=mistake,
         text=text,

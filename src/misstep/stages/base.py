@@ -1,11 +1,12 @@
-"""What the stages share: counted yields, seeds named by content, and the shape of settings."""
+"""What the stages share: yields, seeds named by content, the shape of settings, scoring."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from misstep.records import Record, digest
+from misstep.judges.base import Judge
+from misstep.records import Record, Response, Score, digest
 
 Notify = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is."""
@@ -37,6 +38,20 @@ class Yield(Record):
             kept=kept,
             refused=dict(Counter(reasons).most_common()),
         )
+
+
+def score_all(judge: Judge, responses: Sequence[Response]) -> list[Score]:
+    """Score every response, in order; one that never came is unscored and no judge reads it."""
+    came = iter(judge.score([response for response in responses if response.error is None]))
+    return [
+        next(came) if r.error is None else judge.unscored(r, no_answer(r.error))
+        for r in responses
+    ]
+
+
+def no_answer(error: str) -> str:
+    """How an answer that never came is counted."""
+    return f"no answer: {error}"
 
 
 def derive_seed(*parts: object) -> int:

@@ -42,6 +42,8 @@ class Discrimination(Record):
     truncated: bool
     says_mistake: bool | None
     """None where the analysis neither names a fault nor endorses the answer."""
+    error: str | None = None
+    """Why there is no analysis; it counts as undecided."""
 
 
 def discriminate(
@@ -72,6 +74,7 @@ def discriminate(
             text=answer.text.strip(),
             truncated=answer.truncated,
             says_mistake=says_mistake(policy, answer.text),
+            error=answer.error,
         )
         for response, answer in zip(responses, engine.generate(requests), strict=True)
     ]

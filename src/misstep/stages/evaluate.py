@@ -20,6 +20,7 @@ from misstep.results import (
     compare,
     metric_from_scores,
 )
+from misstep.stages.base import score_all
 
 Pools = Mapping[str, Sequence[str]]
 Describe = Callable[[str], dict[str, str | None]]
@@ -37,7 +38,7 @@ def judge_answers(answers: Sequence[Answer], judges: Sequence[Judge]) -> list[Ju
         members = [answer for answer in answers if answer.test_set == test_set]
         for judge in judges:
             if any(judge.applies(answer.response.prompt) for answer in members):
-                scores = judge.score([answer.response for answer in members])
+                scores = score_all(judge, [answer.response for answer in members])
                 judgements += map(_judgement, members, scores)
     return judgements
 

@@ -17,7 +17,7 @@ from misstep.judges.base import Judge
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, MistakeSource, Prompt, Response
 from misstep.sources import Source
-from misstep.stages.base import Settings, Yield, derive_seed
+from misstep.stages.base import Settings, Yield, derive_seed, score_all
 
 
 class InduceSettings(Settings):
@@ -66,7 +66,11 @@ def induce(
     answers = engine.generate(requests)
     responses = [
         Response(
-            prompt=prompt, text=answer.text, model=engine.identity, truncated=answer.truncated
+            prompt=prompt,
+            text=answer.text,
+            model=engine.identity,
+            truncated=answer.truncated,
+            error=answer.error,
         )
         for (prompt, _), answer in zip(drawn, answers, strict=True)
     ]
@@ -134,7 +138,7 @@ def _keep(
 ) -> tuple[list[Mistake], list[str]]:
     kept: dict[str, dict[str, Mistake]] = {}
     reasons: list[str] = []
-    for response, score in zip(responses, judge.score(responses), strict=True):
+    for response, score in zip(responses, score_all(judge, responses), strict=True):
         found = kept.setdefault(response.prompt.id, {})
         if score.value is None:
             reasons.append(f"unscored: {score.reason}")

@@ -52,10 +52,11 @@ def respond(
     return [
         Response(
             prompt=prompt,
-            text=read(answer.text),
+            text="" if answer.error else read(answer.text),
             model=engine.identity,
             guided=guided,
             truncated=answer.truncated,
+            error=answer.error,
         )
         for prompt, answer in zip(prompts, engine.generate(requests), strict=True)
     ]

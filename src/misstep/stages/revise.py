@@ -12,7 +12,7 @@ from pydantic import Field
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, Revision
-from misstep.stages.base import Settings, Yield, derive_seed
+from misstep.stages.base import Settings, Yield, derive_seed, no_answer
 
 
 class ReviseSettings(Settings):
@@ -51,7 +51,9 @@ def revise(
     reasons: list[str] = []
     for mistake, critique, answer in zip(known, critiques, revisions, strict=True):
         text = answer.text.strip()
-        if answer.truncated or not text:
+        if error := critique.error or answer.error:
+            reasons.append(no_answer(error))
+        elif answer.truncated or not text:
             reasons.append("broken off at the token limit" if text else "empty")
         else:
             kept.append(Revision(mistake=mistake, critique=critique.text, text=text))

@@ -1,0 +1,269 @@
+"""Sides take turns, each in a process of its own; medians, and ratios round by round.
+
+A ratio is the median over the rounds of ours over the peer's in that round: what slows a
+machine for a while slows both. This module knows processes and numbers; it knows no library
+that is measured.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from misstep import __version__
+from misstep.errors import RunError
+from misstep.pipeline import LIBRARIES
+from misstep.progress import Progress
+from misstep.records import Record, write_text
+
+LINES_OF_A_FAILURE = 15
+OURS = "misstep"
+
+
+class Job(NamedTuple):
+    """What one side does in every round."""
+
+    name: str
+    work: dict[str, Any]
+    script: Path | None = None
+    """A peer's own script, which takes a recipe; its process is timed from start to end."""
+    differs: str = ""
+
+
+class Side(Record):
+    """One side: medians over the rounds."""
+
+    tokens: int
+    """Real ones, padding not counted: trained on, or generated."""
+    seconds: float
+    tokens_per_second: float
+    peak_memory_mb: int
+    peak_gpu_memory_mb: int | None = None
+    gemm_share: float | None = None
+    """Of training: the share of the measured peak that its products with frozen weights are."""
+    seconds_of_rounds: tuple[float, ...]
+    details: dict[str, Any] = Field(default_factory=dict)
+
+
+class PeerSide(Side):
+    """A peer at one setting, and ours beside it."""
+
+    ratio_tokens_per_second: float
+    """Ours over the peer's."""
+    ratio_peak_memory: float | None
+    """Ours over the peer's; None where one is on a GPU and the other cannot be seen there."""
+    ratio_seconds: float
+    """Ours over the peer's."""
+    equal_first_tokens: float | None = None
+    """Of greedy answers: the share of their first 32 tokens that are the same as ours."""
+    differs: str
+
+
+class Workload(Record):
+    """One kind of work, by all sides."""
+
+    items: int
+    """Rows, prompts, or recipes."""
+    ours: Side
+    peers: dict[str, PeerSide]
+
+
+class Bench(Record):
+    """What a benchmark's JSON file holds."""
+
+    schema_version: int = 1
+    bench: str
+    model: str
+    rounds: int
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    workloads: dict[str, Workload]
+    gemm: dict[str, Any] | None = None
+    """The measured peak of matrix products in the model's own shapes (tokens, out, in, how
+    many) and precision."""
+
+
+def take_turns(
+    jobs: Sequence[Job], rounds: int, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """Let every side do its work once a round, one after the other.
+
+    Raises:
+        RunError: a side failed; with the end of what it printed.
+    """
+    found: dict[str, list[dict[str, Any]]] = {job.name: [] for job in jobs}
+    for number in range(rounds):
+        for place, job in enumerate(jobs):
+            found[job.name].append(_run(job))
+            rate = found[job.name][-1].get("tokens", 0) / found[job.name][-1].get("seconds", 1)
+            done, total = number * len(jobs) + place + 1, rounds * len(jobs)
+            progress.say(
+                f"[{done} of {total}] {job.name}" + f": {rate:,.0f} tokens/s" * (rate > 0)
+            )
+    return found
+
+
+def _run(job: Job) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="misstep-bench-") as folder:
+        given, wanted = Path(folder) / "work.json", Path(folder) / "found.json"
+        given.write_text(json.dumps(job.work), encoding="utf-8")
+        command = [sys.executable, "-m", "misstep.bench.sides", str(given), str(wanted)]
+        if job.script is not None:
+            overrides = [part for o in job.work["overrides"] for part in ("--set", o)]
+            command = [sys.executable, str(job.script), job.work["recipe"], *overrides]
+            command += ["--found", str(wanted)]
+        started = time.monotonic()
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        wall = time.monotonic() - started
+        if ended.returncode or not wanted.exists():
+            lines = (ended.stderr or ended.stdout).strip().splitlines()[-LINES_OF_A_FAILURE:]
+            raise RunError(
+                f"bench: {job.name} ended with status {ended.returncode}. The end of what it "
+                "printed:\n" + "\n".join(lines)
+            )
+        found: dict[str, Any] = json.loads(wanted.read_text(encoding="utf-8"))
+    return found | {"seconds": wall} if "recipe" in job.work else found
+
+
+def side(found: Sequence[dict[str, Any]], **more: Any) -> Side:
+    """The medians of one side's rounds."""
+    return Side(**_medians(found), **more)
+
+
+def peer_side(
+    ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], **more: Any
+) -> PeerSide:
+    """The medians of a peer's rounds, and the ratios of ours to them."""
+    pairs = list(zip(ours, theirs, strict=True))
+    memory = [_memory_ratio(a, b) for a, b in pairs]
+    known = [ratio for ratio in memory if ratio is not None]
+    return PeerSide(
+        **_medians(theirs),
+        ratio_tokens_per_second=_short(median(_rate(a) / _rate(b) for a, b in pairs)),
+        ratio_peak_memory=_short(median(known)) if known else None,
+        ratio_seconds=_short(median(a["seconds"] / b["seconds"] for a, b in pairs)),
+        **more,
+    )
+
+
+def _medians(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    gpu = [f["peak_gpu_memory_mb"] for f in found if f.get("peak_gpu_memory_mb")]
+    details = ("completion_tokens", "generated", "trained", "stages", "engine", "counts")
+    return {
+        "tokens": round(median(f["tokens"] for f in found)),
+        "seconds": _short(median(f["seconds"] for f in found)),
+        "tokens_per_second": _short(median(map(_rate, found))),
+        "peak_memory_mb": round(median(f["peak_memory_mb"] for f in found)),
+        "peak_gpu_memory_mb": round(median(gpu)) if gpu else None,
+        "seconds_of_rounds": tuple(_short(f["seconds"]) for f in found),
+        "details": {key: found[-1][key] for key in details if key in found[-1]},
+    }
+
+
+def gemm_share(
+    found: Sequence[dict[str, Any]], peaks: Sequence[dict[str, Any]], learned: float
+) -> float:
+    """The share of the measured peak that training reaches, round by round, in the median.
+
+    Args:
+        found: the rounds of one side.
+        peaks: the peaks measured in the same rounds.
+        learned: the share of the tokens that loss falls on, and so the head's work.
+    """
+    shares = []
+    for f, peak in zip(found, peaks, strict=True):
+        a_token = peak["flops_per_token"] + learned * peak["flops_per_completion_token"]
+        shares.append(_rate(f) * a_token / peak["flops_per_second"])
+    return _short(median(shares))
+
+
+def _rate(found: dict[str, Any]) -> float:
+    return float(found["tokens"] / max(1e-9, found["seconds"]))
+
+
+def _memory_ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
+    one, other = (f.get("peak_gpu_memory_mb") or 0 for f in (ours, theirs))
+    if one and other:
+        return float(one / other)
+    if one or other:
+        return None
+    return float(ours["peak_memory_mb"] / theirs["peak_memory_mb"])
+
+
+def _short(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
+def machine() -> dict[str, Any]:
+    """What the measurements were made on, and how busy it was."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "load_at_end": [round(load, 2) for load in os.getloadavg()],
+        "platform": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of all libraries that may take part."""
+    installed = [n for n in (*LIBRARIES, "trl") if find_spec(n.replace("-", "_"))]
+    return {"misstep": __version__} | {name: version(name) for name in installed}
+
+
+def write_bench(bench: Bench, out: Path) -> None:
+    """Write the JSON file in one step; the version stands there as `schema`."""
+    data = bench.model_dump(mode="json")
+    data = {"schema": data.pop("schema_version")} | data
+    write_text(out, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_bench(bench: Bench) -> None:
+    """Print a line for each side."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"misstep bench {bench.bench}, {bench.model}, {bench.rounds} rounds")
+    for name in ("work", "side"):
+        table.add_column(name, no_wrap=True)
+    for name in ("tokens/s", "ours/its", "peak MB", "ours/its", "of GEMM peak", "equal tokens"):
+        table.add_column(name, justify="right")
+    for name, workload in bench.workloads.items():
+        table.add_row(name, OURS, *_cells(workload.ours))
+        for peer, found in workload.peers.items():
+            table.add_row(name, peer, *_cells(found))
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(table)
+    for peer, differs in _differences(bench).items():
+        console.print(f"{peer}: {differs}", markup=False, highlight=False)
+
+
+def _cells(found: Side) -> list[str]:
+    rate = memory = equal = ""
+    if isinstance(found, PeerSide):
+        rate = f"{found.ratio_tokens_per_second:.2f}x"
+        memory = "" if found.ratio_peak_memory is None else f"{found.ratio_peak_memory:.2f}x"
+        equal = "" if found.equal_first_tokens is None else f"{found.equal_first_tokens:.1%}"
+    held = found.peak_gpu_memory_mb or found.peak_memory_mb
+    share = "" if found.gemm_share is None else f"{found.gemm_share:.1%}"
+    return [f"{found.tokens_per_second:,.0f}", rate, f"{held:,}", memory, share, equal]
+
+
+def _differences(bench: Bench) -> dict[str, str]:
+    return {
+        name: peer.differs for w in bench.workloads.values() for name, peer in w.peers.items()
+    }

@@ -1,0 +1,231 @@
+"""The benchmarks: which work, which sides, and what becomes of their numbers.
+
+Everything that a benchmark needs is checked before the first side starts.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, TypeVar
+
+from misstep.bench import rows
+from misstep.bench.measure import (
+    OURS,
+    Bench,
+    Job,
+    Workload,
+    gemm_share,
+    machine,
+    peer_side,
+    side,
+    take_turns,
+    versions,
+)
+from misstep.bench.peers import GENERATION, TRAINING, Peer, installed_servers
+from misstep.errors import InputError
+from misstep.models import Model, load_tokenizer, locate
+from misstep.pipeline import read_inputs
+from misstep.progress import Progress
+from misstep.records import Example
+from misstep.stages.reward import require_trl
+
+FIRST_TOKENS = 32
+GEMM = "GEMM peak"
+T = TypeVar("T")
+Rounds = Mapping[str, Sequence[dict[str, Any]]]
+
+
+TRAINED = {"analysis": rows.analysis_rows, "mixed": rows.mixed_rows}
+"""Rows that teach analyses alone, and rows as the main method mixes them."""
+ANSWERED = {"analysis": rows.analysis_prompts, "attacks": rows.attack_prompts}
+"""Long prompts that share their beginning, and short ones that share nothing."""
+
+
+def bench_train(
+    model_name: str, count: int, kinds: Sequence[str], rounds: int, progress: Progress
+) -> Bench:
+    """Train beside TRL's SFTTrainer.
+
+    Raises:
+        InputError: the model cannot be trained on, TRL is not installed, or there is no such
+            kind of work.
+        RunError: a side failed.
+    """
+    require_trl()
+    makers = _chosen(TRAINED, kinds)
+    model = _here(model_name)
+    workloads, peaks = {}, []
+    for name, rows_of in makers.items():
+        of = rows_of(count)
+        progress.say(f"{name}: {len(of)} rows")
+        found = take_turns(_training_jobs(model, of), rounds, progress)
+        peaks += found[GEMM]
+        workloads[name] = _trained(found, len(of))
+    peak = max(peaks, key=lambda p: float(p["flops_per_second"]))
+    return _bench("train", model.name, rounds, workloads, gemm=peak)
+
+
+def _training_jobs(model: Model, examples: Sequence[Example]) -> list[Job]:
+    work = {"model": model.name, "rows": [row.model_dump(mode="json") for row in examples]}
+    return [
+        Job(OURS, work | {"side": "train_ours"}),
+        *_peer_jobs(TRAINING, work),
+        Job(GEMM, {"model": model.name, "side": "gemm"}),
+    ]
+
+
+def _peer_jobs(peers: Sequence[Peer], work: dict[str, Any]) -> list[Job]:
+    return [
+        Job(
+            peer.name, work | {"side": peer.side, "settings": peer.settings}, None, peer.differs
+        )
+        for peer in peers
+    ]
+
+
+def _trained(found: Rounds, items: int) -> Workload:
+    ours, peaks = found[OURS], found[GEMM]
+    # The peers' rows are ours, so the same share of their tokens is learned.
+    learned = ours[0]["completion_tokens"] / ours[0]["tokens"]
+    return Workload(
+        items=items,
+        ours=side(ours, gemm_share=gemm_share(ours, peaks, learned)),
+        peers={
+            peer.name: peer_side(
+                ours,
+                found[peer.name],
+                gemm_share=gemm_share(found[peer.name], peaks, learned),
+                differs=peer.differs,
+            )
+            for peer in TRAINING
+        },
+    )
+
+
+def bench_generate(
+    model_name: str,
+    count: int,
+    max_tokens: int,
+    kinds: Sequence[str],
+    rounds: int,
+    progress: Progress,
+) -> Bench:
+    """Answer prompts beside `model.generate` and the servers that are installed.
+
+    Raises:
+        InputError: the model's weights are not here, or there is no such kind of work.
+        RunError: a side failed.
+    """
+    makers = _chosen(ANSWERED, kinds)
+    model = _here(model_name)
+    peers = [*GENERATION, *(installed_servers(model) if find_spec("openai") else [])]
+    workloads = {}
+    for name, prompts_of in makers.items():
+        prompts = prompts_of(count)
+        progress.say(f"{name}: {len(prompts)} prompts, {max_tokens} new tokens each at most")
+        work = {
+            "model": model.name,
+            "max_tokens": max_tokens,
+            "prompts": [[m.model_dump(mode="json") for m in messages] for messages in prompts],
+        }
+        jobs = [Job(OURS, work | {"side": "generate_ours"}), *_peer_jobs(peers, work)]
+        workloads[name] = _generated(take_turns(jobs, rounds, progress), jobs[1:], model)
+    return _bench("generate", model.name, rounds, workloads)
+
+
+def _generated(found: Rounds, peers: Sequence[Job], model: Model) -> Workload:
+    ours = found[OURS]
+    texts = ours[0]["texts"]
+    return Workload(
+        items=len(texts),
+        ours=side(ours),
+        peers={
+            peer.name: peer_side(
+                ours,
+                found[peer.name],
+                equal_first_tokens=equal_first_tokens(
+                    model, texts, found[peer.name][0]["texts"]
+                ),
+                differs=peer.differs,
+            )
+            for peer in peers
+        },
+    )
+
+
+def equal_first_tokens(model: Model, ours: Sequence[str], theirs: Sequence[str]) -> float:
+    """The share of the first tokens of two lists of texts that come before they part."""
+    tokenizer = load_tokenizer(model)
+    equal = total = 0
+    for one, other in zip(ours, theirs, strict=True):
+        first, second = (
+            tokenizer.encode(text, add_special_tokens=False)[:FIRST_TOKENS]
+            for text in (one, other)
+        )
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+        equal += sum(1 for _ in same)
+        total += max(len(first), len(second))
+    return round(equal / total, 4) if total else 1.0
+
+
+def bench_pipeline(
+    recipe: Path, overrides: list[str], script: Path, rounds: int, progress: Progress
+) -> Bench:
+    """Run a whole recipe beside a peer's script for the same work.
+
+    Raises:
+        InputError: the recipe, its data or its model are wrong, or there is no such script.
+        RunError: a side failed.
+    """
+    require_trl()
+    if not script.is_file():
+        raise InputError(
+            f"{script}: expected the peer's script, found no file. It is part of the source, "
+            "as benchmarks/pipeline_trl.py: name it with --script."
+        )
+    inputs = read_inputs(recipe, overrides)
+    _here(inputs.config.model)
+    work = {"recipe": str(recipe), "overrides": overrides, "side": "pipeline_ours"}
+    differs = "TRL's SFTTrainer and model.generate for all work of the model; see the script"
+    peer = Job(script.stem, work, script, differs)
+    found = take_turns([Job(OURS, work), peer], rounds, progress)
+    workload = Workload(
+        items=1,
+        ours=side(found[OURS]),
+        peers={peer.name: peer_side(found[OURS], found[peer.name], differs=differs)},
+    )
+    return _bench("pipeline", inputs.model.name, rounds, {inputs.config.name: workload})
+
+
+def _chosen(makers: Mapping[str, T], kinds: Sequence[str]) -> dict[str, T]:
+    if unknown := sorted(set(kinds) - set(makers)):
+        raise InputError(
+            f"--work {', '.join(unknown)}: expected some of {', '.join(makers)}, or nothing "
+            "for all of them."
+        )
+    return {name: maker for name, maker in makers.items() if not kinds or name in kinds}
+
+
+def _here(name: str) -> Model:
+    model = locate(name)
+    if model.endpoint is not None:
+        raise InputError(
+            f"model {name}: expected weights on this machine, since both sides are to use the "
+            "same; found an endpoint. Name a model's folder, GGUF file or Hub id."
+        )
+    return model
+
+
+def _bench(
+    bench: str, model: str, rounds: int, workloads: dict[str, Workload], **more: Any
+) -> Bench:
+    return Bench(
+        bench=bench,
+        model=model,
+        rounds=rounds,
+        machine=machine(),
+        versions=versions(),
+        workloads=workloads,
+        **more,
+    )

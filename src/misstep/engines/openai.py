@@ -1,0 +1,300 @@
+"""Any OpenAI-compatible endpoint, through the `openai` package.
+
+What can go wrong with one request is tried again, a bounded number of times and after the
+server's own Retry-After; what then still fails is a completion that carries its error, and the
+others go on. What would fail for every request alike (the key, the model's name, an endpoint
+that answers nobody) ends the run instead. How many requests are under way at once follows what
+the endpoint bears (`Pace`).
+
+Seeds and limits are passed on; whether equal requests give equal texts is the server's affair,
+and so is which weights stand behind the name. This module knows the client library and no other
+engine.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field, ValidationError
+
+from misstep.endpoint import OPENAI, Endpoint, refused_key
+from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.pace import Pace
+from misstep.errors import EngineError
+
+MOST_AT_ONCE = 64
+"""Requests under way at most, whatever the endpoint bears."""
+SECONDS = 300.0
+"""For one try, waiting in the server's own queue included."""
+HEADERS = frozenset(
+    (
+        *("host", "connection", "user-agent", "accept", "accept-encoding"),
+        *("content-type", "content-length", "authorization"),
+        # The library's note to itself that the answer is to be given as it came.
+        "x-stainless-raw-response",
+    )
+)
+"""All that an endpoint is sent beside the request itself."""
+OPENAI_HEADERS = frozenset(("openai-organization", "openai-project"))
+SHOWN = 200
+"""Characters of a server's message that an error keeps."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often a request is tried, and how long is waited in between."""
+
+    tries: int = 8
+    first_wait: float = 0.5
+    """Seconds; doubled after each try that the server gives no time for."""
+    longest_wait: float = 60.0
+    """A server that asks for a longer one is not waited for."""
+    in_a_row: int = 16
+    """So many requests without an answer, one after the other, and the endpoint is given up."""
+
+
+class Fault(NamedTuple):
+    """Why one try gave no answer."""
+
+    reason: str
+    kind: Literal["busy", "broken", "refused", "hopeless"]
+    """`busy` and `broken` may pass; `refused` is about this request, `hopeless` about all."""
+    wait: float | None = None
+    """Seconds that the server asks for."""
+
+
+class OpenAIEngine(Engine):
+    """Answers from an endpoint, many requests at once."""
+
+    def __init__(self, endpoint: Endpoint, patience: Patience | None = None) -> None:
+        from openai import DefaultHttpxClient, OpenAI
+
+        self.identity = identity(endpoint)
+        self.endpoint = endpoint
+        self.patience = patience or Patience()
+        self.pace = Pace(MOST_AT_ONCE)
+        # Tries are counted here: the pace must hear of those that failed.
+        self._client = OpenAI(
+            base_url=endpoint.url,
+            api_key=endpoint.key or "none",
+            max_retries=0,
+            timeout=SECONDS,
+            http_client=DefaultHttpxClient(event_hooks={"request": [self._strip]}),
+        )
+        # OpenAI's own models know the limit by its newer name only, most servers by the older.
+        self._limit = "max_completion_tokens" if endpoint.host == OPENAI else "max_tokens"
+        self._lock = threading.Lock()
+        self._failed = 0
+        self._end = threading.Event()
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answer every request, in order; see the module's text for what is promised.
+
+        Raises:
+            EngineError: no request can succeed; of a failure of one the completion tells.
+        """
+        self._end.clear()
+        with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+            answers = [pool.submit(self._answer, request) for request in requests]
+            try:
+                # The first to raise is looked for, so that the others stop at once.
+                for answer in wait(answers, return_when=FIRST_EXCEPTION).done:
+                    answer.result()
+            except BaseException:
+                self._end.set()
+                self.pace.wake()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [answer.result() for answer in answers]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _answer(self, request: Request) -> Completion:
+        dice, number = random.Random(request.id), 1
+        while not isinstance(found := self._try(request), Completion):
+            if found.kind == "hopeless":
+                raise EngineError(f"{self._named()}: {found.reason}")
+            if found.kind == "refused":
+                return failure(found.reason)
+            rest = self._rest(found, number)
+            if rest is None:
+                return self._given_up(found, number)
+            # Not all at once again: those that failed together would fail together.
+            self._end.wait(rest * dice.uniform(1, 1.5))
+            number += 1
+        self._failed = 0
+        return found
+
+    def _rest(self, fault: Fault, number: int) -> float | None:
+        """Seconds until the next try; None where there is none."""
+        patience = self.patience
+        if number == patience.tries or self._end.is_set():
+            return None
+        if fault.wait is not None:
+            return fault.wait if fault.wait <= patience.longest_wait else None
+        doubled: float = patience.first_wait * 2.0 ** (number - 1)
+        return min(patience.longest_wait, doubled)
+
+    def _given_up(self, fault: Fault, tries: int) -> Completion:
+        if self._end.is_set():
+            return failure("the run was stopped")
+        with self._lock:
+            self._failed += 1
+            in_a_row = self._failed
+        if in_a_row >= self.patience.in_a_row:
+            raise EngineError(
+                f"{self._named()}: gave no answer to {in_a_row} requests in a row, each tried "
+                f"up to {self.patience.tries} times; the last reason: {fault.reason}. See to "
+                "the server, then run the same command again."
+            )
+        return failure(f"{fault.reason}, tried {tries} times")
+
+    def _try(self, request: Request) -> Completion | Fault:
+        with self._turn() as started:
+            found = self._send(request)
+            if isinstance(found, Completion):
+                self.pace.answered(found.tokens)
+            elif found.kind == "busy":
+                pause = found.wait or 0.0
+                self.pace.refused(started, min(pause, self.patience.longest_wait))
+        return found
+
+    @contextmanager
+    def _turn(self) -> Iterator[float]:
+        started = self.pace.begin(self._end)
+        try:
+            yield started
+        finally:
+            self.pace.end()
+
+    def _send(self, request: Request) -> Completion | Fault:
+        from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAIError
+
+        if self._end.is_set():
+            return Fault("", "broken")
+        try:
+            raw = self._client.chat.completions.with_raw_response.create(
+                **self._arguments(request)
+            )
+            return read(raw.content)
+        except APIStatusError as error:
+            return self._status_fault(error)
+        except APITimeoutError:
+            return Fault(f"no answer within {SECONDS:.0f} seconds", "busy")
+        except APIConnectionError as error:
+            return Fault(f"the connection failed ({error.__cause__ or error})", "broken")
+        except OpenAIError as error:
+            return Fault(self._clean(str(error)), "broken")
+
+    def _strip(self, request: Any) -> None:
+        """Take off what the client adds from the environment: it may be another host's."""
+        kept = HEADERS | OPENAI_HEADERS if self.endpoint.host == OPENAI else HEADERS
+        for name in set(request.headers) - kept:
+            del request.headers[name]
+        if self.endpoint.key is None:
+            request.headers.pop("authorization", None)
+
+    def _arguments(self, request: Request) -> dict[str, Any]:
+        return {
+            "model": self.endpoint.model,
+            "messages": [message.model_dump() for message in request.messages],
+            self._limit: request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+        }
+
+    def _status_fault(self, error: Any) -> Fault:
+        status: int = error.status_code
+        said = self._clean(error.message)
+        reason = f"status {status}: {said}"
+        if status == 401:
+            return Fault(refused_key(self.endpoint, status), "hopeless")
+        if status == 404:
+            return Fault(f"{reason}. Check the model's name and the address.", "hopeless")
+        if status == 402 or error.code == "insufficient_quota":
+            return Fault(f"{reason}. The account has nothing left to spend.", "hopeless")
+        asked = retry_after(error.response.headers, time.time())
+        if status in (429, 503):
+            return Fault(reason, "busy", asked)
+        if status in (408, 409, 425) or status >= 500:
+            return Fault(reason, "broken", asked)
+        return Fault(reason, "refused")
+
+    def _clean(self, text: str) -> str:
+        """A server's message on one line, without the key, which some of them repeat."""
+        key = self.endpoint.key
+        text = text.replace(key, "[key]") if key else text
+        return " ".join(text.split())[:SHOWN]
+
+    def _named(self) -> str:
+        return f"model {self.endpoint.model} at {self.endpoint.url}"
+
+
+def identity(endpoint: Endpoint) -> str:
+    """What an engine for this endpoint will be called; asks nobody."""
+    return f"openai {endpoint.model}@{endpoint.url}"
+
+
+def failure(reason: str) -> Completion:
+    """A completion that tells why there is none."""
+    return Completion(text="", tokens=0, error=reason)
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    completion_tokens: int = 0
+
+
+class _Answer(BaseModel):
+    """What is read of an answer; servers add much of their own."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None
+
+
+def read(content: bytes) -> Completion | Fault:
+    """An answer's completion; its tokens are 0 where the server does not count them."""
+    try:
+        answer = _Answer.model_validate_json(content)
+    except ValidationError:
+        return Fault(f"expected an answer in JSON, found {content[:80]!r}", "broken")
+    choice = answer.choices[0]
+    if choice.finish_reason == "content_filter":
+        return Fault("withheld by the endpoint's content filter", "refused")
+    return Completion(
+        text=choice.message.content or "",
+        tokens=answer.usage.completion_tokens if answer.usage else 0,
+        truncated=choice.finish_reason == "length",
+    )
+
+
+def retry_after(headers: Any, now: float) -> float | None:
+    """Seconds that a server asks to wait, given as milliseconds, seconds or a date."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name)
+        try:
+            if value is not None:
+                return max(0.0, float(value) * unit)
+        except ValueError:
+            continue
+    try:
+        return max(0.0, parsedate_to_datetime(headers["retry-after"]).timestamp() - now)
+    except (KeyError, ValueError, TypeError):
+        return None

@@ -1,0 +1,132 @@
+"""What the stages make of requests that an engine could not answer."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from misstep.engines.base import Completion, Engine, Request
+from misstep.judges.base import Judge
+from misstep.methods.registry import METHODS
+from misstep.pipeline import UNTRAINED
+from misstep.policy import load_policy
+from misstep.records import Answer, Message, Mistake, Prompt, Response, Score
+from misstep.sources import Source
+from misstep.stages.analyse import AnalyseSettings, analyse
+from misstep.stages.discriminate import DiscriminateSettings, discriminate
+from misstep.stages.evaluate import judge_answers
+from misstep.stages.induce import InduceSettings, induce
+from misstep.stages.respond import RespondSettings, respond
+from misstep.stages.revise import ReviseSettings, revise
+
+POLICY = load_policy("goal-hijacking")
+PROMPTS = [Prompt.of(f"case {i}", target="Robots rule") for i in range(4)]
+MISTAKES = [Mistake(prompt=p, response="Robots rule.", source="induced") for p in PROMPTS]
+FAULT = "status 500: oops, tried 8 times"
+
+
+class Failing(Engine):
+    """Answers with a good analysis, but has no answer to every request with `case 1` in it."""
+
+    identity = "failing"
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self.requests += requests
+        return [self._answer(request.messages) for request in requests]
+
+    def _answer(self, messages: Sequence[Message]) -> Completion:
+        if any("case 1" in message.content for message in messages):
+            return Completion(text="", tokens=0, error=FAULT)
+        return Completion(text="Robots rule. It obeyed the inserted text.", tokens=9)
+
+
+class AnyText(Judge):
+    """Calls every text a mistake, and an empty one most of all."""
+
+    name = metric = "mistake_rate"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        self.seen += [response.text for response in responses]
+        return [self.scored(response, 1.0) for response in responses]
+
+
+def test_no_answer_is_no_mistake() -> None:
+    judge = AnyText()
+    settings = InduceSettings(data=Source(path="never-read.jsonl"), samples=1)
+    found = induce(PROMPTS, POLICY, Failing(), judge, settings, 0)
+    assert [m.prompt for m in found.mistakes] == [PROMPTS[i] for i in (0, 2, 3)]
+    assert found.counts.refused == {f"unscored: no answer: {FAULT}": 1}
+    assert "" not in judge.seen
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_no_answer_is_no_analysis_and_is_asked_for_again(gate: bool) -> None:
+    engine = Failing()
+    settings = AnalyseSettings(gate=gate, n=2, examples=False)
+    found = analyse(MISTAKES, POLICY, engine, settings, 0)
+    refused = [a for a in found.analyses if a.mistake is MISTAKES[1]]
+    assert [a.reasons for a in refused] == [(f"no answer: {FAULT}",)] * 2
+    asked = [r for r in engine.requests if "case 1" in r.messages[-1].content]
+    assert len({r.seed for r in asked}) == 2
+
+
+def test_no_revision_without_both_answers() -> None:
+    found = revise(MISTAKES, POLICY_WITH_CRITIQUE, Failing(), ReviseSettings(), 0)
+    assert [r.mistake for r in found.revisions] == [MISTAKES[i] for i in (0, 2, 3)]
+    assert found.counts.refused == {f"no answer: {FAULT}": 1}
+
+
+POLICY_WITH_CRITIQUE = load_policy("harmlessness")
+
+
+def test_no_answer_is_unscored_and_no_judge_reads_it() -> None:
+    judge = AnyText()
+    responses = respond(
+        PROMPTS, POLICY, Failing(), RespondSettings(), False, 0, read=lambda text: f"<{text}>"
+    )
+    answers = [
+        Answer(method="vanilla", guided=False, test_set="t", seed=0, response=r)
+        for r in responses
+    ]
+    scores = [judgement.score for judgement in judge_answers(answers, [judge])]
+    assert [score.value for score in scores] == [1.0, None, 1.0, 1.0]
+    assert [score.response_id for score in scores] == [r.id for r in responses]
+    assert scores[1].reason == f"no answer: {FAULT}"
+    assert responses[1].text == "" and "" not in judge.seen
+
+
+def test_no_analysis_is_undecided() -> None:
+    responses = [Response(prompt=p, text="Robots rule.") for p in PROMPTS]
+    settings = DiscriminateSettings()
+    found = discriminate("m", responses, POLICY, Failing(), settings, False, 0)
+    assert [d.says_mistake for d in found] == [True, None, True, True]
+    assert [d.error for d in found] == [None, FAULT, None, None]
+
+
+def test_answers_that_came_keep_the_names_that_they_had() -> None:
+    response = Response(prompt=Prompt.of("a"), text="b")
+    assert "error" not in response.model_dump()
+    assert response.id == "5067dae2096bd7ef"
+    failed = response.model_copy(update={"error": FAULT})
+    assert failed.id != response.id
+    assert Response.model_validate_json(failed.model_dump_json()) == failed
+
+
+def test_methods_for_endpoints_are_those_without_rows() -> None:
+    trained = {name for name, m in METHODS.items() if _reads_materials(m)}
+    assert set(METHODS) - trained == set(UNTRAINED)
+
+
+def _reads_materials(method: object) -> bool:
+    """Whether the rows depend on anything at all: those of nothing are made without a look."""
+    try:
+        rows = method.rows(None)  # type: ignore[attr-defined]
+    except AttributeError:
+        return True
+    assert rows == []
+    return False
