@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from misstep.engines.pace import HOLD, Pace
+from misstep.engines.pace import REST, Pace
 
 
 class Clock:
@@ -60,7 +60,7 @@ def test_after_a_refusal_it_waits_some_windows_before_it_grows() -> None:
     clock = Clock()
     pace = Pace(64, first=8, clock=clock)
     pace.refused(0.0, 0.0)
-    limits = rounds(pace, clock, 1000, 2 * 4 * (HOLD + 1))
+    limits = rounds(pace, clock, 1000, 2 * 4 * (REST + 1))
     assert set(limits[:-1]) == {4} and limits[-1] == 6
 
 

@@ -17,7 +17,10 @@ GAIN = 1.1
 WINDOW = 2
 """A rate is measured over so many answers for each request under way."""
 HOLD = 8
-"""Windows between a trial that brought nothing, or a refusal, and the next trial."""
+"""Windows between a trial that brought nothing and the next trial."""
+REST = 2
+"""Windows between a refusal and the next trial. Few: where refusals come whatever the number,
+more would keep it at one."""
 
 
 class Pace:
@@ -86,7 +89,7 @@ class Pace:
             if started >= self._cut:
                 self._cut = now
                 self.limit = max(1, self.limit // 2)
-                self._smaller, self._hold = None, HOLD
+                self._smaller, self._hold = None, REST
             self._begin_window()
 
     def _judge(self, rate: float) -> None:
