@@ -46,6 +46,7 @@ def check(workload: dict[str, Any], peers: set[str]) -> None:
         assert peer["ratio_tokens_per_second"] == pytest.approx(rate, rel=0.01)
 
 
+@pytest.mark.model
 def test_train_runs_beside_both_settings_of_its_peer(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     options = ("--rows", "3", "--rounds", "1", "--work", "mixed")
@@ -61,6 +62,7 @@ def test_train_runs_beside_both_settings_of_its_peer(tiny_model: Path, tmp_path:
     assert max(counts) - min(counts) <= 3
 
 
+@pytest.mark.model
 def test_generate_runs_beside_generate_and_a_server(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("openai")
     program = tmp_path / "vllm"
@@ -84,6 +86,7 @@ def test_generate_runs_beside_generate_and_a_server(tiny_model: Path, tmp_path: 
     assert same["transformers-best"] == 1.0 and same["vllm"] < 1
 
 
+@pytest.mark.model
 def test_the_peer_does_the_pipelines_work(tiny_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     data = tmp_path / "data.jsonl"

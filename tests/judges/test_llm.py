@@ -1,8 +1,10 @@
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from misstep.engines.base import Request
+from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.judges.choose import all_judges, mistake_judge
 from misstep.judges.llm import RubricJudge
@@ -138,3 +140,16 @@ def test_the_policy_chooses_the_judge_of_mistakes() -> None:
 def test_mistakes_and_what_the_cure_may_cost_are_measured() -> None:
     metrics = [j.metric for j in all_judges(POLICY, ScriptedEngine())]
     assert metrics == ["mistake_rate", "helpfulness", "over_refusal"]
+
+
+def test_a_judge_that_could_not_be_asked_leaves_the_answer_unscored() -> None:
+    class Absent(Engine):
+        identity = "absent"
+
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            return [Completion(text="", tokens=0, error="HTTP 500") for _ in requests]
+
+    asked = Response(prompt=Prompt.of("Q"), text="A")
+    (score,) = RubricJudge(POLICY, Absent()).score([asked])
+    assert score.value is None
+    assert score.reason == "the judge gave no answer: HTTP 500"

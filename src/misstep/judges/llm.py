@@ -33,7 +33,9 @@ class RubricJudge(Judge):
     def score(self, responses: Sequence[Response]) -> list[Score]:
         answers = self.engine.generate([self._request(response) for response in responses])
         return [
-            self._read(response, answer.text, answer.truncated)
+            self.unscored(response, f"the judge gave no answer: {answer.error}")
+            if answer.error
+            else self._read(response, answer.text, answer.truncated)
             for response, answer in zip(responses, answers, strict=True)
         ]
 
