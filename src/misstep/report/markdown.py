@@ -5,6 +5,7 @@ equal to the files it was made from.
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from misstep.report.words import BETTER, duration, metric_title, rate
 from misstep.results import Comparison, Metric, Results, read_results
 
 FOCUS = "mistake_analysis/"
+SHOWN = ("vanilla/unguided", "sft/guided")
+"""What a comparison's page sets the others against; guided SFT may be missing in none."""
 CORRECTED = (
     "Corrected: the rate that the judge's verdicts stand for (Rogan and Gladen), with an "
     "interval that holds what is not known of the judge's errors. It supposes that the judge "
@@ -68,8 +71,8 @@ def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
         "## Rates with 95 % intervals",
         pooled_table(results),
         "## Paired differences (a minus b)",
-        "The adjusted p is Holm's, for all comparisons of one metric and test set; shown are "
-        "those of methods that train on analyses.",
+        "The adjusted p is Holm's, for all comparisons of one metric and test set, which "
+        "`results.json` holds; shown are those with the untrained model and with guided SFT.",
         _pooled_differences(results.comparisons),
     ]
     return "\n\n".join(parts) + "\n"
@@ -94,7 +97,7 @@ def _pooled_differences(comparisons: Iterable[Comparison]) -> str:
     lines += [
         line(differences_line(c))
         for c in of_interest(comparisons)
-        if "analysis" in c.a and c.b != c.a
+        if re.sub(r"\[.*\]", "", c.b) in SHOWN
     ]
     return "\n".join(lines)
 
