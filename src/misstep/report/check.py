@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from misstep.check_results import (
     CalibrationBin,
     Check,
@@ -19,22 +17,17 @@ from misstep.check_results import (
     Measured,
     read_check,
 )
-from misstep.records import read_jsonl, write_text
+from misstep.records import read_jsonl
 from misstep.report import words
 from misstep.report.check_words import METRICS, RATES, caution, shown, sides
 from misstep.report.pictures import Panel, Strip, Ticks, marks, rate_scale, scale
+from misstep.report.template import write_page
 from misstep.results import Metric
 
 WORST = 12
 """Disagreements of each data set that are shown."""
 SEED = 0
 """The same check gives the same page."""
-FILTERS = {
-    "rate": words.rate,
-    "model_text": words.model_text,
-    "capitalised": words.capitalised,
-    "count": words.count,
-}
 
 
 class Dot(NamedTuple):
@@ -73,27 +66,18 @@ def write_check_report(folder: Path) -> Path:
     """
     check = read_check(folder / "check.json")
     cases = list(read_jsonl(folder / "judged.jsonl", JudgedCase))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS | {"number": number}
-    page = environment.get_template("check.html.j2").render(
-        check=check,
-        headline=headline(check),
-        caution=caution(check.metric),
-        titles=shown(check),
-        panels=_panels(check),
-        sections=[
+    content = {
+        "check": check,
+        "headline": headline(check),
+        "caution": caution(check.metric),
+        "titles": shown(check),
+        "panels": _panels(check),
+        "sections": [
             _section(check, data, [case for case in cases if case.data == data.name])
             for data in check.data
         ],
-    )
-    write_text(folder / "check.html", page)
-    return folder / "check.html"
+    }
+    return write_page(folder / "check.html", "check.html.j2", content, {"number": number})
 
 
 def number(metric: Metric | None, name: str) -> tuple[str, str]:

@@ -9,11 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from misstep.records import write_text
 from misstep.report import words
 from misstep.report.pictures import Scale, scale
+from misstep.report.template import write_page
 from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS, rate
 from misstep.results import Comparison, Metric, Pooled, Results, Setting, read_results
 
@@ -59,16 +57,8 @@ def write_comparison(folder: Path) -> Path:
     """
     results = read_results(folder / "results.json")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("compared.html.j2").render(_content(results, manifest))
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+    content = _content(results, manifest)
+    return write_page(folder / "report.html", "compared.html.j2", content)
 
 
 def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:

@@ -4,31 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from misstep.records import write_text
-from misstep.report import words
 from misstep.report.headline import findings, headline
 from misstep.report.pictures import kinds_panel, losses, panels, squares
 from misstep.report.reading import Run, read_run
 from misstep.report.samples import pairs, some_analyses, verdict
+from misstep.report.template import write_page
 from misstep.report.view import View
-
-FILTERS = {
-    "method": words.method_title,
-    "direction": words.direction,
-    "capitalised": words.capitalised,
-    "rate": words.rate,
-    "gap": words.gap,
-    "points": words.points,
-    "p": words.p_text,
-    "count": words.count,
-    "sample_size": words.sample_size,
-    "duration": words.duration,
-    "model_text": words.model_text,
-    "most_frequent": words.most_frequent,
-    "verdict": verdict,
-}
 
 
 def write_report(folder: Path) -> Path:
@@ -37,17 +19,8 @@ def write_report(folder: Path) -> Path:
     Raises:
         DataError: the folder holds no file of a run at all.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
-    page = environment.get_template("report.html.j2").render(_content(read_run(folder)))
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+    content = _content(read_run(folder))
+    return write_page(folder / "report.html", "report.html.j2", content, {"verdict": verdict})
 
 
 def _content(run: Run) -> dict[str, Any]:

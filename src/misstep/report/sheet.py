@@ -9,35 +9,24 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from misstep.ratings import QUESTIONS, Item
-from misstep.records import digest, write_text
-from misstep.report import words
+from misstep.records import digest
+from misstep.report.template import HERE, write_page
 
-HERE = Path(__file__).parent
 WHOLE = 1_000_000
 """Characters of an answer that are shown: a rater has to read all of it."""
 
 
 def write_sheet_page(path: Path, items: Sequence[Item], mistake: str) -> None:
     """Write the page; `mistake` says in words what counts as one."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"model_text": words.model_text, "capitalised": words.capitalised}
     script = (HERE / "sheet.js.j2").read_text(encoding="utf-8")
-    page = environment.get_template("sheet.html.j2").render(
-        items=items,
-        mistake=mistake,
-        questions=QUESTIONS,
-        whole=WHOLE,
-        name=digest([item.item for item in items]),
-        script=script,
-        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
-    )
-    write_text(path, page)
+    content = {
+        "items": items,
+        "mistake": mistake,
+        "questions": QUESTIONS,
+        "whole": WHOLE,
+        "name": digest([item.item for item in items]),
+        "script": script,
+        "script_hash": b64encode(sha256(script.encode()).digest()).decode(),
+    }
+    write_page(path, "sheet.html.j2", content)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from misstep.errors import DataError
-from misstep.records import read_jsonl, write_text
+from misstep.records import read_jsonl
 from misstep.report import words
 from misstep.report.pictures import Panel, Strip, marks, rate_scale
+from misstep.report.template import write_page
 from misstep.results import Metric
 from misstep.stages.discriminate import Discrimination
 from misstep.study_results import (
@@ -46,16 +46,6 @@ TITLES = {
     "answering/guided": "guided answering",
     "analysing/unguided": "unguided analysis",
     "analysing/guided": "guided analysis",
-}
-FILTERS = {
-    "rate": words.rate,
-    "gap": words.gap,
-    "points": words.points,
-    "p": words.p_text,
-    "duration": words.duration,
-    "model_text": words.model_text,
-    "capitalised": words.capitalised,
-    "way": lambda name: TITLES[name],
 }
 
 
@@ -111,26 +101,18 @@ def write_study_report(folder: Path) -> Path:
         DataError: study.json or manifest.json is absent or unreadable.
     """
     study, manifest = read_study(folder / "study.json"), read_manifest(folder)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
     tests = tested(study)
-    page = environment.get_template("study.html.j2").render(
-        study=study,
-        manifest=manifest,
-        headline=headline(study, tests),
-        tested=tests,
-        panels=[_right(study), _balanced(study), _wins(study)],
-        samples=list(_samples(folder)),
-        recipe=yaml.safe_dump(manifest["recipe"], allow_unicode=True, sort_keys=False),
-    )
-    write_text(folder / "study.html", page)
-    return folder / "study.html"
+    content = {
+        "study": study,
+        "manifest": manifest,
+        "headline": headline(study, tests),
+        "tested": tests,
+        "panels": [_right(study), _balanced(study), _wins(study)],
+        "samples": list(_samples(folder)),
+        "recipe": yaml.safe_dump(manifest["recipe"], allow_unicode=True, sort_keys=False),
+    }
+    filters = {"way": lambda name: TITLES[name]}
+    return write_page(folder / "study.html", "study.html.j2", content, filters)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
