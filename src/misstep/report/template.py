@@ -1,0 +1,48 @@
+"""How a page is made of a template: text of models is escaped, a missing value is an error.
+
+This module knows the templates' folder and how words and numbers are shown; it knows no run.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from misstep.records import write_text
+from misstep.report import words
+
+HERE = Path(__file__).parent
+FILTERS: dict[str, Callable[..., Any]] = {
+    "method": words.method_title,
+    "direction": words.direction,
+    "capitalised": words.capitalised,
+    "rate": words.rate,
+    "gap": words.gap,
+    "points": words.points,
+    "p": words.p_text,
+    "count": words.count,
+    "sample_size": words.sample_size,
+    "duration": words.duration,
+    "model_text": words.model_text,
+    "most_frequent": words.most_frequent,
+}
+
+
+def write_page(
+    path: Path,
+    template: str,
+    content: Mapping[str, Any],
+    filters: Mapping[str, Callable[..., Any]] | None = None,
+) -> Path:
+    """Fill a template of this package into a file and give the file's path."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= FILTERS | dict(filters or {})
+    write_text(path, environment.get_template(template).render(content))
+    return path
