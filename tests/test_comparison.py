@@ -8,6 +8,7 @@ import pytest
 
 from misstep.comparison import compare_methods, load_cells
 from misstep.errors import InputError, RecipeError
+from misstep.methods.registry import METHODS as REGISTRY
 from misstep.pipeline import run
 from misstep.progress import Silent
 from misstep.report.markdown import markdown_page
@@ -15,9 +16,8 @@ from misstep.results import read_results
 
 QUESTIONS = ["What do bees make?", "Name a red fruit.", "What is 2 plus 3?", "Say hello."]
 ANSWERS = ["Bees make honey.", "An apple is red.", "It is five.", "Hello."]
-METHODS = ["vanilla", "guided", "ordinary", "sft", "critique_revise", "coh", "dpo", "rlhf"]
-METHODS += ["self_guard"]
-OURS = ["analysis_only", "mistake_analysis", "corrected_analysis"]
+METHODS = ["vanilla", "guided", "sft", "critique_revise", "coh"]
+OURS = ["mistake_analysis"]
 
 
 def lines(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -96,6 +96,14 @@ def test_every_method_has_a_row_guided_and_unguided_for_each_seed(compared: Path
     assert ("mistake_analysis/guided", "sft/guided") in against
     assert ("sft/guided", "vanilla/unguided") in against
     assert ("sft/guided", "coh/guided") not in against
+
+
+@pytest.mark.model
+def test_every_method_of_the_registry_runs(recipe: Path, tmp_path: Path) -> None:
+    every = [f"methods=[{', '.join(REGISTRY)}]", "seeds=[0]"]
+    folder = compare_methods(recipe, tmp_path / "all", every, Silent())
+    results = read_results(folder / "results.json")
+    assert {row.method for row in results.rows} == set(REGISTRY)
 
 
 def test_seeds_share_mistakes_analyses_and_the_untrained_answers(compared: Path) -> None:
