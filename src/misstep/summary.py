@@ -2,11 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from misstep.check_results import Measured, read_check
 from misstep.ratings import Ratings
 from misstep.results import Metric, Results, read_results
 from misstep.study_results import Study, Task, read_study
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TITLES = {"mistake_rate": "mistakes", "helpfulness": "helpful", "over_refusal": "refuses"}
 
@@ -29,7 +33,6 @@ STUDIED: tuple[tuple[str, Task, str], ...] = (
 
 def print_comparison(folder: Path) -> None:
     """Print the pooled rates of a comparison and where its report lies."""
-    from rich.console import Console
     from rich.table import Table
 
     results = read_results(folder / "results.json")
@@ -42,14 +45,11 @@ def print_comparison(folder: Path) -> None:
         found.setdefault((p.test_set, p.setting.name), {})[p.metric] = p
     for key, of in found.items():
         table.add_row(*key, *(_text(of.get(m)) for m in metrics))
-    console = Console(width=None if Console().is_terminal else 110)
-    console.print(table)
-    console.print(f"{folder / 'report.html'}\n{folder / 'results.json'}", markup=False)
+    _show(table, f"{folder / 'report.html'}\n{folder / 'results.json'}")
 
 
 def print_summary(folder: Path) -> None:
     """Print the table of results and where the report lies."""
-    from rich.console import Console
     from rich.table import Table
 
     results = read_results(folder / "results.json")
@@ -61,14 +61,11 @@ def print_summary(folder: Path) -> None:
         table.add_column(TITLES.get(name, name), justify="right")
     for cells in _cells(results, metrics):
         table.add_row(*cells)
-    console = Console(width=None if Console().is_terminal else 110)
-    console.print(table)
-    console.print(f"{folder / 'report.html'}\n{folder / 'results.json'}", markup=False)
+    _show(table, f"{folder / 'report.html'}\n{folder / 'results.json'}")
 
 
 def print_study(folder: Path) -> None:
     """Print who was right how often, and where the page lies."""
-    from rich.console import Console
     from rich.table import Table
 
     study = read_study(folder / "study.json")
@@ -79,9 +76,7 @@ def print_study(folder: Path) -> None:
         table.add_column(name, justify="right")
     for cells in _study_cells(study):
         table.add_row(*cells)
-    console = Console(width=None if Console().is_terminal else 110)
-    console.print(table)
-    console.print(f"{folder / 'study.html'}\n{folder / 'study.json'}", markup=False)
+    _show(table, f"{folder / 'study.html'}\n{folder / 'study.json'}")
 
 
 def print_check(folder: Path) -> None:
@@ -133,6 +128,15 @@ def _study_cells(study: Study) -> Iterator[list[str]]:
         guided = f"wins {_text(wins.win)}, loses {_text(wins.lose)}"
         for place, (title, cells) in enumerate([*ways, ("against unguided", ["", guided])]):
             yield ["" if place else model.model, title, *cells]
+
+
+def _show(table: "Table", where: str) -> None:
+    """Print a table, as wide as the terminal if there is one, and where the files lie."""
+    from rich.console import Console
+
+    console = Console(width=None if Console().is_terminal else 110)
+    console.print(table)
+    console.print(where, markup=False)
 
 
 def _cells(results: Results, metrics: Sequence[str]) -> list[list[str]]:
