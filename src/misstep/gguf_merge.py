@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -20,6 +21,7 @@ from misstep.gguf_header import ALIGNMENT, MAGIC, Header, TensorPlace, read_head
 
 if TYPE_CHECKING:
     import numpy as np
+    from gguf import TensorNameMap
     from numpy.typing import NDArray
 
     Matrix = NDArray[np.float32]
@@ -219,8 +221,13 @@ def _pairs(adapter: Path) -> Iterator[tuple[str, "Matrix", "Matrix"]]:
 
 def _tensor_name(module: str, header: Header) -> str:
     """The GGUF's name for a module of transformers; empty where it has none."""
+    name = _name_map(header.architecture, header.number("block_count")).get_name(module)
+    return f"{name}.weight" if name else ""
+
+
+@lru_cache(maxsize=1)
+def _name_map(architecture: str, blocks: int) -> "TensorNameMap":
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
-    name = get_tensor_name_map(arch, header.number("block_count")).get_name(module)
-    return f"{name}.weight" if name else ""
+    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    return get_tensor_name_map(arch, blocks)
