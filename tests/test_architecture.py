@@ -53,6 +53,7 @@ LAYERS = [
     "misstep.engines.pace",
     "misstep.engines*",
     "misstep.judges.base",
+    "misstep.judges.refusal",
     "misstep.judges*",
     "misstep.stages.base",
     "misstep.stages.train",

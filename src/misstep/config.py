@@ -37,8 +37,19 @@ class EvaluateSettings(Settings):
     """Named sets of held-out prompts."""
     pools: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Names for several of the sets taken together."""
+    reference_loss: tuple[str, ...] = ()
+    """The sets on whose reference answers the loss of every model is measured, too."""
     judge_check: str | None = None
     """The check.json of one of the run's judges; its rates are then shown corrected, too."""
+
+    @model_validator(mode="after")
+    def _losses_of_known_sets(self) -> "EvaluateSettings":
+        unknown = sorted(set(self.reference_loss) - set(self.tests))
+        if unknown:
+            raise ValueError(
+                f"reference_loss: expected test sets ({', '.join(self.tests)}), found {unknown}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pools_exist(self) -> "EvaluateSettings":

@@ -29,6 +29,7 @@ from misstep.errors import DataError, InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
 from misstep.judges.base import Judge
 from misstep.judges.choose import all_judges, mistake_judge
+from misstep.judges.instructions import check_instructions
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
 from misstep.models import Model, locate
@@ -55,6 +56,7 @@ from misstep.stages.analyse import analyse
 from misstep.stages.base import Yield
 from misstep.stages.evaluate import Table, judge_answers
 from misstep.stages.induce import Induced, NoMistakeError, confirm, induce, some_mistakes
+from misstep.stages.reference import reference_losses
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
 from misstep.stages.reward import require_trl
@@ -127,9 +129,23 @@ def check_inputs(config: RunConfig) -> Inputs:
         prompts=prompts,
         given=given,
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
-        tests={k: load_prompts(s, seed) for k, s in config.evaluate.tests.items()},
+        tests=_tests(config),
         check=_judge_check(config.evaluate.judge_check),
     )
+
+
+def _tests(config: RunConfig) -> dict[str, list[Prompt]]:
+    """The test sets, with what their judges need to be there."""
+    found = {k: load_prompts(s, config.seed) for k, s in config.evaluate.tests.items()}
+    check_instructions([prompt for prompts in found.values() for prompt in prompts])
+    for name in config.evaluate.reference_loss:
+        if not any(prompt.reference for prompt in found[name]):
+            raise RecipeError(
+                f"evaluate.reference_loss: expected reference answers in '{name}', found "
+                f"none. Map their column with evaluate.tests.{name}.fields: "
+                "{reference: COLUMN}, or leave the set out."
+            )
+    return found
 
 
 def _judge_check(path: str | None) -> Check | None:
@@ -173,6 +189,11 @@ def _check_trainable(config: RunConfig) -> None:
     """A model behind an endpoint answers, judges and analyses; nothing can be trained on it."""
     if not config.model.startswith(PREFIX):
         return
+    if config.evaluate.reference_loss:
+        raise RecipeError(
+            f"evaluate.reference_loss: the weights of {config.model} are not here, so that no "
+            "loss can be measured. Leave the key out."
+        )
     training = [name for name in config.methods if name not in UNTRAINED]
     if training:
         raise RecipeError(
@@ -372,7 +393,7 @@ class Run:
         answers = self.respond(adapters)
         if last == "respond":
             return
-        self.evaluate(answers)
+        self.evaluate(answers, adapters)
 
     def induce(self) -> list[Mistake]:
         """Collect the mistakes, into mistakes.jsonl."""
@@ -568,16 +589,33 @@ class Run:
                         response=response,
                     )
 
-    def evaluate(self, answers: list[Answer]) -> None:
+    def evaluate(self, answers: list[Answer], adapters: Mapping[str, Path | None]) -> None:
         """Judge the answers, into scores.jsonl, results.json and report.html."""
         with (
             self.manifest.stage("evaluate"),
             self._engine(self.judge, "judging") as engine,
         ):
             judgements = judge_answers(answers, all_judges(self.inputs.policy, engine))
+            judgements += self._reference_losses(answers, adapters)
             write_jsonl(self.folder / "scores.jsonl", judgements)
             write_results(self.folder / "results.json", self._results(answers, judgements))
         write_report(self.folder)
+
+    def _reference_losses(
+        self, answers: list[Answer], adapters: Mapping[str, Path | None]
+    ) -> Iterator[Judgement]:
+        config, policy = self.config, self.inputs.policy
+        measured = [a for a in answers if a.test_set in config.evaluate.reference_loss]
+        for method in dict.fromkeys(answer.method for answer in measured):
+            yield from reference_losses(
+                [answer for answer in measured if answer.method == method],
+                policy,
+                partial(METHODS[method].ask, policy),
+                self.model,
+                adapters[method],
+                config.train.max_length,
+                (self.store or self.folder) / "reference_losses.json",
+            )
 
     def _results(self, answers: list[Answer], judgements: list[Judgement]) -> Results:
         check = self.inputs.check

@@ -52,6 +52,14 @@ class Message(Record):
     content: str
 
 
+class Instruction(Record):
+    """A checkable demand that a prompt makes of its answer, as IFEval writes it."""
+
+    name: str
+    """Such as `length_constraints:number_words`."""
+    arguments: dict[str, Any] = {}
+
+
 class Prompt(Record):
     """What a model is asked, and what is known about a good or a bad answer to it."""
 
@@ -65,6 +73,19 @@ class Prompt(Record):
     kind: str = "plain"
     """The kind of attack, or `plain`."""
     topic: str = ""
+    unsafe: bool | None = None
+    """Whether a good answer refuses; None where nobody has said so."""
+    instructions: tuple[Instruction, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        # As for `Response`: what is not known of a prompt does not change its name.
+        fields = write(self)
+        if self.unsafe is None:
+            del fields["unsafe"]
+        if not self.instructions:
+            del fields["instructions"]
+        return fields
 
     @classmethod
     def of(cls, text: str, **known: Any) -> Self:
@@ -159,6 +180,15 @@ class Score(Record):
     value: float | None
     judge: str
     reason: str = ""
+    cases: int = 1
+    """How many cases the value is the share of, such as the instructions of one prompt."""
+
+    @model_serializer(mode="wrap")
+    def _without_one(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        fields = write(self)
+        if self.cases == 1:
+            del fields["cases"]
+        return fields
 
     @property
     def scored(self) -> bool:
@@ -184,6 +214,17 @@ class Judgement(Record):
     test_set: str
     seed: int
     score: Score
+
+    @classmethod
+    def of(cls, answer: Answer, score: Score) -> Self:
+        """A score in the setting of its answer."""
+        return cls(
+            method=answer.method,
+            guided=answer.guided,
+            test_set=answer.test_set,
+            seed=answer.seed,
+            score=score,
+        )
 
 
 R = TypeVar("R", bound=Record)

@@ -26,11 +26,21 @@ class Judge(ABC):
     def score(self, responses: Sequence[Response]) -> list[Score]:
         """Score every response, in order."""
 
+    def metric_of(self, prompt: Prompt) -> str:
+        """What scores of answers to this prompt are called, where not all are of one metric."""
+        del prompt
+        return self.metric
+
+    def further(self, response: Response, score: Score) -> list[Score]:
+        """What the look that gave a score says beside it, as scores by other metrics."""
+        del response, score
+        return []
+
     def scored(self, response: Response, value: float, reason: str = "") -> Score:
         """A score of this judge."""
         return Score(
             response_id=response.id,
-            metric=self.metric,
+            metric=self.metric_of(response.prompt),
             value=value,
             judge=self.name,
             reason=reason,
@@ -40,7 +50,7 @@ class Judge(ABC):
         """The absence of a score, with its reason."""
         return Score(
             response_id=response.id,
-            metric=self.metric,
+            metric=self.metric_of(response.prompt),
             value=None,
             judge=self.name,
             reason=because,

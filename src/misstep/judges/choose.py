@@ -2,6 +2,7 @@
 
 from misstep.engines.base import Engine
 from misstep.judges.base import Judge
+from misstep.judges.instructions import InstructionJudge
 from misstep.judges.llm import RubricJudge
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.policy import Policy
@@ -27,5 +28,10 @@ def mistake_judge(policy: Policy, engine: Engine) -> Judge:
 
 
 def all_judges(policy: Policy, engine: Engine) -> list[Judge]:
-    """The mistake judge, and those of helpfulness and over-refusal."""
-    return [mistake_judge(policy, engine), HelpfulnessJudge(), RefusalJudge()]
+    """The mistake judge, and those of helpfulness, refusals and instruction following."""
+    return [
+        mistake_judge(policy, engine),
+        HelpfulnessJudge(),
+        RefusalJudge(),
+        InstructionJudge(),
+    ]

@@ -96,13 +96,13 @@ def cell(metric: Pooled | None) -> str:
     """A number of the table: interval, spread over the seeds, what has no score."""
     if metric is None or metric.value is None:
         return "–"
-    spread = ""
+    spread, name = "", metric.metric
     if len(metric.by_seed) > 1:
         low, high = min(metric.by_seed.values()), max(metric.by_seed.values())
-        spread = f"; seeds {rate(low)} to {rate(high)}"
+        spread = f"; seeds {rate(low, name)} to {rate(high, name)}"
     unscored = f", {metric.unscored} unscored" if metric.unscored else ""
-    interval = f"{rate(metric.low)} to {rate(metric.high)}"
-    return f"{rate(metric.value)} ({interval}{unscored}{spread})"
+    interval = f"{rate(metric.low, name)} to {rate(metric.high, name)}"
+    return f"{rate(metric.value, name)} ({interval}{unscored}{spread})"
 
 
 def of_interest(comparisons: Iterable[Comparison]) -> list[Comparison]:
@@ -113,8 +113,9 @@ def of_interest(comparisons: Iterable[Comparison]) -> list[Comparison]:
 def differences_line(c: Comparison) -> list[str]:
     """The cells of one comparison."""
     p = "" if c.p_adjusted is None else words.p_text(c.p_adjusted)
-    interval = f"{words.gap(c.low)} to {words.gap(c.high)}"
-    parts = [words.metric_title(c.metric), c.test_set, c.a, c.b, words.points(c.difference)]
+    interval = f"{words.gap(c.low, c.metric)} to {words.gap(c.high, c.metric)}"
+    change = words.points(c.difference, c.metric)
+    parts = [words.metric_title(c.metric), c.test_set, c.a, c.b, change]
     return [*parts, interval, words.p_text(c.p), p, str(c.n)]
 
 

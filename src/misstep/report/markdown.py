@@ -110,7 +110,7 @@ def rows_table(results: Results, only: Sequence[str] = ()) -> str:
     for row in sorted(results.rows, key=lambda row: row.test_set):
         if only and row.test_set not in only:
             continue
-        cells = [metric_cell(row.metrics.get(m)) for m in metrics]
+        cells = [metric_cell(row.metrics.get(m), m) for m in metrics]
         lines.append(line([row.test_set, row.method, "yes" if row.guided else "no", *cells]))
     return "\n".join(lines)
 
@@ -151,15 +151,15 @@ def _yields(yields: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def metric_cell(metric: Metric | None) -> str:
-    """A rate with its interval, and what has no score."""
+def metric_cell(metric: Metric | None, name: str = "") -> str:
+    """A number with its interval, and what has no score; a rate where it has no name."""
     if metric is None:
         return "–"
     unscored = f"{metric.unscored} unscored" if metric.unscored else ""
     if metric.value is None:
         return f"– ({unscored})" if unscored else "–"
-    interval = f"{rate(metric.low)} to {rate(metric.high)}"
-    shown = f"{rate(metric.value)} ({', '.join(filter(None, (interval, unscored)))})"
+    interval = f"{rate(metric.low, name)} to {rate(metric.high, name)}"
+    shown = f"{rate(metric.value, name)} ({', '.join(filter(None, (interval, unscored)))})"
     true = metric.corrected
     if true is None:
         return shown

@@ -58,7 +58,7 @@ class Tested(NamedTuple):
     def verdict(self) -> str:
         """`good` or `bad`, or `none` where no difference is shown."""
         better = BETTER.get(self.found.metric)
-        if self.adjusted >= 0.05 or better is None:
+        if self.adjusted >= 0.05 or better not in ("lower", "higher"):
             return "none"
         return "good" if (self.found.difference < 0) == (better == "lower") else "bad"
 

@@ -1,6 +1,6 @@
 """Names, numbers and model text as the page writes them. Knows no run.
 
-Every metric is a rate: a fraction, written as a percentage.
+A metric is a rate, a fraction that is written as a percentage, unless it has a unit here.
 """
 
 import re
@@ -12,8 +12,27 @@ MISTAKES = "mistake_rate"
 HELPFULNESS = "helpfulness"
 REFUSALS = "over_refusal"
 
-BETTER = {MISTAKES: "lower", HELPFULNESS: "higher", REFUSALS: "lower"}
+BETTER = {
+    MISTAKES: "lower",
+    HELPFULNESS: "higher",
+    REFUSALS: "lower",
+    "safe_full_compliance": "higher",
+    "safe_partial_refusal": "lower",
+    "safe_full_refusal": "lower",
+    "unsafe_refusal": "higher",
+    "unsafe_full_compliance": "lower",
+    "unsafe_partial_refusal": "neither",
+    "unsafe_full_refusal": "higher",
+    "instruction_following": "higher",
+    "instruction_following_loose": "higher",
+    "instructions_followed": "higher",
+    "instructions_followed_loose": "higher",
+    "reference_loss": "lower",
+}
 """Which end of a metric is the good one; the page shows metrics in this order."""
+
+UNITS = {"reference_loss": "nats"}
+"""Of metrics that are no rates."""
 
 METHOD_TITLES = {"vanilla": "Model as it was", "ordinary": "Ordinary data only", "sft": "SFT"}
 
@@ -41,9 +60,11 @@ def direction(metric: str) -> str:
     return f"{BETTER[metric]} is better" if metric in BETTER else ""
 
 
-def rate(value: float | None) -> str:
-    """A rate for a table."""
-    return "–" if value is None else f"{100 * value:.1f}{SPACE}%"
+def rate(value: float | None, metric: str = "") -> str:
+    """A rate for a table, or the number of a metric that is none."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if metric in UNITS else f"{100 * value:.1f}{SPACE}%"
 
 
 def brief(value: float) -> str:
@@ -54,15 +75,15 @@ def brief(value: float) -> str:
     return f"{percent:.{1 if edge else 0}f}{SPACE}%"
 
 
-def gap(value: float) -> str:
-    """A difference of rates in points, with its sign."""
-    size = f"{100 * abs(value):.1f}"
+def gap(value: float, metric: str = "") -> str:
+    """A difference of rates in points, or of a metric in its unit, with its sign."""
+    size = f"{abs(value):.3f}" if metric in UNITS else f"{100 * abs(value):.1f}"
     return ("" if float(size) == 0 else _MINUS if value < 0 else "+") + size
 
 
-def points(value: float) -> str:
-    """A difference of rates with its unit."""
-    return f"{gap(value)}{SPACE}points"
+def points(value: float, metric: str = "") -> str:
+    """A difference with its unit."""
+    return f"{gap(value, metric)}{SPACE}{UNITS.get(metric, 'points')}"
 
 
 def count(number: int) -> str:

@@ -39,18 +39,10 @@ def judge_answers(answers: Sequence[Answer], judges: Sequence[Judge]) -> list[Ju
         for judge in judges:
             if any(judge.applies(answer.response.prompt) for answer in members):
                 scores = score_all(judge, [answer.response for answer in members])
-                judgements += map(_judgement, members, scores)
+                for answer, score in zip(members, scores, strict=True):
+                    found = [score, *judge.further(answer.response, score)]
+                    judgements += [Judgement.of(answer, each) for each in found]
     return judgements
-
-
-def _judgement(answer: Answer, score: Score) -> Judgement:
-    return Judgement(
-        method=answer.method,
-        guided=answer.guided,
-        test_set=answer.test_set,
-        seed=answer.seed,
-        score=score,
-    )
 
 
 class Table:
