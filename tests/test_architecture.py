@@ -71,6 +71,8 @@ LAYERS = [
     "misstep.study",
     "misstep.judge_check",
     "misstep.people",
+    "misstep.inspect_log",
+    "misstep.inspect_task",
     "misstep.summary",
     "misstep.bench*",
     "misstep.cli",

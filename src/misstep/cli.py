@@ -224,6 +224,28 @@ def judge_import(
     print_ratings(path, ratings)
 
 
+@app.command("import-inspect")
+def import_inspect(
+    logs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="LOG...",
+            help="Logs of `inspect eval misstep/recipe`, of one recipe.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The directory; runs/inspect-NAME where left out."),
+    ] = None,
+) -> None:
+    """Make results of inspect_ai's logs of a recipe's test sets."""
+    from misstep.inspect_log import import_logs
+    from misstep.summary import print_summary
+
+    print_summary(import_logs(logs, out))
+
+
 @app.command()
 def report(
     folder: Annotated[

@@ -129,13 +129,17 @@ def check_inputs(config: RunConfig) -> Inputs:
         prompts=prompts,
         given=given,
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
-        tests=_tests(config),
+        tests=load_tests(config),
         check=_judge_check(config.evaluate.judge_check),
     )
 
 
-def _tests(config: RunConfig) -> dict[str, list[Prompt]]:
-    """The test sets, with what their judges need to be there."""
+def load_tests(config: RunConfig) -> dict[str, list[Prompt]]:
+    """The test sets of a recipe, once all is there that their judges need.
+
+    Raises:
+        InputError: the data are wrong, or what a judge needs is not installed.
+    """
     found = {k: load_prompts(s, config.seed) for k, s in config.evaluate.tests.items()}
     check_instructions([prompt for prompts in found.values() for prompt in prompts])
     for name in config.evaluate.reference_loss:
