@@ -118,7 +118,7 @@ def test_broken_arguments_name_the_line(tmp_path: Path, kwargs: str) -> None:
     path = tmp_path / "p.jsonl"
     row = f'{{"prompt": "?", "instruction_id_list": ["a:b"], "kwargs": {kwargs}}}'
     write_text(path, row)
-    with pytest.raises(DataError, match="line 1.*instruction_id_list"):
+    with pytest.raises(DataError, match=r"line 1.*instruction_id_list"):
         load_prompts(Source(path=str(path)), 0)
 
 
@@ -151,7 +151,7 @@ def test_without_the_sentences_the_error_says_how_to_get_them(
         raise LookupError(name)
 
     monkeypatch.setattr(nltk.data, "find", absent)
-    with pytest.raises(InputError, match="nltk.downloader punkt_tab"):
+    with pytest.raises(InputError, match=r"nltk\.downloader punkt_tab"):
         check_instructions([prompt(1, WORDS)])
 
 
