@@ -13,7 +13,7 @@ from misstep.models import Model, adapter_digest, load_weights
 from misstep.policy import Policy
 from misstep.records import Answer, Example, Judgement, Score, digest, write_json
 from misstep.rendering import Renderer
-from misstep.stages.respond import Ask
+from misstep.stages.base import Ask
 from misstep.stages.train import micro_tokens
 from misstep.training.rows import Row, micro_batches, render_rows
 
