@@ -185,6 +185,31 @@ def test_rates_are_corrected_for_a_judge_that_was_checked(
     assert "evaluate.judge_check" in manifest["data"]
 
 
+def test_the_loss_on_references_is_measured_before_and_after(
+    recipe: Path, finished: Path
+) -> None:
+    run(recipe, finished, ["evaluate.reference_loss=[clean]"], Silent())
+    results = json.loads((finished / "results.json").read_text())
+    found = {
+        (row["method"], row["guided"]): row["metrics"]["reference_loss"]
+        for row in results["rows"]
+        if row["test_set"] == "clean"
+    }
+    assert len(found) == 4 * 2
+    assert all(metric["n"] == len(QUESTIONS) for metric in found.values())
+    assert len({metric["value"] for metric in found.values()}) == 4 * 2, "each has its own"
+    assert "reference_loss" in {c["metric"] for c in results["comparisons"]}
+    assert " nats" in (finished / "report.html").read_text()
+    assert "Reference loss (lower is better)" in markdown_page(finished)
+
+
+def test_a_loss_without_references_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="reference answers in 'attacks'"):
+        run(recipe, tmp_path / "run", ["evaluate.reference_loss=[attacks]"], Silent())
+    with pytest.raises(InputError, match=r"expected test sets \(attacks, clean\)"):
+        run(recipe, tmp_path / "run", ["evaluate.reference_loss=[clear]"], Silent())
+
+
 def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:
     given = (tmp_path / "check", None, ["label=obeyed"], Silent())
     path = check_judge("obedience", [str(LABELS)], *given) / "check.json"

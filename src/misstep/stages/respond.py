@@ -11,7 +11,7 @@ from pydantic import Field
 
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy
-from misstep.records import Message, Prompt, Response
+from misstep.records import Prompt, Response
 from misstep.stages.base import Ask, Settings, derive_seed
 
 Read = Callable[[str], str]
