@@ -82,9 +82,9 @@ class Prompt(Record):
         # As for `Response`: what is not known of a prompt does not change its name.
         fields = write(self)
         if self.unsafe is None:
-            del fields["unsafe"]
+            fields.pop("unsafe", None)
         if not self.instructions:
-            del fields["instructions"]
+            fields.pop("instructions", None)
         return fields
 
     @classmethod
@@ -187,7 +187,7 @@ class Score(Record):
     def _without_one(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
         fields = write(self)
         if self.cases == 1:
-            del fields["cases"]
+            fields.pop("cases", None)
         return fields
 
     @property
