@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from misstep.errors import DataError, InputError
+from misstep.judges.base import Seat
 from misstep.judges.instructions import InstructionJudge, check_instructions
 from misstep.records import Answer, Instruction, Prompt, Response, write_text
 from misstep.results import Row
@@ -39,7 +40,7 @@ def table(texts: dict[str, list[tuple[Prompt, str]]]) -> Table:
         for method, of in texts.items()
         for asked, text in of
     ]
-    return Table(answers, judge_answers(answers, [InstructionJudge()]), {}, 0)
+    return Table(answers, judge_answers(answers, [Seat(InstructionJudge())]), {}, 0)
 
 
 def rows(found: Table) -> list[Row]:
@@ -109,7 +110,7 @@ def test_an_empty_answer_follows_nothing_and_a_missing_one_is_unscored() -> None
         seed=0,
         response=Response(prompt=prompt(1, WORDS), text="", error="no server"),
     )
-    scores = [j.score for j in judge_answers([gone], [InstructionJudge()])]
+    scores = [j.score for j in judge_answers([gone], [Seat(InstructionJudge())])]
     assert [score.value for score in scores] == [None] * 4
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from misstep.judges.base import Seat
 from misstep.judges.refusal import class_of
 from misstep.judges.rule import RefusalJudge
 from misstep.records import Answer, Prompt, Response
@@ -30,7 +31,7 @@ def rates(unsafe: bool | None, texts: list[str]) -> dict[str, float | None]:
         )
         for i, text in enumerate(texts)
     ]
-    judgements = judge_answers(answers, [RefusalJudge()])
+    judgements = judge_answers(answers, [Seat(RefusalJudge())])
     rows = Table(answers, judgements, {}, 0).rows(
         lambda _: {"mistake_source": None, "analysis_source": None}
     )
