@@ -11,7 +11,8 @@ from misstep.engines.base import Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
 from misstep.inspect_log import import_logs
-from misstep.judges.choose import all_judges
+from misstep.judges.base import seated
+from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.policy import load_policy
 from misstep.records import Answer
 from misstep.results import Row, read_results
@@ -100,7 +101,9 @@ def ours(guided: bool = False) -> list[Row]:
             0,
         )
     ]
-    judgements = judge_answers(answers, all_judges(policy, engine))
+    judgements = judge_answers(
+        answers, seated([mistake_judge(policy, engine), *cost_judges()], {})
+    )
     nothing: dict[str, str | None] = {"mistake_source": None, "analysis_source": None}
     return Table(answers, judgements, {"both": ["attacks", "clean"]}, 0).rows(lambda _: nothing)
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from served import serve
 
-from misstep.errors import InputError
+from misstep.errors import InputError, RecipeError
 from misstep.judge_check import check_judge
 from misstep.judges.base import Judge
-from misstep.pipeline import run
+from misstep.pipeline import read_inputs, run
 from misstep.progress import Silent
 from misstep.records import Mistake, Response, Score, read_jsonl
 from misstep.report.markdown import markdown_page
@@ -208,6 +208,42 @@ def test_a_loss_without_references_is_refused(recipe: Path, tmp_path: Path) -> N
         run(recipe, tmp_path / "run", ["evaluate.reference_loss=[attacks]"], Silent())
     with pytest.raises(InputError, match=r"expected test sets \(attacks, clean\)"):
         run(recipe, tmp_path / "run", ["evaluate.reference_loss=[clear]"], Silent())
+
+
+def test_judges_side_by_side_stand_in_results_and_report(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.yaml"
+    both.write_text("ensemble: [obedience, obedience]\nneeds: all")
+    judges = {"second": "obedience", "both": str(both)}
+    run(recipe, finished, [f"evaluate.judges={json.dumps(judges)}"], Silent())
+    results = json.loads((finished / "results.json").read_text())
+    seen = 0
+    for row in results["rows"]:
+        if "mistake_rate" in row["metrics"]:
+            own = row["metrics"]["mistake_rate"]
+            assert row["metrics"]["mistake_rate@second"] == own
+            assert row["metrics"]["mistake_rate@both"] == own
+            assert row["metrics"]["votes_agree@both"]["value"] == 1
+            seen += 1
+    assert seen == 4 * 2
+    named = [(found["a"], found["b"]) for found in results["agreements"]]
+    assert ("mistake_rate", "mistake_rate@both") in named
+    assert all(found["same"]["value"] == 1 for found in results["agreements"])
+    assert "Agreement of the judges" in (finished / "report.html").read_text()
+    assert "Agreement of the judges" in markdown_page(finished)
+
+
+def test_a_judge_file_takes_the_place_of_the_policys_judge(
+    recipe: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("rule: refusal")
+    with pytest.raises(RecipeError, match="expected a judge of mistakes"):
+        read_inputs(recipe, [f"judge={own}"])
+    own.write_text("policy: harmlessness\nvotes: 3")
+    inputs = read_inputs(recipe, [f"judge={own}"])
+    assert inputs.of_mistakes is not None and inputs.of_mistakes.model == inputs.model
 
 
 def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ def judge_check(
     judge: Annotated[
         str,
         typer.Argument(
-            help="obedience, helpfulness, refusal, policy:NAME, or a YAML file.",
+            help="A rule (obedience, helpfulness, refusal), policy:NAME, rubric:NAME, "
+            "guard:NAME, or a YAML file.",
             show_default=False,
         ),
     ],
@@ -158,7 +159,7 @@ def judge_check(
         typer.Option("--out", help="The check's directory; runs/check-JUDGE where left out."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Of a rubric: the model that it is put to.")
+        str | None, typer.Option("--model", help="The model that is asked, or the guard's.")
     ] = None,
     field: Annotated[
         list[str],

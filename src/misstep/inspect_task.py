@@ -29,7 +29,7 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RecipeError
 from misstep.inspect_log import KEY, Asked, Judged
 from misstep.judges.base import Judge
-from misstep.judges.choose import all_judges
+from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.methods.registry import METHODS
 from misstep.models import locate
 from misstep.pipeline import load_tests
@@ -101,7 +101,13 @@ def _check(key: str, name: str, known: Sequence[str]) -> None:
 
 
 def _judges(config: RunConfig, policy: Policy) -> list[Judge]:
-    return all_judges(policy, _judging(config) if policy.judge.rubric else ScriptedEngine())
+    if config.judge_file is not None or config.evaluate.judges:
+        raise RecipeError(
+            "judge, evaluate.judges: expected the policy's own judge, since an inspect task "
+            "opens no judge's file; found others. Measure with them by `misstep evaluate`."
+        )
+    engine = _judging(config) if policy.judge.rubric else ScriptedEngine()
+    return [mistake_judge(policy, engine), *cost_judges()]
 
 
 def _judging(config: RunConfig) -> Engine:

@@ -6,10 +6,10 @@ command goes on after an interruption. What the numbers mean stands in misstep.c
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from misstep.check_results import (
     Check,
@@ -22,21 +22,18 @@ from misstep.check_results import (
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
 from misstep.engines.cached import CachedEngine
-from misstep.engines.choose import choose
-from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import DataError, RecipeError
-from misstep.judge_config import JudgeConfig, load_judge
-from misstep.judges.base import Judge
-from misstep.judges.choose import mistake_judge, rule_judge
-from misstep.labelled import DataSet, load_labelled
-from misstep.models import Model, locate
+from misstep.engines.choose import Chosen
+from misstep.errors import DataError
+from misstep.judges.base import PairJudge
+from misstep.judging import AnyJudge, JudgeInputs, opened, read_judge
+from misstep.labelled import Case, DataSet, load_labelled
 from misstep.pipeline import writable
-from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
-from misstep.records import write_jsonl
+from misstep.records import VERDICTS, write_jsonl
 from misstep.report.check import write_check_report
 from misstep.sources import Source, check_source
 
+TIE = 0.5
 AT_ONCE = 512
 """Answers judged between two lines of progress."""
 
@@ -44,12 +41,7 @@ AT_ONCE = 512
 class CheckInputs(NamedTuple):
     """All that a check reads, read before any model loads."""
 
-    title: str
-    """The judge as the user named it."""
-    config: JudgeConfig
-    policy: Policy | None
-    model: Model | None
-    """Of a policy with a rubric."""
+    judge: JudgeInputs
     data: dict[str, DataSet]
     """By the names that stand in the results."""
 
@@ -62,39 +54,14 @@ def read_check_inputs(
     Raises:
         InputError: what is wrong with the judge, its model, or the data.
     """
-    config = load_judge(judge, model)
-    policy = load_policy(config.policy) if config.policy else None
-    weights = _weights(judge, config, policy)
+    read = read_judge(judge, model)
     # A judge says before it has a model which answers it can score, and by what metric.
-    probe = _judge(config, policy, ScriptedEngine())
+    probe = read.probe()
     mapped = _fields(fields)
     sets = [load_labelled(_source(name, mapped), probe.metric) for name in data]
     for given, found in zip(data, sets, strict=True):
         _check_applies(probe, given, found)
-    return CheckInputs(judge, config, policy, weights, _named(data, sets))
-
-
-def _weights(judge: str, config: JudgeConfig, policy: Policy | None) -> Model | None:
-    if policy is None or policy.judge.rubric is None:
-        if config.model is not None:
-            raise RecipeError(
-                f"judge {judge}: expected no model, since its policy judges by a rule; found "
-                f"{config.model}. Leave the model out."
-            )
-        return None
-    if config.model is None:
-        raise RecipeError(
-            f"judge {judge}: expected a model, since the policy {policy.name} judges by a "
-            "rubric; found none. Name one with --model MODEL."
-        )
-    return locate(config.model)
-
-
-def _judge(config: JudgeConfig, policy: Policy | None, engine: Engine) -> Judge:
-    if policy is not None:
-        return mistake_judge(policy, engine)
-    assert config.rule is not None
-    return rule_judge(config.rule)
+    return CheckInputs(read, _named(data, sets))
 
 
 def _fields(mapped: Sequence[str]) -> dict[str, str]:
@@ -118,7 +85,14 @@ def _source(name: str, fields: dict[str, str]) -> Source:
     return source
 
 
-def _check_applies(judge: Judge, name: str, data: DataSet) -> None:
+def _check_applies(judge: AnyJudge, name: str, data: DataSet) -> None:
+    if not data.pairs and judge.metric not in VERDICTS:
+        raise DataError(
+            f"{name}: expected pairs of answers, since the judge's {judge.metric} is no "
+            "verdict on a single one; found labelled answers."
+        )
+    if isinstance(judge, PairJudge):
+        return
     if not any(judge.applies(case.response.prompt) for case in data.cases):
         raise DataError(
             f"{name}: expected prompts that the judge {judge.name} can tell of, found none in "
@@ -153,10 +127,13 @@ def check_judge(
         RunError: the judging failed; the same command goes on from there.
     """
     inputs = read_check_inputs(judge, data, model, fields)
-    short = Path(judge).stem if inputs.config.policy is None else inputs.config.policy
-    folder = writable(out or Path("runs") / f"check-{Path(short).stem}")
-    with _engine(inputs, folder, progress) as engine:
-        asked = _judge(inputs.config, inputs.policy, engine)
+    short = Path(judge.rpartition(":")[2]).stem
+    folder = writable(out or Path("runs") / f"check-{short}")
+
+    def engine(chosen: Chosen) -> AbstractContextManager[Engine]:
+        return _cached(chosen, folder, progress)
+
+    with opened(inputs.judge, engine) as asked:
         cases = {
             name: _judged(asked, name, found, progress) for name, found in inputs.data.items()
         }
@@ -167,29 +144,18 @@ def check_judge(
 
 
 @contextmanager
-def _engine(inputs: CheckInputs, folder: Path, progress: Progress) -> Iterator[Engine]:
-    """A cached engine for a judge that asks a model; a rule is given one that it never asks."""
-    if inputs.model is None:
-        yield ScriptedEngine()
-        return
-    chosen = choose(inputs.config.engine, inputs.model)
+def _cached(chosen: Chosen, folder: Path, progress: Progress) -> Iterator[Engine]:
+    """A cached engine for a judge that asks a model."""
     progress.say(f"Engine: {chosen.why}")
     with CachedEngine(chosen.identity, chosen.open, folder / "cache.sqlite") as engine:
         engine.notify = partial(progress.update, "judging")
         yield engine
 
 
-def _judged(judge: Judge, name: str, data: DataSet, progress: Progress) -> list[JudgedCase]:
+def _judged(judge: AnyJudge, name: str, data: DataSet, progress: Progress) -> list[JudgedCase]:
     found: list[JudgedCase] = []
     for start in range(0, len(data.cases), AT_ONCE):
         cases = data.cases[start : start + AT_ONCE]
-        scores = judge.score([case.response for case in cases])
-        if data.pairs:
-            others = judge.score([case.other for case in cases if case.other is not None])
-            scores = [
-                pair_score(one, other, judge.metric)
-                for one, other in zip(scores, others, strict=True)
-            ]
         found += [
             JudgedCase(
                 data=name,
@@ -198,20 +164,42 @@ def _judged(judge: Judge, name: str, data: DataSet, progress: Progress) -> list[
                 other=case.other,
                 label=case.label,
                 categories=case.categories,
-                value=score.value,
-                reason=score.reason,
+                **said,
             )
-            for case, score in zip(cases, scores, strict=True)
+            for case, said in zip(cases, _said(judge, cases, data.pairs), strict=True)
         ]
         progress.update(name, len(found), len(data.cases))
     return found
 
 
-def _counted(inputs: CheckInputs, judge: Judge, cases: dict[str, list[JudgedCase]]) -> Check:
+def _said(judge: AnyJudge, cases: Sequence[Case], pairs: bool) -> list[dict[str, Any]]:
+    """What the judge says of each case: value and reason, and what is known of its making."""
+    if isinstance(judge, PairJudge):
+        asked = [(case.response, case.other) for case in cases if case.other is not None]
+        return [
+            {
+                # Neither is better: as of equal scores, nothing follows for the label.
+                "value": None if found.value == TIE else found.value,
+                "reason": found.reason,
+                "swayed": found.swayed,
+            }
+            for found in judge.compare(asked)
+        ]
+    scores = judge.score([case.response for case in cases])
+    if pairs:
+        others = judge.score([case.other for case in cases if case.other is not None])
+        scores = [
+            pair_score(one, other, judge.metric)
+            for one, other in zip(scores, others, strict=True)
+        ]
+    return [{"value": s.value, "reason": s.reason, "votes": s.votes} for s in scores]
+
+
+def _counted(inputs: CheckInputs, judge: AnyJudge, cases: dict[str, list[JudgedCase]]) -> Check:
     single = [case for name, of in cases.items() if not inputs.data[name].pairs for case in of]
     return Check(
         judge=judge.name,
-        title=inputs.title,
+        title=inputs.judge.title,
         metric=judge.metric,
         data=tuple(
             measure_data(name, found.digest, found.pairs, found.left_out, cases[name])

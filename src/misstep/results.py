@@ -136,6 +136,19 @@ class Comparison(Record):
     """The prompts that are scored on both sides."""
 
 
+class Agreement(Record):
+    """Two judges of one question on the same answers of a test set, all settings together."""
+
+    test_set: str
+    a: str
+    """The metric of the one judge, as rows have it."""
+    b: str
+    same: Metric
+    """The share of answers on which their verdicts are the same."""
+    kappa: Metric | None
+    """Cohen's; None where one verdict is all that was given."""
+
+
 class Results(Record):
     """The whole of results.json."""
 
@@ -146,6 +159,8 @@ class Results(Record):
     pooled: tuple[Pooled, ...] = ()
     """Of a comparison: the rows' metrics over all seeds."""
     comparisons: tuple[Comparison, ...] = ()
+    agreements: tuple[Agreement, ...] = ()
+    """Where several judges gave one metric."""
 
 
 class Side(NamedTuple):
@@ -167,7 +182,7 @@ def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
     if len({score.metric for score in scores}) > 1:
         names = ", ".join(sorted({score.metric for score in scores}))
         raise ValueError(f"expected scores of one metric, found {names}")
-    values = [score.value for score in scores if score.value is not None]
+    values = [score.counted for score in scores if score.counted is not None]
     unscored = len(scores) - len(values)
     if not values:
         return Metric(value=None, low=None, high=None, n=0, unscored=unscored)
@@ -293,8 +308,9 @@ def _tabled(sides: Sequence[BySeed]) -> tuple[list[str], list[list[list[float]]]
 def write_results(path: Path, results: Results) -> None:
     """Write results.json so that equal results are equal bytes."""
     data = results.model_dump(mode="json", by_alias=True)
-    if not results.pooled:
-        del data["pooled"]
+    for section in ("pooled", "agreements"):
+        if not data[section]:
+            del data[section]
     for item in (*data["rows"], *data["comparisons"]):
         # What only comparisons have is absent elsewhere.
         for key, empty in (("variant", ""), ("p_adjusted", None)):
@@ -327,8 +343,8 @@ def _by_prompt(side: Side, metric: str) -> Mapping[str, _Mean]:
     found: dict[str, list[_Mean]] = {}
     for response in side.responses:
         score = scores.get(response.id)
-        if score is not None and score.value is not None:
-            of = _Mean(score.value, score.cases)
+        if score is not None and score.counted is not None:
+            of = _Mean(score.counted, score.cases)
             found.setdefault(response.prompt.id, []).append(of)
     return {
         prompt: _Mean(sum(of.value for of in means) / len(means), means[0].cases)

@@ -7,16 +7,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from misstep.records import base_metric
 from misstep.report.reading import Scored, Training
 from misstep.report.view import FOCUS, VANILLA, About, Setting, View, setting_of
 from misstep.report.words import (
     MISTAKES,
-    UNITS,
     direction,
     method_title,
     points,
     rate,
     sample_size,
+    unit,
 )
 from misstep.results import Metric, metric_from_scores
 
@@ -50,7 +51,7 @@ def scale(largest: float, show: Callable[[float], str]) -> Scale:
 def rate_scale(metrics: Iterable[Metric], metric: str = "") -> Scale:
     """One axis for all panels of a metric, so that they can be compared by eye."""
     largest = max((m.high or 0.0 for m in metrics), default=0.0)
-    found = scale(largest, lambda v: f"{v:g}" if metric in UNITS else f"{100 * v:g}%")
+    found = scale(largest, lambda v: f"{v:g}" if unit(metric) is not None else f"{100 * v:g}%")
     return found._replace(metric=metric)
 
 
@@ -91,7 +92,13 @@ class Panel(NamedTuple):
 
 def panels(view: View, of_mistakes: bool) -> list[Panel]:
     """The before/after picture of mistakes, or of what their repair may have cost."""
-    drawn = [about for about in view.numbers if (about.metric == MISTAKES) == of_mistakes]
+    drawn = [
+        about
+        for about in view.numbers
+        # A bias may lie below 0, where the pictures' axes begin.
+        if (base_metric(about.metric) == MISTAKES) == of_mistakes
+        and base_metric(about.metric) != "length_bias"
+    ]
     return [_panel(view, about) for about in drawn]
 
 
