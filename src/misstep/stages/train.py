@@ -30,6 +30,7 @@ from misstep.models import Model, load_weights
 from misstep.records import Example, Pair, Record, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
+from misstep.training import processes
 from misstep.training.report import RankReport, ReinforceReport
 from misstep.training.rows import (
     PairRow,
@@ -166,17 +167,32 @@ def train(
             pairs where all weights are to be trained, or a loss that is not a number.
         ModelError: the weights cannot be loaded.
     """
-    inputs = input_digest(model, rows, settings, seed)
-    report = finished(folder, inputs)
+    order = Order(
+        model=model.name,
+        path=model.path,
+        rows=tuple(rows),
+        settings=settings,
+        seed=seed,
+        folder=folder,
+        inputs=input_digest(model, rows, settings, seed),
+    )
+    report = finished(folder, order.inputs)
     if report is None:
-        renderer = Renderer.for_model(model)
-        usable = usable_rows(renderer, rows, settings)
         _check_trackers(settings)
-        report = _train(Job(model, renderer, usable, settings, seed, folder, inputs), notify)
+        job = order.job()
+        _clear(job)
+        with processes.together(order.model_dump_json()):
+            report = _train(job, notify)
         # Trainer and its callbacks hold each other, and the model with them.
         gc.collect()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return report
+
+
+def follow(order: str) -> None:
+    """Take part in a training that another process leads; it writes what comes of it."""
+    _train(Order.model_validate_json(order).job(), None)
+    gc.collect()
 
 
 def input_digest(model: Model, rows: TrainingRows, settings: TrainSettings, seed: int) -> str:
@@ -278,22 +294,38 @@ class Job:
         return own if self.on_pairs else self.settings.learning_rate
 
 
-def _train(job: Job, notify: Notify | None) -> TrainReport:
-    from accelerate import PartialState
+class Order(Record):
+    """What the processes of one training must know, for the leader to tell the others."""
 
+    model: str
+    path: Path | None
+    rows: tuple[Example, ...] | tuple[Pair, ...]
+    settings: TrainSettings
+    seed: int
+    folder: Path
+    inputs: str
+
+    def job(self) -> Job:
+        """The training, checked and ready to begin."""
+        model = Model(self.model, self.path)
+        renderer = Renderer.for_model(model)
+        rows = usable_rows(renderer, self.rows, self.settings)
+        return Job(model, renderer, rows, self.settings, self.seed, self.folder, self.inputs)
+
+
+def _train(job: Job, notify: Notify | None) -> TrainReport:
     from misstep.training.kernels import fast_layers
 
-    with PartialState().main_process_first():
-        _clear(job)
     completion, arguments = _prepare(job), _arguments(job)
-    # Trainer would move it too, but the reference is measured first.
-    completion.to(arguments.device)
+    loss = _objective(job, completion)
+    # Trainer would do it too, but something is measured first.
+    processes.place(loss, completion.lm, arguments)
     with fast_layers(completion):
         started = time.monotonic()
-        loss, rows = _objective(job, completion)
+        rows = _with_reference(job, loss)
         reference_seconds = time.monotonic() - started
         order: list[Any] = in_order(rows, job.settings.epochs, job.seed)
-        trainer = _trainer(loss, arguments, order, notify)
+        trainer = _trainer(job, loss, arguments, order, notify)
         sample = sample_by_kind(rows, MEASURED_PAIRS if job.on_pairs else MEASURED_ROWS)
         before = _losses(loss, sample)
         resumed_from = trainer.train_or_resume()
@@ -310,9 +342,9 @@ def _train(job: Job, notify: Notify | None) -> TrainReport:
         resumed_from=resumed_from,
         ranks=ranks,
     )
-    if trainer.is_world_process_zero():
-        _save(job, completion, report)
-    trainer.accelerator.wait_for_everyone()
+    weights = processes.whole(_weights(job, completion))
+    if processes.is_leader():
+        _save(job, completion, weights, report)
     return report
 
 
@@ -348,18 +380,25 @@ def _prepare(job: Job) -> "CompletionLoss":
     return with_adapter(lm, settings.rank, settings.alpha, job.seed)
 
 
-def _objective(job: Job, completion: "CompletionLoss") -> tuple[Any, Sequence[Any]]:
-    """The loss, and what it is a loss of: rows, or pairs with the margins of the reference."""
+def _objective(job: Job, completion: "CompletionLoss") -> "CompletionLoss | PreferenceLoss":
     if not job.on_pairs:
-        return completion, job.rows.kept
-    from misstep.training.preference import PreferenceLoss, with_reference
+        return completion
+    from misstep.training.preference import PreferenceLoss
 
-    loss = PreferenceLoss(completion, job.settings.preferences.beta)
-    pairs = cast("Sequence[PairRow]", job.rows.kept)
-    return loss, with_reference(loss, pairs, micro_tokens())
+    return PreferenceLoss(completion, job.settings.preferences.beta)
+
+
+def _with_reference(job: Job, loss: Any) -> Sequence[Any]:
+    """What the loss is a loss of: rows, or pairs with the margins of the reference."""
+    if not job.on_pairs:
+        return job.rows.kept
+    from misstep.training.preference import with_reference
+
+    return with_reference(loss, cast("Sequence[PairRow]", job.rows.kept), micro_tokens())
 
 
 def _trainer(
+    job: Job,
     loss: "CompletionLoss | PreferenceLoss",
     arguments: "TrainingArguments",
     order: Sequence[Any],
@@ -372,6 +411,7 @@ def _trainer(
         loss,
         arguments,
         order,
+        job.settings.batch_size,
         micro_tokens(),
         [
             Checkpoints(SECONDS_BETWEEN_CHECKPOINTS),
@@ -389,9 +429,7 @@ def _arguments(job: Job) -> "TrainingArguments":
         output_dir=str(job.checkpoints),
         # The rows come in the order of all epochs, so for Trainer there is one.
         num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        per_device_train_batch_size=settings.batch_size,
-        accelerator_config={"split_batches": True},
+        per_device_train_batch_size=1,
         learning_rate=job.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,
@@ -479,15 +517,27 @@ def peak_memory_mb() -> int:
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
 
 
-def _save(job: Job, loss: "CompletionLoss", report: TrainReport) -> None:
+def _weights(job: Job, loss: "CompletionLoss") -> dict[str, Any]:
+    """What is to be written: what is trained, and of a whole model all else."""
+    from misstep.training.trainer import trained
+
+    if job.settings.adapter == "full":
+        return dict(loss.model.state_dict(keep_vars=True))
+    return dict(trained(loss.model))
+
+
+def _save(
+    job: Job, loss: "CompletionLoss", weights: dict[str, Any], report: TrainReport
+) -> None:
     """Write weights, card and, last, the report: with it the folder is finished."""
     from misstep.models import weights_dtype
     from misstep.training.weights import save_adapter, save_all_weights
 
     if job.settings.adapter == "full":
-        save_all_weights(loss, weights_dtype(), job.renderer.tokenizer, job.folder)
+        tokenizer = job.renderer.tokenizer
+        save_all_weights(loss.model, weights, weights_dtype(), tokenizer, job.folder)
     else:
-        save_adapter(loss.model, job.model.name, job.folder)
+        save_adapter(loss.model, job.model.name, job.folder, weights)
     write_text(job.folder / CARD, model_card(job.model.name, job.settings, report))
     write_text(job.folder / REPORT, report.model_dump_json(indent=2) + "\n")
 
