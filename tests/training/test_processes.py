@@ -26,7 +26,9 @@ HERE = Path(__file__).parent
 WORK = ["lora", "full", "pairs"]
 
 
-def launch(config: str, arguments: list[str], **changed: Any) -> subprocess.CompletedProcess[str]:
+def launch(
+    config: str, arguments: list[str], **changed: Any
+) -> subprocess.CompletedProcess[str]:
     """Run arguments under `accelerate launch`, with a shipped configuration, on processors."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / f"recipes/accelerate/{config}.yaml")]
@@ -42,7 +44,12 @@ def trained(
 ) -> dict[str, TrainReport]:
     """Train in one process, or in those of a configuration; gives the reports by work."""
     plan = [
-        {"work": name, "model": str(model), "folder": str(folder / name), "killed_at": killed_at}
+        {
+            "work": name,
+            "model": str(model),
+            "folder": str(folder / name),
+            "killed_at": killed_at,
+        }
         for name in work
     ]
     folder.mkdir(exist_ok=True)
@@ -174,3 +181,38 @@ def test_the_command_says_what_is_wrong_once_and_lets_the_others_go(tmp_path: Pa
     assert ended.returncode == 1
     assert ended.stderr.count("error: ") == 1
     assert "unheard" in ended.stderr
+
+
+@pytest.mark.model
+def test_the_command_trains_every_method_in_both_processes(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [
+        {"prompt": f"Say {n}", "response": "No", "target": "No", "reference": f"{n}"}
+        for n in range(6)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "policy": "goal-hijacking",
+        "model": str(tiny_model),
+        "engine": "transformers",
+        "methods": ["ordinary", "sft"],
+        "mistakes": {"source": "origin", "data": {"path": str(data)}},
+        "analysis": {"gate": False, "n": 2, "max_tokens": 40},
+        "ordinary": {"path": str(data)},
+        "train": {"epochs": 1, "batch_size": 4, "max_dropped": 1.0},
+        "evaluate": {"tests": {"a": {"path": str(data)}}},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    command = ["-m", "misstep", "train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "o")]
+    ended = launch("cpu", command)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("adapter\n") == 1
+    assert ended.stderr.count("Training sft on") == 1
+    for method in ("ordinary", "sft"):
+        assert weights(tmp_path / "o/adapters" / method)
+        assert not (tmp_path / "o/adapters" / method / "checkpoints").exists()
+    started = launch("cpu", [*command, "--set", "methods=[vanilla, rlhf]"])
+    assert started.returncode == 1
+    assert "trains for a reward" in started.stderr

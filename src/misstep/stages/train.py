@@ -61,6 +61,8 @@ OUTPUTS = (
     *("config.json", "generation_config.json", "model*.safetensors*"),
     *("tokenizer*", "special_tokens_map.json", "chat_template*"),
 )
+HOW = ("gradient_checkpointing", "compile")
+"""Settings that change the time and the memory of a training, and nothing that comes of it."""
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 MEASURED_ROWS = 8
 """Of each kind, for the loss before and after."""
@@ -104,6 +106,11 @@ class TrainSettings(Settings):
     """Of AdamW."""
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """How the learning rate falls after the warm-up."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time instead of keeping what it made: less memory, and about
+    a third more time."""
+    compile: bool = False
+    """Compile the layers with torch; the first steps take minutes."""
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Training is refused where a larger share of the rows is dropped or cut."""
     report_to: tuple[str, ...] = ()
@@ -197,7 +204,7 @@ def follow(order: str) -> None:
 
 def input_digest(model: Model, rows: TrainingRows, settings: TrainSettings, seed: int) -> str:
     """What names a training by content: equal inputs, equal adapter."""
-    used = settings.model_dump(mode="json", exclude={_unused(_are_pairs(rows))})
+    used = settings.model_dump(mode="json", exclude=_unused(_are_pairs(rows)))
     return digest([FORMAT, model.digest, [row.id for row in rows], used, seed])
 
 
@@ -205,9 +212,9 @@ def _are_pairs(rows: TrainingRows) -> TypeGuard[Sequence[Pair]]:
     return bool(rows) and isinstance(rows[0], Pair)
 
 
-def _unused(on_pairs: bool) -> str:
-    """The setting that a training does not depend on."""
-    return "learning_rate" if on_pairs else "preferences"
+def _unused(on_pairs: bool) -> set[str]:
+    """The settings that what comes of a training does not depend on, but for rounding."""
+    return {"learning_rate" if on_pairs else "preferences", *HOW}
 
 
 def finished(folder: Path, inputs: str) -> TrainReport | None:
@@ -320,7 +327,8 @@ def _train(job: Job, notify: Notify | None) -> TrainReport:
     loss = _objective(job, completion)
     # Trainer would do it too, but something is measured first.
     processes.place(loss, completion.lm, arguments)
-    with fast_layers(completion):
+    settings = job.settings
+    with fast_layers(completion, settings.gradient_checkpointing, settings.compile):
         started = time.monotonic()
         rows = _with_reference(job, loss)
         reference_seconds = time.monotonic() - started
@@ -546,7 +554,8 @@ def model_card(base: str, settings: TrainSettings, report: TrainReport) -> str:
     """The card of an adapter: what it is based on, and how it was trained."""
     lora, what = settings.adapter == "lora", "pairs" if report.ranks else "rows"
     on_pairs = report.ranks is not None
-    values = settings.model_dump(exclude={"adapter", "report_to", "max_dropped", "preferences"})
+    left_out = {"adapter", "report_to", "max_dropped", "preferences", *HOW}
+    values = settings.model_dump(exclude=left_out)
     if on_pairs:
         values |= settings.preferences.model_dump()
     if not lora:

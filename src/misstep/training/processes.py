@@ -148,9 +148,9 @@ def place(loss: Any, lm: Any, arguments: Any) -> None:
 
     accelerator = Accelerator(mixed_precision="bf16" if arguments.bf16 else "no")
     if accelerator.is_fsdp2:
-        # Each layer is put together when it is computed, and embeddings and head with the whole.
+        # Each layer is put together when it is computed, embeddings and head with the whole.
         loss._no_split_modules = lm._no_split_modules
-        # Measured before training, the whole must be in parts again when the optimiser is made.
+        # Measured before training, all must be in parts again when the optimiser is made.
         fsdp2_prepare_model(accelerator, loss).set_reshard_after_forward(True)
     else:
         loss.to(arguments.device)
