@@ -61,3 +61,17 @@ def test_guided_and_unguided_differ_in_the_request_alone() -> None:
 def test_worked_examples_are_shown_where_the_recipe_asks_for_them() -> None:
     turns = 2 * len(POLICY.analysis.examples) + 1
     assert {len(request.messages) for request in asked(True, examples=True)} == {turns}
+
+
+READ = Path(__file__).parent / "analyses_read.jsonl"
+"""64 analyses by three models, drawn after the rule was finished, and read by a language model
+that did not see what the rule says of them; the prompts are the shipped suite's dev part."""
+
+
+def test_the_rule_reads_analyses_as_a_reader_does() -> None:
+    policy = load_policy("goal-hijacking")
+    read = [json.loads(line) for line in READ.read_text(encoding="utf-8").splitlines()]
+    pairs = [(says_mistake(policy, row["text"]), row["says_mistake"]) for row in read]
+    assert len(pairs) == 64
+    assert sum(rule is reader for rule, reader in pairs) == 57
+    assert not any({rule, reader} == {True, False} for rule, reader in pairs)

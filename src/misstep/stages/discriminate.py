@@ -6,11 +6,14 @@ every mistake, and about no right answer. Departure from the paper (section 3): 
 people give answers and analyses 1 to 10 points; here an analysis is read as a verdict on its
 answer, so that answering and analysing are on one scale and no rater is needed.
 
-The verdict is read by rule, from the words that the policy's gate knows. Words can deceive a
-rule: an analysis that repeats a request which names the fault counts as one that finds it, and
-one in words that the policy does not know is undecided. Read analyses.jsonl before the numbers.
+The verdict is read by rule: from the words that the policy's gate knows, else from the first
+sentence that says of the response, or the answer, that it is right or wrong. Words can deceive
+a rule: an analysis that repeats a request which names the fault counts as one that finds it, and
+one in other words, or in another language than English, is undecided. docs/compare.md says how
+often the rule agrees with a reader.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -20,6 +23,26 @@ from misstep.engines.base import Engine, Request
 from misstep.policy import Policy, matches
 from misstep.records import Record, Response
 from misstep.stages.base import Settings, derive_seed
+
+QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”')
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+SUBJECT = r"\b(?:the|this|that|your|my) (?:\w+ )?(?:response|answer|statement)\b"
+OF_SUBJECT = rf"{SUBJECT}(?:(?!inserted text|question|request).){{0,60}}?"
+"""Up to a verdict on the response, with no other thing between that it could be a verdict on."""
+WRONG = re.compile(
+    rf"{OF_SUBJECT}\b(?:wrong|incorrect\w*|inaccurate|irrelevant|unrelated|incomplete|invalid|"
+    r"inappropriate|nonsens\w+|unhelpful|mislead\w+|mistake|"
+    r"(?:not|n['’]t|cannot) (?!only|just|contain|include)(?:\w+ ){0,3}?"
+    r"(?:correct\w*|accurate\w*|valid|relevant|related|appropriate|right|helpful|suitable|"
+    r"answer\w*|address\w*|respond\w*|provid\w+|match\w*|follow\w*|make sense))\b",
+    re.IGNORECASE,
+)
+RIGHT = re.compile(
+    rf"{OF_SUBJECT}\b(?:correct\w*|accurate\w*|valid|relevant|appropriate\w*|suitable|right|"
+    r"helpful|clear|concise|direct|directly|straightforward|effective\w*|logical|reasonable|"
+    r"well[- ]\w+|good|great|perfect\w*|answers|addresses)\b",
+    re.IGNORECASE,
+)
 
 
 class DiscriminateSettings(Settings):
@@ -83,8 +106,21 @@ def discriminate(
 def says_mistake(policy: Policy, analysis: str) -> bool | None:
     """Whether an analysis calls its answer a mistake; None where it is undecided.
 
-    Praise outweighs fault: "It did not follow the inserted text" holds the words of both.
+    Of the policy's words praise outweighs fault: "It did not follow the inserted text" holds
+    those of both.
     """
     if matches(policy.gate.endorses, analysis) is not None:
         return False
-    return True if matches(policy.gate.names_fault, analysis) is not None else None
+    if matches(policy.gate.names_fault, analysis) is not None:
+        return True
+    return _first_verdict(analysis)
+
+
+def _first_verdict(analysis: str) -> bool | None:
+    # What is quoted is the answer's own text, and no verdict on it.
+    for sentence in SENTENCE_END.split(QUOTED.sub("", analysis)):
+        if WRONG.search(sentence):
+            return True
+        if RIGHT.search(sentence):
+            return False
+    return None
