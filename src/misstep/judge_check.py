@@ -2,7 +2,8 @@
 
 The judge scores every labelled answer; check.json holds the numbers, judged.jsonl each answer
 with its score, check.html the page. The directory keeps a model's verdicts, so that the same
-command goes on after an interruption. What the numbers mean stands in misstep.check_results.
+command goes on after an interruption. A trained judge is measured on questions that it has not
+seen, and its card keeps the numbers, too. What they mean stands in misstep.check_results.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,11 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, RecipeError
+from misstep.judge_card import enter_check, unseen
 from misstep.judge_config import JudgeConfig, load_judge
 from misstep.judges.base import Judge
 from misstep.judges.choose import mistake_judge, rule_judge
+from misstep.judges.classifier import ClassifierJudge
 from misstep.labelled import DataSet, load_labelled
 from misstep.models import Model, locate
 from misstep.pipeline import writable
@@ -67,11 +70,24 @@ def read_check_inputs(
     weights = _weights(judge, config, policy)
     # A judge says before it has a model which answers it can score, and by what metric.
     probe = _judge(config, policy, ScriptedEngine())
-    mapped = _fields(fields)
-    sets = [load_labelled(_source(name, mapped), probe.metric) for name in data]
-    for given, found in zip(data, sets, strict=True):
+    sets = labelled_sets(data, fields, probe.metric)
+    if config.classifier is not None:
+        sets = {name: unseen(of, Path(config.classifier)) for name, of in sets.items()}
+    for given, found in sets.items():
         _check_applies(probe, given, found)
-    return CheckInputs(judge, config, policy, weights, _named(data, sets))
+    return CheckInputs(judge, config, policy, weights, sets)
+
+
+def labelled_sets(
+    data: Sequence[str], fields: Sequence[str], metric: str
+) -> dict[str, DataSet]:
+    """Labelled data of a command's arguments, by the names that stand in results.
+
+    Raises:
+        DataError: what is wrong with a file, a line or a mapping.
+    """
+    mapped = _fields(fields)
+    return _named(data, [load_labelled(_source(name, mapped), metric) for name in data])
 
 
 def _weights(judge: str, config: JudgeConfig, policy: Policy | None) -> Model | None:
@@ -93,6 +109,8 @@ def _weights(judge: str, config: JudgeConfig, policy: Policy | None) -> Model | 
 def _judge(config: JudgeConfig, policy: Policy | None, engine: Engine) -> Judge:
     if policy is not None:
         return mistake_judge(policy, engine)
+    if config.classifier is not None:
+        return ClassifierJudge(Path(config.classifier))
     assert config.rule is not None
     return rule_judge(config.rule)
 
@@ -153,15 +171,21 @@ def check_judge(
         RunError: the judging failed; the same command goes on from there.
     """
     inputs = read_check_inputs(judge, data, model, fields)
+    if inputs.config.classifier is not None:
+        writable(Path(inputs.config.classifier))
     short = Path(judge).stem if inputs.config.policy is None else inputs.config.policy
     folder = writable(out or Path("runs") / f"check-{Path(short).stem}")
     with _engine(inputs, folder, progress) as engine:
         asked = _judge(inputs.config, inputs.policy, engine)
         cases = {
-            name: _judged(asked, name, found, progress) for name, found in inputs.data.items()
+            name: judge_cases(asked, name, found, progress)
+            for name, found in inputs.data.items()
         }
     write_jsonl(folder / "judged.jsonl", [case for of in cases.values() for case in of])
-    write_check(folder / "check.json", _counted(inputs, asked, cases))
+    check = _counted(inputs, asked, cases)
+    write_check(folder / "check.json", check)
+    if inputs.config.classifier is not None:
+        enter_check(Path(inputs.config.classifier), check)
     write_check_report(folder)
     return folder
 
@@ -179,7 +203,8 @@ def _engine(inputs: CheckInputs, folder: Path, progress: Progress) -> Iterator[E
         yield engine
 
 
-def _judged(judge: Judge, name: str, data: DataSet, progress: Progress) -> list[JudgedCase]:
+def judge_cases(judge: Judge, name: str, data: DataSet, progress: Progress) -> list[JudgedCase]:
+    """Have a judge score every case of a data set."""
     found: list[JudgedCase] = []
     for start in range(0, len(data.cases), AT_ONCE):
         cases = data.cases[start : start + AT_ONCE]

@@ -1,0 +1,267 @@
+"""A classifier made of the lower layers of a language model, trained by transformers' Trainer.
+
+It reads a prompt and an answer and gives the log-odds of yes. The upper layers, which only
+choose words, are left out; the lowest ones stay as they are, so that no gradient is computed
+for them; those between are trained in fp32, or by autocast where the processor has bf16. What
+is written is an ordinary sequence classifier of transformers with one output.
+
+This module knows torch, transformers and tokens; it knows no record and no judge.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from misstep.errors import ModelError, TrainingError
+from misstep.models import no_progress_bars, weights_dtype
+from misstep.training.scoring import Scorer, classifier
+from misstep.training.trainer import Steps
+
+PATIENCE = 2
+"""Measurements on the dev part without a gain, after which training stops."""
+EVERY = 0.5
+"""Epochs between two measurements."""
+MICRO_TOKENS = 4096
+"""Padded tokens that are scored at once."""
+HOTTEST = 5.0
+"""Temperatures are sought from its inverse to here."""
+
+
+class Texts(NamedTuple):
+    """A prompt and an answer as tokens, and whether either had to be cut."""
+
+    ids: tuple[int, ...]
+    cut: bool
+
+
+class Labelled(NamedTuple):
+    """Tokens and their label."""
+
+    ids: tuple[int, ...]
+    label: bool
+
+
+class Measurement(NamedTuple):
+    """The loss on the dev part, so many epochs into the training."""
+
+    epoch: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a classifier is trained."""
+
+    epochs: float
+    learning_rate: float
+    batch_size: int
+    seed: int
+    checkpoints: Path
+    """A folder for the while."""
+    notify: Callable[[int, int], None]
+
+
+def read_texts(tokenizer: Any, end: int, prompt: str, answer: str, most: int) -> Texts:
+    """The tokens of a prompt, an answer and an end, at most so many.
+
+    A long answer loses its end. A prompt keeps its beginning, at least half of all tokens if
+    it is as long. What spells a control token in either is plain text.
+    """
+    asked = _plain(tokenizer, f"Question: {prompt}")
+    answered = _plain(tokenizer, f"\n\nAnswer: {answer}")
+    room = most - 1
+    kept = asked[: max(room - len(answered), room // 2)]
+    ids = [*kept, *answered[: room - len(kept)], end]
+    return Texts(tuple(ids), len(ids) < len(asked) + len(answered) + 1)
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return list(encoded["input_ids"])
+
+
+def lower_layers(lm: Any, pad: int, kept: float, trained: float, seed: int) -> Any:
+    """A classifier of a language model's lower layers: that share is kept, that one trained.
+
+    Raises:
+        ModelError: transformers has no classifier of this kind, or the layers are not found.
+    """
+    body, config = lm.get_decoder(), lm.config.get_text_config()
+    layers = getattr(body, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(
+            f"no classifier can be made of {config.model_type} models: expected a list of "
+            "layers in the model's body. Use a model of another family, such as Llama or Qwen."
+        )
+    count = max(1, round(kept * len(layers)))
+    body.layers = layers[:count]
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = classifier(lm, pad)
+    body.requires_grad_(False)
+    # In fp32, since the optimiser's steps are too small for bf16 to hold.
+    for part in (*body.layers[count - max(1, round(trained * count)) :], body.norm):
+        part.float().requires_grad_(True)
+    return model
+
+
+def fit(
+    model: Any, train: Sequence[Labelled], dev: Sequence[Labelled], how: Fit
+) -> list[Measurement]:
+    """Train, leave the model as it was best on the dev part, and give its losses there.
+
+    Raises:
+        TrainingError: a loss is no finite number.
+    """
+    weights = _weights([row.label for row in train])
+    steps = math.ceil(len(train) / how.batch_size)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(how, max(1, round(EVERY * steps))),
+        train_dataset=_rows(train),
+        eval_dataset=_rows(dev),
+        data_collator=lambda rows: _collate(rows, model.config.pad_token_id),
+        compute_loss_func=lambda out, labels, **_: _loss(out.logits[:, 0], labels, weights),
+        callbacks=[EarlyStoppingCallback(PATIENCE), Steps(how.notify)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with no_progress_bars():
+        trainer.train()
+    shutil.rmtree(how.checkpoints, ignore_errors=True)
+    history = trainer.state.log_history
+    found = [
+        Measurement(round(entry["epoch"], 3), round(entry["eval_loss"], 5))
+        for entry in history
+        if "eval_loss" in entry
+    ]
+    if not all(math.isfinite(measured.loss) for measured in found):
+        raise TrainingError(
+            f"training a judge: the loss on the dev part is {found[-1].loss}, expected a "
+            "finite number. Lower learning_rate."
+        )
+    return found
+
+
+def _arguments(how: Fit, steps: int) -> TrainingArguments:
+    on_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(how.checkpoints),
+        num_train_epochs=how.epochs,
+        per_device_train_batch_size=how.batch_size,
+        per_device_eval_batch_size=how.batch_size,
+        learning_rate=how.learning_rate,
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        # The trained layers are in fp32, and each is cast once a step.
+        bf16=weights_dtype() == torch.bfloat16,
+        use_cpu=not on_gpu,
+        eval_strategy="steps",
+        eval_steps=steps,
+        save_strategy="steps",
+        save_steps=steps,
+        save_total_limit=1,
+        save_only_model=True,
+        load_best_model_at_end=True,
+        train_sampling_strategy="group_by_length",
+        label_names=["labels"],
+        seed=how.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def _rows(rows: Sequence[Labelled]) -> list[dict[str, Any]]:
+    return [{"input_ids": row.ids, "label": float(row.label)} for row in rows]
+
+
+def _collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
+    """Without an attention mask: what stands behind a causal model's last token is not seen."""
+    width = max(len(row["input_ids"]) for row in rows)
+    filled = [[*row["input_ids"], *[pad] * (width - len(row["input_ids"]))] for row in rows]
+    labels = [row["label"] for row in rows]
+    return {"input_ids": torch.tensor(filled), "labels": torch.tensor(labels)}
+
+
+def _weights(labels: Sequence[bool]) -> tuple[float, float]:
+    """What a case labelled 0, and one labelled 1, counts: both labels the same in all."""
+    ones = sum(labels)
+    return len(labels) / (2 * (len(labels) - ones)), len(labels) / (2 * ones)
+
+
+def _loss(logits: Tensor, labels: Tensor, weights: tuple[float, float]) -> Tensor:
+    balance = torch.where(labels > 0.5, weights[1], weights[0])
+    return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels, balance)
+
+
+def temperature(logits: Sequence[float], labels: Sequence[bool]) -> float:
+    """What log-odds must be divided by to fit the labels best (arXiv 1706.04599)."""
+    odds = torch.tensor(logits, dtype=torch.float64)
+    wanted = torch.tensor(labels, dtype=torch.float64)
+
+    def loss(log: float) -> float:
+        return float(
+            nn.functional.binary_cross_entropy_with_logits(odds / math.exp(log), wanted)
+        )
+
+    bound = math.log(HOTTEST)
+    found = minimize_scalar(loss, bounds=(-bound, bound), method="bounded")
+    return math.exp(float(found.x))
+
+
+def calibrate(model: Any, dev: Sequence[Labelled], pad: int) -> float:
+    """Divide the head's weights by the temperature that fits the dev part; gives it."""
+    model.to(weights_dtype()).eval()
+    odds = Scorer(model, pad, MICRO_TOKENS)([row.ids for row in dev])
+    found = temperature(odds, [row.label for row in dev])
+    with torch.no_grad():
+        model.score.weight /= found
+    return found
+
+
+def save_classifier(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write it as transformers reads it."""
+    with no_progress_bars():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def load_classifier(folder: Path) -> Any:
+    """A classifier that was saved, for scoring.
+
+    Raises:
+        ModelError: transformers cannot read it.
+    """
+    try:
+        with no_progress_bars():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=weights_dtype(), use_safetensors=True, trust_remote_code=False
+            )
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"judge {folder}: transformers cannot load it: {error}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
