@@ -15,7 +15,9 @@ import pytest
 from served import serve
 
 from misstep.errors import InputError
+from misstep.judge_card import read_card
 from misstep.judge_check import check_judge
+from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
 from misstep.pipeline import run
 from misstep.progress import Silent
@@ -183,6 +185,34 @@ def test_rates_are_corrected_for_a_judge_that_was_checked(
     assert "; corrected " in markdown_page(finished)
     manifest = json.loads((finished / "manifest.json").read_text())
     assert "evaluate.judge_check" in manifest["data"]
+
+
+def trained_judge(folder: Path, model: Path, metric: str) -> Path:
+    rows = [{"prompt": f"Q{i}", "response": "a b"[i % 2 :], "label": i % 2} for i in range(40)]
+    data = write_jsonl(folder / "labelled.jsonl", rows)
+    inputs = read_train_inputs([data], str(model), metric, [], ["epochs=1", "dev=0.3"])
+    return train_judge(inputs, folder / "judge", Silent())
+
+
+def test_a_trained_judge_judges_in_place_of_the_policy(
+    recipe: Path, finished: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = trained_judge(tmp_path, tiny_model, "mistake_rate")
+    run(recipe, finished, [f"mistake_judge={folder}"], Silent())
+    scores = [json.loads(line)["score"] for line in (finished / "scores.jsonl").open()]
+    names = {(s["metric"], s["judge"]) for s in scores}
+    judge = read_card(folder).judge
+    assert {name for metric, name in names if metric == "mistake_rate"} == {judge}
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["data"]["mistake_judge"] == judge
+
+
+def test_a_judge_of_refusals_is_no_judge_of_mistakes(
+    recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = trained_judge(tmp_path, tiny_model, "over_refusal")
+    with pytest.raises(InputError, match="mistake_judge: expected a judge of mistake_rate"):
+        run(recipe, tmp_path / "run", [f"mistake_judge={folder}"], Silent())
 
 
 def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:

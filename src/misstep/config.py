@@ -69,6 +69,8 @@ class RunConfig(Settings):
     judge: str = "self"
     """The model that a policy's rubric is put to, named as `model` is; `self` is the model as
     it is. A policy with a rule needs none."""
+    mistake_judge: str | None = None
+    """A folder that `misstep judge train` has written; it judges in place of the policy."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the data's draws, of sampling and of training."""
     train_seed: Annotated[int, Field(ge=0)] | None = None

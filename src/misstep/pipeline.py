@@ -27,8 +27,11 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.errors import DataError, InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
+from misstep.judge_card import read_card
 from misstep.judges.base import Judge
 from misstep.judges.choose import all_judges, mistake_judge
+from misstep.judges.classifier import judge_name
+from misstep.labelled import MISTAKES
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
 from misstep.models import Model, locate
@@ -80,6 +83,8 @@ class Inputs(NamedTuple):
     adapter: Path | None
     analyst: Model
     judge: Model
+    trained_judge: Path | None
+    """In place of the policy's own, where the recipe names one."""
     prompts: list[Prompt]
     """Of induced mistakes: what the model is asked."""
     given: list[Mistake]
@@ -124,12 +129,27 @@ def check_inputs(config: RunConfig) -> Inputs:
         adapter=check_adapter(config.adapter) if config.adapter else None,
         analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
         judge=model if config.judge == "self" else locate(config.judge),
+        trained_judge=_trained_judge(config.mistake_judge),
         prompts=prompts,
         given=given,
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
         tests={k: load_prompts(s, seed) for k, s in config.evaluate.tests.items()},
         check=_judge_check(config.evaluate.judge_check),
     )
+
+
+def _trained_judge(folder: str | None) -> Path | None:
+    if folder is None:
+        return None
+    try:
+        metric = read_card(Path(folder)).metric
+    except DataError as error:
+        raise DataError(f"mistake_judge: {error}") from error
+    if metric != MISTAKES:
+        raise DataError(
+            f"mistake_judge: expected a judge of {MISTAKES}, found one of {metric} in {folder}."
+        )
+    return Path(folder)
 
 
 def _judge_check(path: str | None) -> Check | None:
@@ -261,7 +281,8 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
         "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
         "model": {"name": inputs.model.name, "digest": inputs.model.digest},
         "data": {key: source_digest(source) for key, source in config.sources().items()}
-        | _check_digest(inputs.check),
+        | _check_digest(inputs.check)
+        | ({"mistake_judge": judge_name(inputs.trained_judge)} if inputs.trained_judge else {}),
         "versions": {
             "misstep": __version__,
             "python": platform.python_version(),
@@ -326,7 +347,8 @@ class Run:
             return
         with self._engine(self.judge, "judging") as engine:
             names = {
-                judge.metric: judge.name for judge in all_judges(self.inputs.policy, engine)
+                judge.metric: judge.name
+                for judge in all_judges(self.inputs.policy, engine, self.inputs.trained_judge)
             }
         if names.get(check.metric) != check.judge:
             raise RecipeError(
@@ -378,7 +400,7 @@ class Run:
         """Collect the mistakes, into mistakes.jsonl."""
         inputs, settings = self.inputs, self.config.mistakes
         with self.manifest.stage("induce"), self._engine(self.judge, "judging") as judging:
-            judge = mistake_judge(inputs.policy, judging)
+            judge = mistake_judge(inputs.policy, judging, inputs.trained_judge)
             if settings.source == "induced":
                 found = self._induced(judge)
             elif settings.source == "reported":
@@ -407,7 +429,7 @@ class Run:
             rows = self.rows(mistakes, analyses, [], only=(FOCUS,))[FOCUS]
             with self.manifest.stage("rounds"), self._engine(self.judge, "judging") as judging:
                 adapter = self._train(FOCUS, rows, f"rounds/{number - 1}")
-                judge = mistake_judge(self.inputs.policy, judging)
+                judge = mistake_judge(self.inputs.policy, judging, self.inputs.trained_judge)
                 try:
                     found = self._induced(judge, adapter)
                 except NoMistakeError:
@@ -574,7 +596,9 @@ class Run:
             self.manifest.stage("evaluate"),
             self._engine(self.judge, "judging") as engine,
         ):
-            judgements = judge_answers(answers, all_judges(self.inputs.policy, engine))
+            judgements = judge_answers(
+                answers, all_judges(self.inputs.policy, engine, self.inputs.trained_judge)
+            )
             write_jsonl(self.folder / "scores.jsonl", judgements)
             write_results(self.folder / "results.json", self._results(answers, judgements))
         write_report(self.folder)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
 from misstep.report.study_markdown import study_markdown
 from misstep.results import read_results
@@ -28,6 +29,14 @@ def test_a_study_page_is_made_from_its_study(study: Path) -> None:
     page = (ROOT / "docs/results" / f"{study.name}.md").read_text(encoding="utf-8")
     assert study_markdown(study) in page, (
         f"make it anew: misstep report --markdown docs/results/{study.name}"
+    )
+
+
+def test_the_page_of_judges_is_made_from_their_cards() -> None:
+    folder = ROOT / "docs/results/judges"
+    page = (ROOT / "docs/results/judges.md").read_text(encoding="utf-8")
+    assert cards_markdown(folder) == page, (
+        f"make it anew: misstep report --markdown {folder} > {folder}.md"
     )
 
 
