@@ -34,7 +34,7 @@ from misstep.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
 from misstep.judges.classifier import ClassifierJudge, asked, judge_name
 from misstep.labelled import Case, DataSet, Part, part_of, question_of
-from misstep.models import Model, load_tokenizer, load_weights, locate
+from misstep.models import Model, load_weights, locate
 from misstep.pipeline import writable
 from misstep.progress import Progress
 from misstep.records import digest
@@ -170,18 +170,14 @@ def _trained(inputs: TrainInputs, cases: Parted, folder: Path, progress: Progres
     from misstep.training import classifier
 
     settings, started = inputs.settings, time.monotonic()
-    tokenizer = load_tokenizer(inputs.model)
-    renderer = Renderer(tokenizer)
+    renderer = Renderer.for_model(inputs.model)
 
     def rows(part: Part) -> tuple[list[classifier.Labelled], int]:
         found, cut = [], 0
         for case in (case for of in cases.values() for case in of[part]):
+            answer = case.response
             read = classifier.read_texts(
-                tokenizer,
-                renderer.end_of_turn,
-                asked(case.response),
-                case.response.text,
-                settings.max_tokens,
+                renderer, asked(answer), answer.text, settings.max_tokens
             )
             found.append(classifier.Labelled(read.ids, case.label))
             cut += read.cut
@@ -212,7 +208,7 @@ def _trained(inputs: TrainInputs, cases: Parted, folder: Path, progress: Progres
     seconds = time.monotonic() - began
     seen = losses[-1].epoch * sum(len(row.ids) for row in train)
     heat = classifier.calibrate(model, dev, renderer.pad)
-    classifier.save_classifier(model, tokenizer, folder)
+    classifier.save_classifier(model, renderer.tokenizer, folder)
     return Training(
         model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
         digest=inputs.model.digest,

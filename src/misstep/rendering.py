@@ -119,6 +119,10 @@ class Renderer:
         )
         return str(text)
 
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a text in which no spelling of a control token is one."""
+        return self._encode(text, plain=True)
+
     @cached_property
     def pad(self) -> int:
         """The token that rows are filled up with.

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,11 +17,22 @@ from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge, probability
 from misstep.labelled import part_of, question_of
-from misstep.models import load_tokenizer, locate
+from misstep.models import load_weights, locate
 from misstep.progress import Silent
 from misstep.records import Prompt, Response, digest
+from misstep.rendering import Renderer
 from misstep.report.judges_markdown import cards_markdown
-from misstep.training.classifier import read_texts, temperature
+from misstep.training.classifier import (
+    PATIENCE,
+    Fit,
+    Labelled,
+    balance,
+    fit,
+    lower_layers,
+    read_texts,
+    temperature,
+)
+from misstep.training.scoring import Scorer
 
 SETTINGS = ["epochs=6", "learning_rate=0.01", "held_out=0.25", "dev=0.2", "max_tokens=48"]
 
@@ -158,12 +170,12 @@ def test_a_long_answer_loses_its_end_and_the_score_says_so(trained: Path) -> Non
 
 
 def test_prompts_keep_their_place_when_texts_are_cut(tiny_model: Path) -> None:
-    tokenizer = load_tokenizer(locate(str(tiny_model)))
+    renderer = Renderer.for_model(locate(str(tiny_model)))
 
     def read(prompt: str, text: str, most: int) -> tuple[str, int]:
-        found = read_texts(tokenizer, 2, prompt, text, most)
+        found = read_texts(renderer, prompt, text, most)
         assert found.ids[-1] == 2 and len(found.ids) <= most
-        return tokenizer.decode(found.ids[:-1]), found.cut
+        return renderer.decode(found.ids[:-1]), found.cut
 
     assert read("hm?", "yes", 99) == ("Question: hm?\n\nAnswer: yes", False)
     assert read("hm?", "y" * 90, 33) == ("Question: hm?\n\nAnswer: " + "y" * 9, True)
@@ -173,8 +185,8 @@ def test_prompts_keep_their_place_when_texts_are_cut(tiny_model: Path) -> None:
 
 
 def test_a_text_cannot_spell_control_tokens(tiny_model: Path) -> None:
-    tokenizer = load_tokenizer(locate(str(tiny_model)))
-    found = read_texts(tokenizer, 2, "<|im_start|>", "<|im_end|>\n<|pad|>", 200)
+    renderer = Renderer.for_model(locate(str(tiny_model)))
+    found = read_texts(renderer, "<|im_start|>", "<|im_end|>\n<|pad|>", 200)
     assert not {0, 1, 2} & set(found.ids[:-1])
 
 
@@ -200,7 +212,7 @@ def test_no_probability_is_certain_and_none_overflows() -> None:
         (["epochs=0"], "greater than 0"),
     ],
 )
-def test_wrong_settings_are_found_before_anything_loads(
+def test_wrong_settings_are_lostbefore_anything_loads(
     settings: list[str], why: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     with pytest.raises(InputError, match=why):
@@ -224,6 +236,38 @@ def test_a_trained_judge_is_named_by_folder_or_file(trained: Path, tmp_path: Pat
         load_judge(str(path), None)
     with pytest.raises(InputError, match="asks no model"):
         load_judge(str(trained), "smollm2-135m")
+
+
+def test_both_labels_weigh_the_same() -> None:
+    labels = [True] * 9 + [False] * 3
+    low, high = balance(labels)
+    assert 9 * high == pytest.approx(3 * low) == pytest.approx(12 / 2)
+
+
+def test_the_upper_layers_learn_and_are_left_as_they_were_best(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    found = locate(str(tiny_model))
+    renderer = Renderer.for_model(found)
+    model = lower_layers(load_weights(found), renderer.pad, 1.0, 0.5, seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    texts = [("zz zz", True), ("all well", False)] * 8
+    rows = [
+        Labelled(read_texts(renderer, f"{i}", t, 40).ids, k) for i, (t, k) in enumerate(texts)
+    ]
+    # The dev part says the contrary, so each step makes it worse.
+    dev = [Labelled(row.ids, not row.label) for row in rows[:6]]
+    how = Fit(9, 0.01, 4, 0, tmp_path / "checkpoints", lambda *_: None)
+    losses = [at.loss for at in fit(model, rows, dev, how)]
+    assert losses[0] == min(losses) and len(losses) == 1 + PATIENCE
+    changed = {n for n, value in model.state_dict().items() if not value.equal(before[n])}
+    trained = ("model.layers.1.", "model.norm", "score")
+    assert changed and all(name.startswith(trained) for name in changed)
+    odds = Scorer(model.eval(), renderer.pad, 4096)([row.ids for row in dev])
+    lost = [
+        math.log1p(math.exp(-x if row.label else x)) for x, row in zip(odds, dev, strict=True)
+    ]
+    assert fmean(lost) == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.model

@@ -39,12 +39,8 @@ class ClassifierJudge(Judge):
     def score(self, responses: Sequence[Response]) -> list[Score]:
         from misstep.training.classifier import read_texts
 
-        renderer = self._renderer
         texts = [
-            read_texts(
-                renderer.tokenizer, renderer.end_of_turn, asked(r), r.text, self.max_tokens
-            )
-            for r in responses
+            read_texts(self._renderer, asked(r), r.text, self.max_tokens) for r in responses
         ]
         odds = self._odds([text.ids for text in texts])
         return [

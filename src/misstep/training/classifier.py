@@ -28,6 +28,7 @@ from transformers import (
 
 from misstep.errors import ModelError, TrainingError
 from misstep.models import no_progress_bars, weights_dtype
+from misstep.rendering import Renderer
 from misstep.training.scoring import Scorer, classifier
 from misstep.training.trainer import Steps
 
@@ -75,29 +76,18 @@ class Fit:
     notify: Callable[[int, int], None]
 
 
-def read_texts(tokenizer: Any, end: int, prompt: str, answer: str, most: int) -> Texts:
-    """The tokens of a prompt, an answer and an end, at most so many.
+def read_texts(renderer: Renderer, prompt: str, answer: str, most: int) -> Texts:
+    """The tokens of a prompt, an answer and the end of a turn, at most so many.
 
     A long answer loses its end. A prompt keeps its beginning, at least half of all tokens if
     it is as long. What spells a control token in either is plain text.
     """
-    asked = _plain(tokenizer, f"Question: {prompt}")
-    answered = _plain(tokenizer, f"\n\nAnswer: {answer}")
+    asked = renderer.plain(f"Question: {prompt}")
+    answered = renderer.plain(f"\n\nAnswer: {answer}")
     room = most - 1
     kept = asked[: max(room - len(answered), room // 2)]
-    ids = [*kept, *answered[: room - len(kept)], end]
+    ids = [*kept, *answered[: room - len(kept)], renderer.end_of_turn]
     return Texts(tuple(ids), len(ids) < len(asked) + len(answered) + 1)
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    encoded = tokenizer(
-        text,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
-    return list(encoded["input_ids"])
 
 
 def lower_layers(lm: Any, pad: int, kept: float, trained: float, seed: int) -> Any:
@@ -136,7 +126,7 @@ def fit(
     Raises:
         TrainingError: a loss is no finite number.
     """
-    weights = _weights([row.label for row in train])
+    weights = balance([row.label for row in train])
     steps = math.ceil(len(train) / how.batch_size)
     trainer = Trainer(
         model=model,
@@ -207,15 +197,15 @@ def _collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(filled), "labels": torch.tensor(labels)}
 
 
-def _weights(labels: Sequence[bool]) -> tuple[float, float]:
+def balance(labels: Sequence[bool]) -> tuple[float, float]:
     """What a case labelled 0, and one labelled 1, counts: both labels the same in all."""
     ones = sum(labels)
     return len(labels) / (2 * (len(labels) - ones)), len(labels) / (2 * ones)
 
 
 def _loss(logits: Tensor, labels: Tensor, weights: tuple[float, float]) -> Tensor:
-    balance = torch.where(labels > 0.5, weights[1], weights[0])
-    return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels, balance)
+    each = torch.where(labels > 0.5, weights[1], weights[0])
+    return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels, each)
 
 
 def temperature(logits: Sequence[float], labels: Sequence[bool]) -> float:
