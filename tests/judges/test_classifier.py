@@ -27,6 +27,7 @@ from misstep.training.classifier import (
     Fit,
     Labelled,
     balance,
+    calibrate,
     fit,
     lower_layers,
     read_texts,
@@ -268,6 +269,25 @@ def test_the_upper_layers_learn_and_are_left_as_they_were_best(
         math.log1p(math.exp(-x if row.label else x)) for x, row in zip(odds, dev, strict=True)
     ]
     assert fmean(lost) == pytest.approx(losses[0], rel=0.05)
+
+
+def test_calibration_divides_the_head(tiny_model: Path) -> None:
+    found = locate(str(tiny_model))
+    renderer = Renderer.for_model(found)
+    model = lower_layers(load_weights(found), renderer.pad, 1.0, 1.0, seed=0)
+    ids = [read_texts(renderer, f"{i}", "z" * i, 40).ids for i in range(12)]
+    odds = Scorer(model.eval(), renderer.pad, 4096)(ids)
+    # Log-odds of 3, where those that are right three times of four are about 1.
+    model.score.weight.data *= 3 / fmean(map(abs, odds))
+    # Three quarters are as the model says, so that some temperature fits best.
+    dev = [
+        Labelled(row, (value > 0) == (i % 4 > 0))
+        for i, (row, value) in enumerate(zip(ids, odds, strict=True))
+    ]
+    divided = calibrate(model, dev, renderer.pad)
+    assert divided > 2
+    again = Scorer(model, renderer.pad, 4096)(ids)
+    assert temperature(again, [row.label for row in dev]) == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.model

@@ -29,7 +29,7 @@ from transformers import (
 from misstep.errors import ModelError, TrainingError
 from misstep.models import no_progress_bars, weights_dtype
 from misstep.rendering import Renderer
-from misstep.training.scoring import Scorer, classifier
+from misstep.training.scoring import ScoreHead, Scorer, classifier
 from misstep.training.trainer import Steps
 
 PATIENCE = 2
@@ -140,6 +140,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     with no_progress_bars():
         trainer.train()
+    # Or the model would go on computing by autocast.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     shutil.rmtree(how.checkpoints, ignore_errors=True)
     history = trainer.state.log_history
     found = [
@@ -253,5 +255,8 @@ def load_classifier(folder: Path) -> Any:
             )
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"judge {folder}: transformers cannot load it: {error}") from error
+    head = ScoreHead(model.score.in_features)
+    head.load_state_dict(model.score.state_dict())
+    model.score = head
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()

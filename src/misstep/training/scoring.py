@@ -28,7 +28,7 @@ class ScoreHead(nn.Linear):  # type: ignore[misc]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The score at every position."""
-        return nn.functional.linear(hidden.float(), self.weight)
+        return nn.functional.linear(hidden.float(), self.weight.float())
 
 
 def classifier(lm: Any, pad: int) -> Any:
