@@ -54,8 +54,6 @@ class Training(Record):
     data: tuple[Source, ...]
     dev_loss: tuple[tuple[float, float], ...]
     """Epochs, and the loss on the dev part there; the best one was kept."""
-    temperature: float
-    """Fitted on the dev part; the head's weights are divided by it already."""
     cut: int
     """Training texts that were too long to be read whole."""
     seconds: float
@@ -101,10 +99,14 @@ class JudgeCard(Record):
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     judge: str
-    """As its scores name it: by its weights."""
+    """As its scores name it: by all that they depend on."""
     metric: str
     max_tokens: int
     """Of prompt and answer together; what is longer is cut."""
+    temperature: float
+    shift: float
+    """Of the log-odds: the shift is taken off, the rest divided by the temperature. Both were
+    fitted on the dev part."""
     training: Training
     data: dict[str, Tested]
     """By data set."""

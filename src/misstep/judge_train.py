@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
@@ -32,14 +32,17 @@ from misstep.judge_card import (
 )
 from misstep.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
-from misstep.judges.classifier import ClassifierJudge, asked, judge_name
+from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer
 from misstep.labelled import Case, DataSet, Part, part_of, question_of
-from misstep.models import Model, load_weights, locate
+from misstep.models import FILES, Model, folder_digest, load_weights, locate
 from misstep.pipeline import writable
 from misstep.progress import Progress
 from misstep.records import digest
 from misstep.rendering import Renderer
 from misstep.stages.base import Settings
+
+if TYPE_CHECKING:
+    from misstep.training.classifier import Labelled
 
 PARTS: tuple[Part, ...] = ("train", "dev", "held_out")
 LIBRARIES = ("torch", "transformers")
@@ -143,14 +146,9 @@ def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
     for name, of in cases.items():
         counts = ", ".join(f"{part} {len(of[part])}" for part in PARTS)
         progress.say(f"{name}: {counts}")
-    training = _trained(inputs, cases, folder, progress)
-    card = JudgeCard(
-        judge=judge_name(folder),
-        metric=inputs.metric,
-        max_tokens=inputs.settings.max_tokens,
-        training=training,
-        data={},
-    )
+    train, dev = _rows(inputs, cases, "train"), _rows(inputs, cases, "dev")
+    training = _trained(inputs, cases, (train, dev), folder, progress)
+    card = _card(inputs, training, dev, folder)
     write_seen(
         folder,
         {
@@ -166,24 +164,57 @@ def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
     return folder
 
 
-def _trained(inputs: TrainInputs, cases: Parted, folder: Path, progress: Progress) -> Training:
+class Rows(NamedTuple):
+    """Answers as tokens, with their labels."""
+
+    rows: "list[Labelled]"
+    cut: int
+    """Those that were too long."""
+
+
+def _rows(inputs: TrainInputs, cases: Parted, part: Part) -> Rows:
+    from misstep.training.classifier import Labelled, read_texts
+
+    renderer, rows, cut = Renderer.for_model(inputs.model), [], 0
+    for case in (case for of in cases.values() for case in of[part]):
+        answer = case.response
+        read = read_texts(renderer, asked(answer), answer.text, inputs.settings.max_tokens)
+        rows.append(Labelled(read.ids, case.label))
+        cut += read.cut
+    return Rows(rows, cut)
+
+
+def _card(inputs: TrainInputs, training: Training, dev: Rows, folder: Path) -> JudgeCard:
+    """The card of a judge that was written, calibrated on the dev part as it was written."""
+    from misstep.training.classifier import calibration
+
+    scorer = classifier_scorer(folder, Renderer.for_model(inputs.model))
+    odds = scorer([row.ids for row in dev.rows])
+    found = calibration(odds, [row.label for row in dev.rows])
+    heat, shift, most = round(found.temperature, 4), round(found.shift, 4), inputs.settings
+    named = digest([folder_digest(folder, FILES), heat, shift, most.max_tokens])
+    return JudgeCard(
+        judge=f"classifier:{named}",
+        metric=inputs.metric,
+        max_tokens=most.max_tokens,
+        temperature=heat,
+        shift=shift,
+        training=training,
+        data={},
+    )
+
+
+def _trained(
+    inputs: TrainInputs,
+    cases: Parted,
+    rows: tuple[Rows, Rows],
+    folder: Path,
+    progress: Progress,
+) -> Training:
     from misstep.training import classifier
 
-    settings, started = inputs.settings, time.monotonic()
+    settings, started, (train, dev) = inputs.settings, time.monotonic(), rows
     renderer = Renderer.for_model(inputs.model)
-
-    def rows(part: Part) -> tuple[list[classifier.Labelled], int]:
-        found, cut = [], 0
-        for case in (case for of in cases.values() for case in of[part]):
-            answer = case.response
-            read = classifier.read_texts(
-                renderer, asked(answer), answer.text, settings.max_tokens
-            )
-            found.append(classifier.Labelled(read.ids, case.label))
-            cut += read.cut
-        return found, cut
-
-    (train, cut), (dev, _) = rows("train"), rows("dev")
     model = classifier.lower_layers(
         load_weights(inputs.model),
         renderer.pad,
@@ -194,8 +225,8 @@ def _trained(inputs: TrainInputs, cases: Parted, folder: Path, progress: Progres
     began = time.monotonic()
     losses = classifier.fit(
         model,
-        train,
-        dev,
+        train.rows,
+        dev.rows,
         classifier.Fit(
             epochs=settings.epochs,
             learning_rate=settings.learning_rate,
@@ -206,8 +237,7 @@ def _trained(inputs: TrainInputs, cases: Parted, folder: Path, progress: Progres
         ),
     )
     seconds = time.monotonic() - began
-    seen = losses[-1].epoch * sum(len(row.ids) for row in train)
-    heat = classifier.calibrate(model, dev, renderer.pad)
+    seen = losses[-1].epoch * sum(len(row.ids) for row in train.rows)
     classifier.save_classifier(model, renderer.tokenizer, folder)
     return Training(
         model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
@@ -224,8 +254,7 @@ def _trained(inputs: TrainInputs, cases: Parted, folder: Path, progress: Progres
             for name, of in cases.items()
         ),
         dev_loss=tuple((at.epoch, at.loss) for at in losses),
-        temperature=round(heat, 4),
-        cut=cut,
+        cut=train.cut,
         seconds=round(time.monotonic() - started, 1),
         tokens_per_second=round(seen / seconds, 1),
         device=f"{platform.machine()}, {os.cpu_count()} cores",

@@ -30,7 +30,6 @@ from misstep.folding import check_adapter, folded
 from misstep.judge_card import read_card
 from misstep.judges.base import Judge
 from misstep.judges.choose import all_judges, mistake_judge
-from misstep.judges.classifier import judge_name
 from misstep.labelled import MISTAKES
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
@@ -282,7 +281,11 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
         "model": {"name": inputs.model.name, "digest": inputs.model.digest},
         "data": {key: source_digest(source) for key, source in config.sources().items()}
         | _check_digest(inputs.check)
-        | ({"mistake_judge": judge_name(inputs.trained_judge)} if inputs.trained_judge else {}),
+        | (
+            {"mistake_judge": read_card(inputs.trained_judge).judge}
+            if inputs.trained_judge
+            else {}
+        ),
         "versions": {
             "misstep": __version__,
             "python": platform.python_version(),

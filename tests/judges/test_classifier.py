@@ -27,11 +27,10 @@ from misstep.training.classifier import (
     Fit,
     Labelled,
     balance,
-    calibrate,
+    calibration,
     fit,
     lower_layers,
     read_texts,
-    temperature,
 )
 from misstep.training.scoring import Scorer
 
@@ -191,12 +190,21 @@ def test_a_text_cannot_spell_control_tokens(tiny_model: Path) -> None:
     assert not {0, 1, 2} & set(found.ids[:-1])
 
 
-def test_the_temperature_undoes_a_scaling() -> None:
+def test_calibration_undoes_a_scaling_and_a_shift() -> None:
     # Of ten cases with log-odds ln 4, eight are labelled 1.
     odds = [math.log(4)] * 10 + [-math.log(4)] * 10
     labels = [True] * 8 + [False] * 2 + [True] * 2 + [False] * 8
-    assert temperature(odds, labels) == pytest.approx(1.0, abs=1e-3)
-    assert temperature([3 * o for o in odds], labels) == pytest.approx(3.0, rel=1e-3)
+    assert calibration(odds, labels) == pytest.approx((1.0, 0.0), abs=1e-3)
+    moved = [3 * value + 2 for value in odds]
+    assert calibration(moved, labels) == pytest.approx((3.0, 2.0), rel=1e-3)
+
+
+def test_scores_are_calibrated_as_the_card_says(trained: Path) -> None:
+    judge, row = ClassifierJudge(trained), answer("some third")
+    card = judge.card
+    odds = judge._scorer([read_texts(judge._renderer, "Q", row.text, card.max_tokens).ids])[0]
+    judge.card = card.model_copy(update={"temperature": 2.0, "shift": odds - 2 * math.log(3)})
+    assert judge.score([row])[0].value == pytest.approx(0.75, abs=1e-3)
 
 
 def test_no_probability_is_certain_and_none_overflows() -> None:
@@ -269,25 +277,6 @@ def test_the_upper_layers_learn_and_are_left_as_they_were_best(
         math.log1p(math.exp(-x if row.label else x)) for x, row in zip(odds, dev, strict=True)
     ]
     assert fmean(lost) == pytest.approx(losses[0], rel=0.05)
-
-
-def test_calibration_divides_the_head(tiny_model: Path) -> None:
-    found = locate(str(tiny_model))
-    renderer = Renderer.for_model(found)
-    model = lower_layers(load_weights(found), renderer.pad, 1.0, 1.0, seed=0)
-    ids = [read_texts(renderer, f"{i}", "z" * i, 40).ids for i in range(12)]
-    odds = Scorer(model.eval(), renderer.pad, 4096)(ids)
-    # Log-odds of 3, where those that are right three times of four are about 1.
-    model.score.weight.data *= 3 / fmean(map(abs, odds))
-    # Three quarters are as the model says, so that some temperature fits best.
-    dev = [
-        Labelled(row, (value > 0) == (i % 4 > 0))
-        for i, (row, value) in enumerate(zip(ids, odds, strict=True))
-    ]
-    divided = calibrate(model, dev, renderer.pad)
-    assert divided > 2
-    again = Scorer(model, renderer.pad, 4096)(ids)
-    assert temperature(again, [row.label for row in dev]) == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.model

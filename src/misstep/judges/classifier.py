@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from misstep.judge_card import read_card
 from misstep.judges.base import Judge
-from misstep.models import FILES, folder_digest, locate
+from misstep.models import locate
 from misstep.records import Response, Score
 from misstep.rendering import Renderer
 
@@ -31,16 +31,16 @@ class ClassifierJudge(Judge):
 
     def __init__(self, folder: Path) -> None:
         card = read_card(folder)
-        self.folder, self.max_tokens = folder, card.max_tokens
-        self.metric = card.metric
-        self.name = judge_name(folder)
+        self.folder, self.card = folder, card
+        self.metric, self.name = card.metric, card.judge
         self._renderer = Renderer.for_model(locate(str(folder)))
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
         from misstep.training.classifier import read_texts
 
         texts = [
-            read_texts(self._renderer, asked(r), r.text, self.max_tokens) for r in responses
+            read_texts(self._renderer, asked(r), r.text, self.card.max_tokens)
+            for r in responses
         ]
         odds = self._odds([text.ids for text in texts])
         return [
@@ -50,10 +50,7 @@ class ClassifierJudge(Judge):
 
     @cached_property
     def _scorer(self) -> "Scorer":
-        from misstep.training.classifier import load_classifier
-        from misstep.training.scoring import Scorer
-
-        return Scorer(load_classifier(self.folder), self._renderer.pad, MICRO_TOKENS)
+        return classifier_scorer(self.folder, self._renderer)
 
     def _odds(self, rows: Sequence[Sequence[int]]) -> list[float | RuntimeError]:
         """The log-odds of each row; where they fail together, of each that does not alone."""
@@ -69,13 +66,17 @@ class ClassifierJudge(Judge):
             return self.unscored(response, f"the judge failed: {odds}")
         if not math.isfinite(odds):
             return self.unscored(response, f"the judge gave no number: {odds}")
-        reason = f"read in its first {self.max_tokens} tokens" if cut else ""
-        return self.scored(response, probability(odds), reason)
+        reason = f"read in its first {self.card.max_tokens} tokens" if cut else ""
+        calibrated = (odds - self.card.shift) / self.card.temperature
+        return self.scored(response, probability(calibrated), reason)
 
 
-def judge_name(folder: Path) -> str:
-    """A trained judge by its weights, its configuration and its tokenizer."""
-    return f"classifier:{folder_digest(folder, FILES)}"
+def classifier_scorer(folder: Path, renderer: Renderer) -> "Scorer":
+    """What gives log-odds, not calibrated yet, to tokens."""
+    from misstep.training.classifier import load_classifier
+    from misstep.training.scoring import Scorer
+
+    return Scorer(load_classifier(folder), renderer.pad, MICRO_TOKENS)
 
 
 def asked(response: Response) -> str:

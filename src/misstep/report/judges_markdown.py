@@ -49,11 +49,11 @@ def _training(card: JudgeCard) -> Iterator[str]:
     settings = ", ".join(f"`{key}` {value:.4g}" for key, value in made.settings.items())
     versions = ", ".join(f"{name} {number}" for name, number in made.versions.items())
     losses = ", ".join(f"{loss:.3f} ({epoch:g})" for epoch, loss in made.dev_loss)
+    spent = f"{duration(made.seconds)}, {made.tokens_per_second:.0f} tokens/s in training"
     yield (
         f"Judge `{card.judge}`, metric `{card.metric}`, made of `{made.model}`. {settings}.\n"
-        f"Loss on the dev part, by epochs: {losses}. Temperature {made.temperature:.3f}. Texts "
-        f"cut: {made.cut}. {duration(made.seconds)}, {made.tokens_per_second:.0f} tokens/s in "
-        f"training. Machine: {made.device}. {versions}."
+        f"Loss on the dev part, by epochs: {losses}. Temperature {card.temperature:.3f}, shift "
+        f"{card.shift:.3f}. Texts cut: {made.cut}. {spent}. Machine: {made.device}. {versions}."
     )
     lines = table(["trained on", "answers", "questions", "dev", "held out"])
     for data in made.data:

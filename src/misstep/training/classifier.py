@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,15 +31,13 @@ from transformers import (
 from misstep.errors import ModelError, TrainingError
 from misstep.models import no_progress_bars, weights_dtype
 from misstep.rendering import Renderer
-from misstep.training.scoring import ScoreHead, Scorer, classifier
+from misstep.training.scoring import ScoreHead, classifier
 from misstep.training.trainer import Steps
 
 PATIENCE = 2
 """Measurements on the dev part without a gain, after which training stops."""
 EVERY = 0.5
 """Epochs between two measurements."""
-MICRO_TOKENS = 4096
-"""Padded tokens that are scored at once."""
 HOTTEST = 5.0
 """Temperatures are sought from its inverse to here."""
 
@@ -54,6 +54,13 @@ class Labelled(NamedTuple):
 
     ids: tuple[int, ...]
     label: bool
+
+
+class Calibration(NamedTuple):
+    """What log-odds are divided by, after what is taken from them."""
+
+    temperature: float
+    shift: float
 
 
 class Measurement(NamedTuple):
@@ -210,33 +217,28 @@ def _loss(logits: Tensor, labels: Tensor, weights: tuple[float, float]) -> Tenso
     return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels, each)
 
 
-def temperature(logits: Sequence[float], labels: Sequence[bool]) -> float:
-    """What log-odds must be divided by to fit the labels best (arXiv 1706.04599)."""
-    odds = torch.tensor(logits, dtype=torch.float64)
+def calibration(odds: Sequence[float], labels: Sequence[bool]) -> Calibration:
+    """The temperature and the shift that fit the labels best.
+
+    A temperature alone (Guo et al., arXiv 1706.04599) leaves verdicts as they are; the shift is
+    Platt's, and takes back what the balance of the labels in training has moved.
+    """
+    given = torch.tensor(odds, dtype=torch.float64)
     wanted = torch.tensor(labels, dtype=torch.float64)
 
-    def loss(log: float) -> float:
-        return float(
-            nn.functional.binary_cross_entropy_with_logits(odds / math.exp(log), wanted)
-        )
+    def loss(sought: NDArray[np.float64]) -> float:
+        scaled = (given - sought[1]) / math.exp(sought[0])
+        return float(nn.functional.binary_cross_entropy_with_logits(scaled, wanted))
 
-    bound = math.log(HOTTEST)
-    found = minimize_scalar(loss, bounds=(-bound, bound), method="bounded")
-    return math.exp(float(found.x))
-
-
-def calibrate(model: Any, dev: Sequence[Labelled], pad: int) -> float:
-    """Divide the head's weights by the temperature that fits the dev part; gives it."""
-    model.to(weights_dtype()).eval()
-    odds = Scorer(model, pad, MICRO_TOKENS)([row.ids for row in dev])
-    found = temperature(odds, [row.label for row in dev])
-    with torch.no_grad():
-        model.score.weight /= found
-    return found
+    heat = (-math.log(HOTTEST), math.log(HOTTEST))
+    shift = (float(given.min()), float(given.max()))
+    found = minimize(loss, (0.0, 0.0), method="Nelder-Mead", bounds=(heat, shift))
+    return Calibration(math.exp(float(found.x[0])), float(found.x[1]))
 
 
 def save_classifier(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write it as transformers reads it."""
+    """Write it as transformers reads it, in the type that models are loaded in."""
+    model.to(weights_dtype())
     with no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
