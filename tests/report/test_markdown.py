@@ -13,6 +13,7 @@ from misstep.results import read_results
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
 
+CARDS = [path for path in (ROOT / "docs/results").glob("judges") if path.is_dir()]
 STUDIES = sorted(path.parent for path in (ROOT / "docs/results").glob("*/study.json"))
 
 
@@ -32,11 +33,11 @@ def test_a_study_page_is_made_from_its_study(study: Path) -> None:
     )
 
 
-def test_the_page_of_judges_is_made_from_their_cards() -> None:
-    folder = ROOT / "docs/results/judges"
-    page = (ROOT / "docs/results/judges.md").read_text(encoding="utf-8")
-    assert cards_markdown(folder) == page, (
-        f"make it anew: misstep report --markdown {folder} > {folder}.md"
+@pytest.mark.parametrize("cards", CARDS, ids=lambda cards: cards.name)
+def test_the_page_of_judges_is_made_from_their_cards(cards: Path) -> None:
+    page = cards.with_suffix(".md").read_text(encoding="utf-8")
+    assert cards_markdown(cards) in page, (
+        f"make it anew: misstep report --markdown docs/results/{cards.name}"
     )
 
 
