@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from misstep.check_results import correction, read_check
 from misstep.comparison import compare_methods, load_cells
 from misstep.errors import InputError, RecipeError
+from misstep.judge_check import check_judge
 from misstep.methods.registry import METHODS as REGISTRY
 from misstep.pipeline import run
 from misstep.progress import Silent
@@ -117,6 +119,29 @@ def test_seeds_share_mistakes_analyses_and_the_untrained_answers(compared: Path)
     assert not list(compared.glob("cells/*/cache.sqlite"))
     trained = [path.name.rpartition("-")[0] for path in (compared / "adapters").iterdir()]
     assert sorted(trained) == sorted(2 * [m for m in METHODS + OURS if m not in METHODS[:2]])
+
+
+LABELS = Path(__file__).parent / "judges/obedience_labels.jsonl"
+
+
+def test_pooled_rates_are_corrected_for_a_judge_that_was_checked(
+    compared: Path, recipe: Path, tmp_path: Path
+) -> None:
+    plain = read_results(compared / "results.json")
+    given = (tmp_path / "check", None, ["label=obeyed"], Silent())
+    check = check_judge("obedience", [str(LABELS)], *given) / "check.json"
+    compare_methods(recipe, compared, [f"evaluate.judge_check={check}"], Silent())
+    found = read_results(compared / "results.json")
+    correct = correction(read_check(check))
+    for before, pooled in zip(plain.pooled, found.pooled, strict=True):
+        assert pooled.model_copy(update={"corrected": None}) == before, "the raw rate stays"
+        assert pooled.corrected == (
+            correct(before) if pooled.metric == "mistake_rate" else None
+        )
+    assert any(pooled.corrected for pooled in found.pooled)
+    assert found.comparisons == plain.comparisons
+    assert "; corrected " in markdown_page(compared)
+    compare_methods(recipe, compared, [], Silent())
 
 
 def test_a_finished_comparison_costs_nothing(

@@ -21,6 +21,7 @@ from misstep.judge_config import load_judge
 from misstep.progress import Silent
 from misstep.records import Prompt, Response, Score
 from misstep.report.check_markdown import check_markdown
+from misstep.results import metric_from_scores
 
 HARM = "<script>alert('harmful text')</script>"
 
@@ -146,11 +147,12 @@ def check_of(*counts: tuple[bool, float | None, int]) -> Check:
 def test_a_rate_is_corrected_by_the_checked_errors() -> None:
     correct = correction(check_of((True, 1, 80), (True, 0, 20), (False, 1, 10), (False, 0, 90)))
     # 0.38 = 0.4 x 0.8 + 0.6 x 0.1
-    found = correct([score(1.0)] * 38 + [score(0.0)] * 62 + [score(None)] * 50)
+    counted = [score(1.0)] * 38 + [score(0.0)] * 62 + [score(None)] * 50
+    found = correct(metric_from_scores(counted))
     assert found is not None
     assert found.value == pytest.approx(0.4)
     assert found.low < 0.3 and found.high > 0.5
-    assert correct([score(None)]) is None
+    assert correct(metric_from_scores([score(None)])) is None
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_a_judge_of_a_file_refuses_unknown_keys(tmp_path: Path) -> None:
     path.write_text("rule: refusal\n")
     assert load_judge(str(path), None).rule == "refusal"
     path.write_text("rule: refusal\npolicy: harmlessness\n")
-    with pytest.raises(InputError, match="either a rule or a policy"):
+    with pytest.raises(InputError, match="found rule and policy"):
         load_judge(str(path), None)
     path.write_text("rulez: refusal\n")
     with pytest.raises(InputError, match="line 1: unknown key 'rulez'"):

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from served import serve
 
-from misstep.errors import InputError
+from misstep.errors import InputError, RecipeError
 from misstep.judge_card import read_card
 from misstep.judge_check import check_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
-from misstep.pipeline import run
+from misstep.pipeline import read_inputs, run
 from misstep.progress import Silent
 from misstep.records import Mistake, Response, Score, read_jsonl
 from misstep.report.markdown import markdown_page
@@ -187,6 +187,67 @@ def test_rates_are_corrected_for_a_judge_that_was_checked(
     assert "evaluate.judge_check" in manifest["data"]
 
 
+def test_the_loss_on_references_is_measured_before_and_after(
+    recipe: Path, finished: Path
+) -> None:
+    run(recipe, finished, ["evaluate.reference_loss=[clean]"], Silent())
+    results = json.loads((finished / "results.json").read_text())
+    found = {
+        (row["method"], row["guided"]): row["metrics"]["reference_loss"]
+        for row in results["rows"]
+        if row["test_set"] == "clean"
+    }
+    assert len(found) == 4 * 2
+    assert all(metric["n"] == len(QUESTIONS) for metric in found.values())
+    assert len({metric["value"] for metric in found.values()}) == 4 * 2, "each has its own"
+    assert "reference_loss" in {c["metric"] for c in results["comparisons"]}
+    assert " nats" in (finished / "report.html").read_text()
+    assert "Reference loss (lower is better)" in markdown_page(finished)
+
+
+def test_a_loss_without_references_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="reference answers in 'attacks'"):
+        run(recipe, tmp_path / "run", ["evaluate.reference_loss=[attacks]"], Silent())
+    with pytest.raises(InputError, match=r"expected test sets \(attacks, clean\)"):
+        run(recipe, tmp_path / "run", ["evaluate.reference_loss=[clear]"], Silent())
+
+
+def test_judges_side_by_side_stand_in_results_and_report(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    both = tmp_path / "both.yaml"
+    both.write_text("ensemble: [obedience, obedience]\nneeds: all")
+    judges = {"second": "obedience", "both": str(both)}
+    run(recipe, finished, [f"evaluate.judges={json.dumps(judges)}"], Silent())
+    results = json.loads((finished / "results.json").read_text())
+    seen = 0
+    for row in results["rows"]:
+        if "mistake_rate" in row["metrics"]:
+            own = row["metrics"]["mistake_rate"]
+            assert row["metrics"]["mistake_rate@second"] == own
+            assert row["metrics"]["mistake_rate@both"] == own
+            assert row["metrics"]["votes_agree@both"]["value"] == 1
+            seen += 1
+    assert seen == 4 * 2
+    named = [(found["a"], found["b"]) for found in results["agreements"]]
+    assert ("mistake_rate", "mistake_rate@both") in named
+    assert all(found["same"]["value"] == 1 for found in results["agreements"])
+    assert "Agreement of the judges" in (finished / "report.html").read_text()
+    assert "Agreement of the judges" in markdown_page(finished)
+
+
+def test_a_judge_file_takes_the_place_of_the_policys_judge(
+    recipe: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("rule: refusal")
+    with pytest.raises(RecipeError, match="expected a judge of mistakes"):
+        read_inputs(recipe, [f"judge={own}"])
+    own.write_text("policy: harmlessness\nvotes: 3")
+    inputs = read_inputs(recipe, [f"judge={own}"])
+    assert inputs.of_mistakes is not None and inputs.of_mistakes.model == inputs.model
+
+
 def trained_judge(folder: Path, model: Path, metric: str) -> Path:
     rows = [{"prompt": f"Q{i}", "response": "a b"[i % 2 :], "label": i % 2} for i in range(40)]
     data = write_jsonl(folder / "labelled.jsonl", rows)
@@ -198,21 +259,13 @@ def test_a_trained_judge_judges_in_place_of_the_policy(
     recipe: Path, finished: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     folder = trained_judge(tmp_path, tiny_model, "mistake_rate")
-    run(recipe, finished, [f"mistake_judge={folder}"], Silent())
+    path = tmp_path / "judge.yaml"
+    path.write_text(f"classifier: {folder}\n")
+    run(recipe, finished, [f"judge={path}"], Silent())
     scores = [json.loads(line)["score"] for line in (finished / "scores.jsonl").open()]
     names = {(s["metric"], s["judge"]) for s in scores}
     judge = read_card(folder).judge
     assert {name for metric, name in names if metric == "mistake_rate"} == {judge}
-    manifest = json.loads((finished / "manifest.json").read_text())
-    assert manifest["data"]["mistake_judge"] == judge
-
-
-def test_a_judge_of_refusals_is_no_judge_of_mistakes(
-    recipe: Path, tmp_path: Path, tiny_model: Path
-) -> None:
-    folder = trained_judge(tmp_path, tiny_model, "over_refusal")
-    with pytest.raises(InputError, match="mistake_judge: expected a judge of mistake_rate"):
-        run(recipe, tmp_path / "run", [f"mistake_judge={folder}"], Silent())
 
 
 def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_nothing_scored_is_no_value() -> None:
 
 
 def test_other_numbers_have_a_seeded_bootstrap_interval() -> None:
-    scores = [scored(float(value)) for value in range(1, 11)]
+    scores = [scored(float(value), metric="harmless_score") for value in range(1, 11)]
     found = metric_from_scores(scores, seed=3)
     assert found == metric_from_scores(scores[::-1], seed=3)
     assert found.value == 5.5
@@ -106,9 +106,9 @@ def test_comparison_pairs_by_prompt_where_both_are_scored() -> None:
 
 
 def test_other_numbers_are_compared_by_their_mean() -> None:
-    a = side("a", {"p": 8.0, "q": 6.0}, "helpfulness")
-    b = side("b", {"q": 5.0, "p": 4.0}, "helpfulness")
-    found = compare(a, b, "helpfulness", "clean", 17)
+    a = side("a", {"p": 8.0, "q": 6.0}, "harmless_score")
+    b = side("b", {"q": 5.0, "p": 4.0}, "harmless_score")
+    found = compare(a, b, "harmless_score", "clean", 17)
     assert found is not None
     assert (found.difference, found.test) == (2.5, "sign-flip")
 

@@ -14,14 +14,23 @@ from typing import Literal
 from pydantic import Field, FiniteFloat
 
 from misstep.errors import DataError
-from misstep.records import Record, Response, Score, read_json, write_json
+from misstep.labelled import MISTAKES, REFUSALS
+from misstep.records import (
+    VERDICT_FROM,
+    VERDICTS,
+    Record,
+    Response,
+    Score,
+    read_json,
+    write_json,
+)
 from misstep.results import Corrected, Metric
 
 # misstep.stats and misstep.agreement are imported where they are needed: numpy is slow to load,
 # and the command starts without it.
 
-THRESHOLD = 0.5
-"""A score from here on is the verdict 1."""
+GRADES = 9.0
+"""Points from the lowest grade to the highest."""
 MOST_CATEGORIES = 100
 """A column with more values than that names cases and not categories."""
 
@@ -39,11 +48,15 @@ class JudgedCase(Record):
     categories: tuple[str, ...] = ()
     value: FiniteFloat | None
     reason: str = ""
+    votes: tuple[float | None, ...] = ()
+    """What each said where several were asked."""
+    swayed: bool | None = None
+    """Of a pair that was judged in either order: whether the verdict changed with it."""
 
     @property
     def verdict(self) -> bool | None:
         """What the judge says, or None where it says nothing."""
-        return None if self.value is None else self.value >= THRESHOLD
+        return None if self.value is None else self.value >= VERDICT_FROM
 
     @property
     def asked(self) -> str:
@@ -83,7 +96,8 @@ class Measured(Record):
     confusion: Confusion
     metrics: dict[str, Metric]
     """`accuracy`, `balanced_accuracy`, `auc`, `kappa`, `calibration_error`, `false_safe`,
-    `false_unsafe`; one that the cases cannot give is absent."""
+    `false_unsafe`; of several votes `votes_agree`; of pairs `position_bias` and `length_bias`.
+    One that the cases cannot give is absent."""
 
 
 class DataCheck(Record):
@@ -123,9 +137,11 @@ def pair_score(first: Score, second: Score, metric: str) -> Score:
     if first.value is None or second.value is None:
         lacking = first if first.value is None else second
         return first.model_copy(update={"value": None, "reason": lacking.reason})
-    ahead = (
-        first.value - second.value if metric == "helpfulness" else second.value - first.value
-    )
+    ahead = first.value - second.value
+    if metric in (MISTAKES, REFUSALS):
+        ahead = -ahead
+    if metric not in VERDICTS:
+        ahead /= GRADES
     if ahead == 0:
         because = "both answers have the same score"
         return first.model_copy(update={"value": None, "reason": because})
@@ -168,7 +184,7 @@ def measure(cases: Sequence[JudgedCase]) -> Measured:
         passed=called.count((False, False)),
     )
     unscored = len(cases) - len(scored)
-    metrics = _metrics(cases, scored) if scored else {}
+    metrics = (_metrics(cases, scored) if scored else {}) | _of_judging(cases)
     return Measured(n=len(scored), unscored=unscored, confusion=confusion, metrics=metrics)
 
 
@@ -214,6 +230,39 @@ def _metrics(cases: Sequence[JudgedCase], scored: Sequence[JudgedCase]) -> dict[
     }
 
 
+def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
+    """How the verdicts were come by: whether votes agree, what order and length did."""
+    from misstep.stats import clustered_rate, mean_interval
+
+    voted = [case for case in cases if len(case.votes) > 1]
+    ordered = [case for case in cases if case.swayed is not None]
+    pulls = [pull for case in cases if (pull := _pull(case)) is not None]
+    shares = {
+        "votes_agree": (
+            [len(set(c.votes)) == 1 and c.votes[0] is not None for c in voted],
+            voted,
+        ),
+        "position_bias": ([bool(c.swayed) for c in ordered], ordered),
+    }
+    found = {
+        name: clustered_rate(hits, [case.asked for case in of])
+        for name, (hits, of) in shares.items()
+        if of
+    }
+    if pulls:
+        found["length_bias"] = mean_interval(pulls, 0)
+    return {name: Metric(**interval._asdict()) for name, interval in found.items()}
+
+
+def _pull(case: JudgedCase) -> float | None:
+    """1 where the longer answer of a pair wins, -1 where the shorter one does, else 0."""
+    if case.other is None or (case.value is None and not case.swayed):
+        return None
+    one, other = len(case.response.text), len(case.other.text)
+    longer = (one > other) - (one < other)
+    return 0.0 if case.value is None else float(longer if case.verdict else -longer)
+
+
 def _graded(cases: Sequence[JudgedCase]) -> bool:
     """Whether the judge gives more than verdicts."""
     return any(case.value not in (0, 1) for case in cases)
@@ -230,8 +279,8 @@ def _calibration(cases: Sequence[JudgedCase]) -> tuple[CalibrationBin, ...]:
     return tuple(CalibrationBin(**found._asdict()) for found in curve)
 
 
-def correction(check: Check) -> Callable[[Sequence[Score]], Corrected | None]:
-    """What turns scores of the checked judge into the rate that they stand for.
+def correction(check: Check) -> Callable[[Metric], Corrected | None]:
+    """What turns a rate of the checked judge into the one that it stands for.
 
     Raises:
         DataError: the check does not tell sensitivity and specificity, or the judge tells no
@@ -257,11 +306,13 @@ def correction(check: Check) -> Callable[[Sequence[Score]], Corrected | None]:
             f"no rate can be corrected for this judge: {error}. Use another judge."
         ) from error
 
-    def corrected(scores: Sequence[Score]) -> Corrected | None:
-        values = [score.value for score in scores if score.value is not None]
-        if not values:
+    def corrected(rate: Metric) -> Corrected | None:
+        if rate.value is None or rate.low is None or rate.high is None:
             return None
-        raw = wilson(sum(value >= THRESHOLD for value in values), len(values))
+        raw = Interval(rate.value, rate.low, rate.high, rate.n)
+        if raw.low == raw.high:
+            # No spread was seen among the seeds and prompts; that does not make it sure.
+            raw = wilson(round(rate.value * rate.n), rate.n)
         found = corrected_rate(raw, sensitivity, specificity)
         return Corrected(value=found.value, low=found.low, high=found.high)
 

@@ -154,8 +154,8 @@ def judge_check(
     judge: Annotated[
         str,
         typer.Argument(
-            help="obedience, helpfulness, refusal, policy:NAME, the folder of a trained judge, "
-            "or a YAML file.",
+            help="A rule (obedience, helpfulness, refusal), policy:NAME, rubric:NAME, "
+            "guard:NAME, the folder of a trained judge, or a YAML file.",
             show_default=False,
         ),
     ],
@@ -172,9 +172,12 @@ def judge_check(
         typer.Option("--out", help="The check's directory; runs/check-JUDGE where left out."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Of a rubric: the model that it is put to.")
+        str | None, typer.Option("--model", help="The model that is asked, or the guard's.")
     ] = None,
-    field: Fields = [],  # noqa: B006
+    field: Annotated[
+        list[str],
+        typer.Option("--field", metavar="FIELD=COLUMN", help="Map a column, as label=is_bad."),
+    ] = [],  # noqa: B006
 ) -> None:
     """Measure a judge on people's labels: agreement and errors with intervals, a page."""
     from misstep.judge_check import check_judge
@@ -268,6 +271,28 @@ def judge_import(
 
     path, ratings = import_sheets(folder, sheets)
     print_ratings(path, ratings)
+
+
+@app.command("import-inspect")
+def import_inspect(
+    logs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="LOG...",
+            help="Logs of `inspect eval misstep/recipe`, of one recipe.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The directory; runs/inspect-NAME where left out."),
+    ] = None,
+) -> None:
+    """Make results of inspect_ai's logs of a recipe's test sets."""
+    from misstep.inspect_log import import_logs
+    from misstep.summary import print_summary
+
+    print_summary(import_logs(logs, out))
 
 
 @app.command()

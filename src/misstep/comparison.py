@@ -38,8 +38,11 @@ from misstep.results import (
     write_results,
 )
 from misstep.stages.base import Settings
+from misstep.stages.evaluate import Correct, agreements
 
 CELLS = "cells"
+Corrections = dict[tuple[str, str], Correct]
+"""By variant and metric."""
 Variant = tuple[tuple[str, Any], ...]
 """The swept keys and their values."""
 
@@ -125,11 +128,13 @@ def compare_methods(
     inputs = [check_inputs(cell.config) for cell in cells]
     folder = writable(out or Path("runs") / cells[0].config.name)
     _check_folder(folder)
+    corrections: Corrections = {}
     for number, (cell, read) in enumerate(zip(cells, inputs, strict=True), 1):
         progress.say(f"Cell {number} of {len(cells)}: {cell.folder}")
-        _run_cell(folder, cell, read, progress)
+        made = _run_cell(folder, cell, read, progress)
+        corrections |= {(cell.title, metric): of for metric, of in made.items()}
         # After each cell, so that a comparison can be read while it goes on.
-        _gather(folder, cells[:number])
+        _gather(folder, cells[:number], corrections)
     return folder
 
 
@@ -141,52 +146,64 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _run_cell(folder: Path, cell: Cell, inputs: Inputs, progress: Progress) -> None:
+def _run_cell(
+    folder: Path, cell: Cell, inputs: Inputs, progress: Progress
+) -> Mapping[str, Correct]:
+    """Run a cell; gives the corrections of its rates by metric."""
     place = folder / CELLS / cell.folder
     place.mkdir(parents=True, exist_ok=True)
-    Run(inputs, place, progress, store=folder).through("evaluate")
+    run = Run(inputs, place, progress, store=folder)
+    run.through("evaluate")
+    return run.corrections
 
 
-def _gather(folder: Path, cells: Sequence[Cell]) -> None:
+def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> None:
     """Write what all finished cells say together."""
     values: Values = defaultdict(dict)
-    rows = []
+    rows, answers, judgements = [], [], []
     for cell in cells:
         place = folder / CELLS / cell.folder
         found = read_results(place / "results.json")
         rows += [row.model_copy(update={"variant": cell.title}) for row in found.rows]
-        _collect(values, place, cell)
+        answers += list(read_jsonl(place / "responses.jsonl", Answer))
+        judged = list(read_jsonl(place / "scores.jsonl", Judgement))
+        judgements += judged
+        _collect(values, answers, judged, cell)
     config = cells[0].config
     results = Results(
         policy=found.policy,
         model=config.model,
         rows=tuple(rows),
-        pooled=tuple(_pooled(values, config.seed)),
+        pooled=tuple(_pooled(values, corrections, config.seed)),
         comparisons=tuple(_comparisons(values, config.seed)),
+        agreements=tuple(agreements(answers, judgements)),
     )
     write_results(folder / "results.json", results)
     _write_manifest(folder, cells)
     write_comparison(folder)
 
 
-def _collect(values: Values, place: Path, cell: Cell) -> None:
+def _collect(
+    values: Values, answers: Sequence[Answer], judgements: Sequence[Judgement], cell: Cell
+) -> None:
     """Add a cell's scores: setting, test set, metric, seed, prompt."""
     prompts = {
-        (a.method, a.guided, a.test_set, a.response.id): a.response.prompt.id
-        for a in read_jsonl(place / "responses.jsonl", Answer)
+        (a.method, a.guided, a.test_set, a.response.id): a.response.prompt.id for a in answers
     }
     pools = cell.config.evaluate.pools
-    for item in read_jsonl(place / "scores.jsonl", Judgement):
+    for item in judgements:
         setting = Setting(item.method, item.guided, cell.title)
         prompt = prompts[item.method, item.guided, item.test_set, item.score.response_id]
         for name in (item.test_set, *(p for p, of in pools.items() if item.test_set in of)):
             by_seed = values[setting, name, item.score.metric]
-            by_seed.setdefault(cell.seed, {})[prompt] = item.score.value
+            by_seed.setdefault(cell.seed, {})[prompt] = item.score.counted
 
 
-def _pooled(values: Values, seed: int) -> Iterator[Pooled]:
+def _pooled(values: Values, corrections: Corrections, seed: int) -> Iterator[Pooled]:
     for (setting, test_set, metric), by_seed in values.items():
-        yield pool(setting, test_set, metric, by_seed, seed)
+        found = pool(setting, test_set, metric, by_seed, seed)
+        correct = corrections.get((setting.variant, metric))
+        yield found.model_copy(update={"corrected": correct(found)}) if correct else found
 
 
 def _comparisons(values: Values, seed: int) -> list[Comparison]:

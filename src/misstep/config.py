@@ -37,8 +37,30 @@ class EvaluateSettings(Settings):
     """Named sets of held-out prompts."""
     pools: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Names for several of the sets taken together."""
-    judge_check: str | None = None
-    """The check.json of one of the run's judges; its rates are then shown corrected, too."""
+    reference_loss: tuple[str, ...] = ()
+    """The sets on whose reference answers the loss of every model is measured, too."""
+    judges: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], str] = Field(
+        default_factory=dict
+    )
+    """Further judges by name, each written as `misstep judge check` takes it. One that names no
+    model asks the run's judge. Of one metric, the second's is called `METRIC@NAME`."""
+    judge_check: tuple[str, ...] = ()
+    """A check.json of one of the run's judges, or a list of such; its rates are then shown
+    corrected, too."""
+
+    @field_validator("judge_check", mode="before")
+    @classmethod
+    def _one_check_or_several(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given or ()
+
+    @model_validator(mode="after")
+    def _losses_of_known_sets(self) -> "EvaluateSettings":
+        unknown = sorted(set(self.reference_loss) - set(self.tests))
+        if unknown:
+            raise ValueError(
+                f"reference_loss: expected test sets ({', '.join(self.tests)}), found {unknown}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pools_exist(self) -> "EvaluateSettings":
@@ -68,9 +90,8 @@ class RunConfig(Settings):
     """Of models whose weights are here."""
     judge: str = "self"
     """The model that a policy's rubric is put to, named as `model` is; `self` is the model as
-    it is. A policy with a rule needs none."""
-    mistake_judge: str | None = None
-    """A folder that `misstep judge train` has written; it judges in place of the policy."""
+    it is. A policy with a rule needs none. Or a judge of mistakes, a YAML file, that takes the
+    place of the policy's own."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the data's draws, of sampling and of training."""
     train_seed: Annotated[int, Field(ge=0)] | None = None
@@ -109,6 +130,11 @@ class RunConfig(Settings):
                 f"is asked again shows what it still does wrong; found {self.mistakes.source}"
             )
         return self
+
+    @property
+    def judge_file(self) -> str | None:
+        """The file of a judge in the place of the policy's own."""
+        return self.judge if self.judge.endswith((".yaml", ".yml")) else None
 
     @property
     def training_seed(self) -> int:

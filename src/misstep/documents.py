@@ -99,6 +99,28 @@ def _given(data: Any, keys: KeyPath) -> KeyPath:
     return keys
 
 
+def load_document(
+    schema: type[M], name: str, folder: Path, what: str, error: type[InputError]
+) -> M:
+    """A document of a folder of shipped ones by its name, or a user's own by its path.
+
+    Raises:
+        InputError: (the given class) no such document, or all that is wrong with it.
+    """
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+    elif name in known:
+        path = folder / f"{name}.yaml"
+    else:
+        raise error(
+            f"{what} '{name}': expected a shipped {what} ({', '.join(known)}) or the path of a "
+            f".yaml file.{suggestion(name, known)}"
+        )
+    data, lines = read_yaml(path, error)
+    return check(schema, data, error, str(path), lines)
+
+
 def suggestion(word: str, known: list[str]) -> str:
     """A did-you-mean, or the list of what there is."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

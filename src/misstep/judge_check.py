@@ -2,15 +2,15 @@
 
 The judge scores every labelled answer; check.json holds the numbers, judged.jsonl each answer
 with its score, check.html the page. The directory keeps a model's verdicts, so that the same
-command goes on after an interruption. A trained judge is measured on questions that it has not
-seen, and its card keeps the numbers, too. What they mean stands in misstep.check_results.
+command goes on after an interruption. A trained judge is measured on questions it has not
+seen. What the numbers mean stands in misstep.check_results.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from misstep.check_results import (
     Check,
@@ -23,23 +23,19 @@ from misstep.check_results import (
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
 from misstep.engines.cached import CachedEngine
-from misstep.engines.choose import choose
-from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import DataError, RecipeError
+from misstep.engines.choose import Chosen
+from misstep.errors import DataError
 from misstep.judge_card import enter_check, unseen
-from misstep.judge_config import JudgeConfig, load_judge
-from misstep.judges.base import Judge
-from misstep.judges.choose import mistake_judge, rule_judge
-from misstep.judges.classifier import ClassifierJudge
-from misstep.labelled import DataSet, load_labelled
-from misstep.models import Model, locate
+from misstep.judges.base import PairJudge
+from misstep.judging import AnyJudge, JudgeInputs, opened, read_judge
+from misstep.labelled import Case, DataSet, load_labelled
 from misstep.pipeline import writable
-from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
-from misstep.records import write_jsonl
+from misstep.records import VERDICTS, write_jsonl
 from misstep.report.check import write_check_report
 from misstep.sources import Source, check_source
 
+TIE = 0.5
 AT_ONCE = 512
 """Answers judged between two lines of progress."""
 
@@ -47,12 +43,7 @@ AT_ONCE = 512
 class CheckInputs(NamedTuple):
     """All that a check reads, read before any model loads."""
 
-    title: str
-    """The judge as the user named it."""
-    config: JudgeConfig
-    policy: Policy | None
-    model: Model | None
-    """Of a policy with a rubric."""
+    judge: JudgeInputs
     data: dict[str, DataSet]
     """By the names that stand in the results."""
 
@@ -65,17 +56,15 @@ def read_check_inputs(
     Raises:
         InputError: what is wrong with the judge, its model, or the data.
     """
-    config = load_judge(judge, model)
-    policy = load_policy(config.policy) if config.policy else None
-    weights = _weights(judge, config, policy)
+    read = read_judge(judge, model)
     # A judge says before it has a model which answers it can score, and by what metric.
-    probe = _judge(config, policy, ScriptedEngine())
+    probe = read.probe()
     sets = labelled_sets(data, fields, probe.metric)
-    if config.classifier is not None:
-        sets = {name: unseen(of, Path(config.classifier)) for name, of in sets.items()}
+    for folder in read.trained():
+        sets = {name: unseen(found, folder) for name, found in sets.items()}
     for given, found in sets.items():
         _check_applies(probe, given, found)
-    return CheckInputs(judge, config, policy, weights, sets)
+    return CheckInputs(read, sets)
 
 
 def labelled_sets(
@@ -88,31 +77,6 @@ def labelled_sets(
     """
     mapped = _fields(fields)
     return _named(data, [load_labelled(_source(name, mapped), metric) for name in data])
-
-
-def _weights(judge: str, config: JudgeConfig, policy: Policy | None) -> Model | None:
-    if policy is None or policy.judge.rubric is None:
-        if config.model is not None:
-            raise RecipeError(
-                f"judge {judge}: expected no model, since its policy judges by a rule; found "
-                f"{config.model}. Leave the model out."
-            )
-        return None
-    if config.model is None:
-        raise RecipeError(
-            f"judge {judge}: expected a model, since the policy {policy.name} judges by a "
-            "rubric; found none. Name one with --model MODEL."
-        )
-    return locate(config.model)
-
-
-def _judge(config: JudgeConfig, policy: Policy | None, engine: Engine) -> Judge:
-    if policy is not None:
-        return mistake_judge(policy, engine)
-    if config.classifier is not None:
-        return ClassifierJudge(Path(config.classifier))
-    assert config.rule is not None
-    return rule_judge(config.rule)
 
 
 def _fields(mapped: Sequence[str]) -> dict[str, str]:
@@ -136,7 +100,14 @@ def _source(name: str, fields: dict[str, str]) -> Source:
     return source
 
 
-def _check_applies(judge: Judge, name: str, data: DataSet) -> None:
+def _check_applies(judge: AnyJudge, name: str, data: DataSet) -> None:
+    if not data.pairs and judge.metric not in VERDICTS:
+        raise DataError(
+            f"{name}: expected pairs of answers, since the judge's {judge.metric} is no "
+            "verdict on a single one; found labelled answers."
+        )
+    if isinstance(judge, PairJudge):
+        return
     if not any(judge.applies(case.response.prompt) for case in data.cases):
         raise DataError(
             f"{name}: expected prompts that the judge {judge.name} can tell of, found none in "
@@ -171,50 +142,45 @@ def check_judge(
         RunError: the judging failed; the same command goes on from there.
     """
     inputs = read_check_inputs(judge, data, model, fields)
-    if inputs.config.classifier is not None:
-        writable(Path(inputs.config.classifier))
-    short = Path(judge).stem if inputs.config.policy is None else inputs.config.policy
-    folder = writable(out or Path("runs") / f"check-{Path(short).stem}")
-    with _engine(inputs, folder, progress) as engine:
-        asked = _judge(inputs.config, inputs.policy, engine)
+    trained = inputs.judge.config.classifier
+    if trained is not None:
+        writable(Path(trained))
+    short = Path(judge.rpartition(":")[2]).stem
+    folder = writable(out or Path("runs") / f"check-{short}")
+
+    def engine(chosen: Chosen) -> AbstractContextManager[Engine]:
+        return _cached(chosen, folder, progress)
+
+    with opened(inputs.judge, engine) as asked:
         cases = {
             name: judge_cases(asked, name, found, progress)
             for name, found in inputs.data.items()
         }
     write_jsonl(folder / "judged.jsonl", [case for of in cases.values() for case in of])
-    check = _counted(inputs, asked, cases)
-    write_check(folder / "check.json", check)
-    if inputs.config.classifier is not None:
-        enter_check(Path(inputs.config.classifier), check)
+    counted = _counted(inputs, asked, cases)
+    write_check(folder / "check.json", counted)
+    if trained is not None:
+        enter_check(Path(trained), counted)
     write_check_report(folder)
     return folder
 
 
 @contextmanager
-def _engine(inputs: CheckInputs, folder: Path, progress: Progress) -> Iterator[Engine]:
-    """A cached engine for a judge that asks a model; a rule is given one that it never asks."""
-    if inputs.model is None:
-        yield ScriptedEngine()
-        return
-    chosen = choose(inputs.config.engine, inputs.model)
+def _cached(chosen: Chosen, folder: Path, progress: Progress) -> Iterator[Engine]:
+    """A cached engine for a judge that asks a model."""
     progress.say(f"Engine: {chosen.why}")
     with CachedEngine(chosen.identity, chosen.open, folder / "cache.sqlite") as engine:
         engine.notify = partial(progress.update, "judging")
         yield engine
 
 
-def judge_cases(judge: Judge, name: str, data: DataSet, progress: Progress) -> list[JudgedCase]:
+def judge_cases(
+    judge: AnyJudge, name: str, data: DataSet, progress: Progress
+) -> list[JudgedCase]:
     """Have a judge score every case of a data set."""
     found: list[JudgedCase] = []
     for start in range(0, len(data.cases), AT_ONCE):
         cases = data.cases[start : start + AT_ONCE]
-        scores = judge.score([case.response for case in cases])
-        if data.pairs:
-            others = judge.score([case.other for case in cases if case.other is not None])
-            scores = [
-                pair_score(one, other, judge.metric)
-                for one, other in zip(scores, others, strict=True)
-            ]
         found += [
             JudgedCase(
                 data=name,
@@ -223,20 +189,42 @@ def judge_cases(judge: Judge, name: str, data: DataSet, progress: Progress) -> l
                 other=case.other,
                 label=case.label,
                 categories=case.categories,
-                value=score.value,
-                reason=score.reason,
+                **said,
             )
-            for case, score in zip(cases, scores, strict=True)
+            for case, said in zip(cases, _said(judge, cases, data.pairs), strict=True)
         ]
         progress.update(name, len(found), len(data.cases))
     return found
 
 
-def _counted(inputs: CheckInputs, judge: Judge, cases: dict[str, list[JudgedCase]]) -> Check:
+def _said(judge: AnyJudge, cases: Sequence[Case], pairs: bool) -> list[dict[str, Any]]:
+    """What the judge says of each case: value and reason, and what is known of its making."""
+    if isinstance(judge, PairJudge):
+        asked = [(case.response, case.other) for case in cases if case.other is not None]
+        return [
+            {
+                # Neither is better: as of equal scores, nothing follows for the label.
+                "value": None if found.value == TIE else found.value,
+                "reason": found.reason,
+                "swayed": found.swayed,
+            }
+            for found in judge.compare(asked)
+        ]
+    scores = judge.score([case.response for case in cases])
+    if pairs:
+        others = judge.score([case.other for case in cases if case.other is not None])
+        scores = [
+            pair_score(one, other, judge.metric)
+            for one, other in zip(scores, others, strict=True)
+        ]
+    return [{"value": s.value, "reason": s.reason, "votes": s.votes} for s in scores]
+
+
+def _counted(inputs: CheckInputs, judge: AnyJudge, cases: dict[str, list[JudgedCase]]) -> Check:
     single = [case for name, of in cases.items() if not inputs.data[name].pairs for case in of]
     return Check(
         judge=judge.name,
-        title=inputs.title,
+        title=inputs.judge.title,
         metric=judge.metric,
         data=tuple(
             measure_data(name, found.digest, found.pairs, found.left_out, cases[name])

@@ -1,12 +1,12 @@
-"""Which judge a command is about: a rule, a policy's, a trained one, or a YAML file of one.
+"""Which judge is meant: one of the kinds below, by name, by folder, or as a YAML file.
 
 Unknown keys are refused, as in a recipe. Knows no model; nothing here loads or runs anything.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from misstep.documents import check, read_yaml, suggestion
 from misstep.errors import RecipeError
@@ -14,37 +14,64 @@ from misstep.judge_card import CARD, is_trained_judge
 from misstep.judges.choose import RULES
 from misstep.stages.base import Settings
 
-OF_POLICY = "policy:"
+NAMED = ("policy", "rubric", "guard")
+"""Kinds that a command may write as KIND:NAME."""
+KINDS = ("rule", *NAMED, "classifier", "ensemble")
+ASKING = ("policy", "rubric")
+"""Kinds whose model is asked for verdicts, and so can be asked several times."""
 
 
 class JudgeConfig(Settings):
-    """One judge: a rule, a trained one, or a policy's with the model its rubric is put to."""
+    """One judge, of one kind, with the model that it asks."""
 
     rule: Literal["obedience", "helpfulness", "refusal"] | None = None
     policy: str | None = None
-    """A shipped policy, or the path of a policy file."""
+    """A shipped policy, or the path of a policy file: whether an answer is a mistake."""
+    rubric: str | None = None
+    """A shipped rubric, or the path of a rubric file: a grade, or the better of two answers."""
+    guard: str | None = None
+    """A shipped guard, or the path of a guard file."""
     classifier: str | None = None
     """The folder that `misstep judge train` has written."""
+    ensemble: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """Several judges, each written as a command writes it."""
+    needs: Literal["majority", "all"] = "majority"
+    """How many of an ensemble must say the same; else an answer is unscored."""
     model: str | None = None
-    """`smollm2-135m`, a Hugging Face id, a folder of safetensors, or a GGUF file."""
+    """`smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
+    `openai:MODEL@URL`, which is no guard's."""
     engine: Literal["auto", "openvino", "transformers"] = "auto"
+    votes: Annotated[int, Field(ge=1)] = 1
+    """How often a model is asked; verdicts need more than half of the votes."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "JudgeConfig":
-        if sum(kind is not None for kind in (self.rule, self.policy, self.classifier)) != 1:
-            raise ValueError("give either a rule, a policy or a classifier")
-        if self.policy is None and self.model is not None:
-            kind = "rule" if self.rule else "classifier"
-            raise ValueError(f"a {kind} asks no model; leave the model out")
+        found = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(found) != 1:
+            raise ValueError(
+                f"give one of {', '.join(KINDS)}; found {' and '.join(found) or 'none'}"
+            )
         if self.classifier is not None and not is_trained_judge(self.classifier):
             raise ValueError(
                 f"classifier: expected a folder with {CARD}, as `misstep judge train` writes "
                 f"it, found none in {self.classifier}"
             )
+        article = "an" if self.kind == "ensemble" else "a"
+        if self.kind not in NAMED and self.model is not None:
+            raise ValueError(f"{article} {self.kind} asks no model; leave the model out")
+        if self.kind not in ASKING and self.votes > 1:
+            raise ValueError(f"votes are of {' and '.join(ASKING)}; leave them out")
+        if self.kind != "ensemble" and self.needs != "majority":
+            raise ValueError("needs is of an ensemble; leave it out")
         return self
 
+    @property
+    def kind(self) -> str:
+        """Which of the kinds it is."""
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
-def load_judge(name: str, model: str | None) -> JudgeConfig:
+
+def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     """The judge of a command's argument; `model` is that of `--model`.
 
     Raises:
@@ -54,15 +81,15 @@ def load_judge(name: str, model: str | None) -> JudgeConfig:
     if name.endswith((".yaml", ".yml")):
         data, lines = read_yaml(Path(name), RecipeError)
         return check(JudgeConfig, data | given, RecipeError, name, lines)
-    if name.startswith(OF_POLICY):
-        policy = name.removeprefix(OF_POLICY)
-        return check(JudgeConfig, {"policy": policy} | given, RecipeError, f"judge {name}")
+    kind, colon, of = name.partition(":")
+    if colon and kind in NAMED:
+        return check(JudgeConfig, {kind: of} | given, RecipeError, f"judge {name}")
     if is_trained_judge(name):
         return check(JudgeConfig, {"classifier": name} | given, RecipeError, f"judge {name}")
     if name not in RULES:
+        forms = ", ".join(f"{kind}:NAME" for kind in NAMED)
         raise RecipeError(
-            f"judge '{name}': expected a rule ({', '.join(RULES)}), {OF_POLICY}NAME, the "
-            "folder of a trained judge, or the path of a .yaml file."
-            f"{suggestion(name, list(RULES))}"
+            f"judge '{name}': expected a rule ({', '.join(RULES)}), {forms}, the folder of a "
+            f"trained judge, or the path of a .yaml file.{suggestion(name, list(RULES))}"
         )
     return check(JudgeConfig, {"rule": name} | given, RecipeError, f"judge {name}")

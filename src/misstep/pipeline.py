@@ -12,7 +12,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +24,13 @@ from misstep.check_results import Check, correction, read_check
 from misstep.config import RunConfig, changed_keys, load_recipe
 from misstep.endpoint import PREFIX
 from misstep.engines.cached import CachedEngine
-from misstep.engines.choose import choose
+from misstep.engines.choose import Chosen, choose
 from misstep.errors import DataError, InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
-from misstep.judge_card import read_card
-from misstep.judges.base import Judge
-from misstep.judges.choose import all_judges, mistake_judge
+from misstep.judges.base import Judge, Seat, seated
+from misstep.judges.choose import cost_judges, mistake_judge
+from misstep.judges.instructions import check_instructions
+from misstep.judging import AnyJudge, JudgeInputs, opened, read_judge
 from misstep.labelled import MISTAKES
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
@@ -45,6 +46,7 @@ from misstep.records import (
     Pair,
     Prompt,
     Revision,
+    base_metric,
     digest,
     write_jsonl,
     write_text,
@@ -55,8 +57,9 @@ from misstep.sources import check_source, load_mistakes, load_prompts, source_di
 from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import analyse
 from misstep.stages.base import Yield
-from misstep.stages.evaluate import Table, judge_answers
+from misstep.stages.evaluate import Correct, Table, agreements, judge_answers
 from misstep.stages.induce import Induced, NoMistakeError, confirm, induce, some_mistakes
+from misstep.stages.reference import reference_losses
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
 from misstep.stages.reward import require_trl
@@ -82,16 +85,19 @@ class Inputs(NamedTuple):
     adapter: Path | None
     analyst: Model
     judge: Model
-    trained_judge: Path | None
-    """In place of the policy's own, where the recipe names one."""
+    """What a policy's rubric is put to, and judges that name no model."""
+    of_mistakes: JudgeInputs | None
+    """In the place of the policy's own judge."""
+    judges: dict[str, JudgeInputs]
+    """Further ones, by name."""
     prompts: list[Prompt]
     """Of induced mistakes: what the model is asked."""
     given: list[Mistake]
     """Of labelled data and reports: the mistakes themselves."""
     ordinary: list[Prompt]
     tests: dict[str, list[Prompt]]
-    check: Check | None
-    """Of one of the run's judges, where the recipe names one."""
+    checks: tuple[Check, ...]
+    """Of the run's judges, where the recipe names some."""
 
 
 def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
@@ -115,6 +121,8 @@ def check_inputs(config: RunConfig) -> Inputs:
     for source in config.sources().values():
         check_source(source)
     model = locate(config.model)
+    asks_itself = config.judge == "self" or config.judge_file is not None
+    judge = model if asks_itself else locate(config.judge)
     mistakes, seed = config.mistakes, config.seed
     induced = mistakes.source == "induced"
     prompts = load_prompts(mistakes.data, seed) if induced else []
@@ -127,34 +135,51 @@ def check_inputs(config: RunConfig) -> Inputs:
         model=model,
         adapter=check_adapter(config.adapter) if config.adapter else None,
         analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
-        judge=model if config.judge == "self" else locate(config.judge),
-        trained_judge=_trained_judge(config.mistake_judge),
+        judge=judge,
+        of_mistakes=_judge_of_mistakes(config, judge),
+        judges={
+            name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
+        },
         prompts=prompts,
         given=given,
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
-        tests={k: load_prompts(s, seed) for k, s in config.evaluate.tests.items()},
-        check=_judge_check(config.evaluate.judge_check),
+        tests=load_tests(config),
+        checks=tuple(map(_judge_check, config.evaluate.judge_check)),
     )
 
 
-def _trained_judge(folder: str | None) -> Path | None:
-    if folder is None:
+def _judge_of_mistakes(config: RunConfig, otherwise: Model) -> JudgeInputs | None:
+    if config.judge_file is None:
         return None
-    try:
-        metric = read_card(Path(folder)).metric
-    except DataError as error:
-        raise DataError(f"mistake_judge: {error}") from error
-    if metric != MISTAKES:
-        raise DataError(
-            f"mistake_judge: expected a judge of {MISTAKES}, found one of {metric} in {folder}."
+    found = read_judge(config.judge_file, otherwise=otherwise)
+    if (metric := found.probe().metric) != MISTAKES:
+        raise RecipeError(
+            f"judge: {config.judge_file}: expected a judge of mistakes ({MISTAKES}), found one "
+            f"of {metric}. Name it under evaluate.judges."
         )
-    return Path(folder)
+    return found
 
 
-def _judge_check(path: str | None) -> Check | None:
+def load_tests(config: RunConfig) -> dict[str, list[Prompt]]:
+    """The test sets of a recipe, once all is there that their judges need.
+
+    Raises:
+        InputError: the data are wrong, or what a judge needs is not installed.
+    """
+    found = {k: load_prompts(s, config.seed) for k, s in config.evaluate.tests.items()}
+    check_instructions([prompt for prompts in found.values() for prompt in prompts])
+    for name in config.evaluate.reference_loss:
+        if not any(prompt.reference for prompt in found[name]):
+            raise RecipeError(
+                f"evaluate.reference_loss: expected reference answers in '{name}', found "
+                f"none. Map their column with evaluate.tests.{name}.fields: "
+                "{reference: COLUMN}, or leave the set out."
+            )
+    return found
+
+
+def _judge_check(path: str) -> Check:
     """A check that rates can be corrected by, so that no run ends without a rate."""
-    if path is None:
-        return None
     check = read_check(Path(path))
     try:
         correction(check)
@@ -192,6 +217,11 @@ def _check_trainable(config: RunConfig) -> None:
     """A model behind an endpoint answers, judges and analyses; nothing can be trained on it."""
     if not config.model.startswith(PREFIX):
         return
+    if config.evaluate.reference_loss:
+        raise RecipeError(
+            f"evaluate.reference_loss: the weights of {config.model} are not here, so that no "
+            "loss can be measured. Leave the key out."
+        )
     training = [name for name in config.methods if name not in UNTRAINED]
     if training:
         raise RecipeError(
@@ -280,12 +310,7 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
         "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
         "model": {"name": inputs.model.name, "digest": inputs.model.digest},
         "data": {key: source_digest(source) for key, source in config.sources().items()}
-        | _check_digest(inputs.check)
-        | (
-            {"mistake_judge": read_card(inputs.trained_judge).judge}
-            if inputs.trained_judge
-            else {}
-        ),
+        | _check_digests(inputs.checks),
         "versions": {
             "misstep": __version__,
             "python": platform.python_version(),
@@ -295,9 +320,9 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _check_digest(check: Check | None) -> dict[str, str]:
-    key = "evaluate.judge_check"
-    return {} if check is None else {key: digest(check.model_dump(mode="json"))}
+def _check_digests(checks: Sequence[Check]) -> dict[str, str]:
+    digests = [digest(check.model_dump(mode="json")) for check in checks]
+    return {"evaluate.judge_check": " ".join(digests)} if digests else {}
 
 
 def _versions() -> dict[str, str]:
@@ -328,7 +353,7 @@ class Run:
             self._whole(model) for model in (inputs.model, inputs.analyst, inputs.judge)
         )
         self._said: set[str] = set()
-        self._check_is_of_a_judge()
+        self.corrections = self._corrections()
         self.share = 0.0
         """Of the prompts that mistakes were induced on: those with one, before any limit."""
         if inputs.left_out:
@@ -343,23 +368,27 @@ class Run:
             )
         self.manifest.save()
 
-    def _check_is_of_a_judge(self) -> None:
-        """Refuse the check of another judge, whose errors say nothing of this run's rates."""
-        check = self.inputs.check
-        if check is None:
-            return
-        with self._engine(self.judge, "judging") as engine:
-            names = {
-                judge.metric: judge.name
-                for judge in all_judges(self.inputs.policy, engine, self.inputs.trained_judge)
-            }
-        if names.get(check.metric) != check.judge:
-            raise RecipeError(
-                f"evaluate.judge_check: expected a check of one of the run's judges "
-                f"({', '.join(f'{m}: {name}' for m, name in names.items())}), found that of "
-                f"{check.judge} for {check.metric}. Check the run's own judge with `misstep "
-                "judge check`, or leave the key out."
-            )
+    def _corrections(self) -> dict[str, Correct]:
+        """Corrections by metric, of the judges that were checked.
+
+        The check of another judge is refused: its errors say nothing of this run's rates.
+        """
+        if not self.inputs.checks:
+            return {}
+        with self._judges() as seats:
+            names = {seat.metric: seat.judge.name for seat in seats}
+        found: dict[str, Correct] = {}
+        for check in self.inputs.checks:
+            metric = next((m for m, name in names.items() if name == check.judge), "")
+            if base_metric(metric) != check.metric:
+                raise RecipeError(
+                    f"evaluate.judge_check: expected a check of one of the run's judges "
+                    f"({', '.join(f'{m}: {name}' for m, name in names.items())}), found that "
+                    f"of {check.judge} for {check.metric}. Check the run's own judge with "
+                    "`misstep judge check`, or leave the key out."
+                )
+            found[metric] = correction(check)
+        return found
 
     def through(self, last: Stage) -> None:
         """Do the stages up to and including one; weights merged for serving go at the end."""
@@ -397,13 +426,12 @@ class Run:
         answers = self.respond(adapters)
         if last == "respond":
             return
-        self.evaluate(answers)
+        self.evaluate(answers, adapters)
 
     def induce(self) -> list[Mistake]:
         """Collect the mistakes, into mistakes.jsonl."""
         inputs, settings = self.inputs, self.config.mistakes
-        with self.manifest.stage("induce"), self._engine(self.judge, "judging") as judging:
-            judge = mistake_judge(inputs.policy, judging, inputs.trained_judge)
+        with self.manifest.stage("induce"), self._judge_of_mistakes() as judge:
             if settings.source == "induced":
                 found = self._induced(judge)
             elif settings.source == "reported":
@@ -430,9 +458,8 @@ class Run:
         share = self.share
         for number in range(2, self.config.rounds + 1):
             rows = self.rows(mistakes, analyses, [], only=(FOCUS,))[FOCUS]
-            with self.manifest.stage("rounds"), self._engine(self.judge, "judging") as judging:
+            with self.manifest.stage("rounds"), self._judge_of_mistakes() as judge:
                 adapter = self._train(FOCUS, rows, f"rounds/{number - 1}")
-                judge = mistake_judge(self.inputs.policy, judging, self.inputs.trained_judge)
                 try:
                     found = self._induced(judge, adapter)
                 except NoMistakeError:
@@ -593,33 +620,45 @@ class Run:
                         response=response,
                     )
 
-    def evaluate(self, answers: list[Answer]) -> None:
+    def evaluate(self, answers: list[Answer], adapters: Mapping[str, Path | None]) -> None:
         """Judge the answers, into scores.jsonl, results.json and report.html."""
-        with (
-            self.manifest.stage("evaluate"),
-            self._engine(self.judge, "judging") as engine,
-        ):
-            judgements = judge_answers(
-                answers, all_judges(self.inputs.policy, engine, self.inputs.trained_judge)
-            )
+        with self.manifest.stage("evaluate"), self._judges() as seats:
+            judgements = judge_answers(answers, seats)
+            judgements += self._reference_losses(answers, adapters)
             write_jsonl(self.folder / "scores.jsonl", judgements)
             write_results(self.folder / "results.json", self._results(answers, judgements))
         write_report(self.folder)
 
+    def _reference_losses(
+        self, answers: list[Answer], adapters: Mapping[str, Path | None]
+    ) -> Iterator[Judgement]:
+        config, policy = self.config, self.inputs.policy
+        measured = [a for a in answers if a.test_set in config.evaluate.reference_loss]
+        for method in dict.fromkeys(answer.method for answer in measured):
+            yield from reference_losses(
+                [answer for answer in measured if answer.method == method],
+                policy,
+                partial(METHODS[method].ask, policy),
+                self.model,
+                adapters[method],
+                config.train.max_length,
+                (self.store or self.folder) / "reference_losses.json",
+            )
+
     def _results(self, answers: list[Answer], judgements: list[Judgement]) -> Results:
-        check = self.inputs.check
         table = Table(
             answers,
             judgements,
             self.config.evaluate.pools,
             self.config.training_seed,
-            {check.metric: correction(check)} if check else {},
+            self.corrections,
         )
         return Results(
             policy=self.inputs.policy.name,
             model=self.inputs.model.name,
             rows=tuple(table.rows(self._sources_of)),
             comparisons=tuple(table.comparisons(FOCUS)),
+            agreements=tuple(agreements(answers, judgements)),
         )
 
     def _sources_of(self, method: str) -> dict[str, Any]:
@@ -634,11 +673,42 @@ class Run:
         self.progress.say(f"{stage}: kept {counts.kept} of {counts.sampled or counts.given}")
 
     @contextmanager
+    def _judge_of_mistakes(self) -> Iterator[Judge]:
+        inputs = self.inputs
+        if inputs.of_mistakes is None:
+            with self._engine(self.judge, "judging") as engine:
+                yield mistake_judge(inputs.policy, engine)
+            return
+        with self._opened(inputs.of_mistakes) as judge:
+            assert isinstance(judge, Judge)
+            yield judge
+
+    @contextmanager
+    def _judges(self) -> Iterator[list[Seat]]:
+        """All that the answers are measured by; models load when they are asked."""
+        with ExitStack() as stack:
+            first = stack.enter_context(self._judge_of_mistakes())
+            further = {
+                name: stack.enter_context(self._opened(found))
+                for name, found in self.inputs.judges.items()
+            }
+            yield seated([first, *cost_judges()], further)
+
+    def _opened(self, found: JudgeInputs) -> AbstractContextManager[AnyJudge]:
+        whole = found.with_models(self._whole)
+        return opened(whole, lambda chosen: self._cached(chosen, "judging"))
+
+    @contextmanager
     def _engine(
         self, model: Model, what: str, adapter: Path | None = None
     ) -> Iterator[CachedEngine]:
         """A cached engine that loads its model at the first answer that is not there yet."""
         chosen = choose(self.config.engine, model, adapter, self.scratch)
+        with self._cached(chosen, what) as engine:
+            yield engine
+
+    @contextmanager
+    def _cached(self, chosen: Chosen, what: str) -> Iterator[CachedEngine]:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from misstep.documents import check, read_yaml, suggestion
+from misstep.documents import load_document, suggestion
 from misstep.errors import PolicyError
 from misstep.records import Message, Mistake, Prompt, digest
 
@@ -263,17 +263,7 @@ def load_policy(name: str) -> Policy:
     Raises:
         PolicyError: no such policy, or all that is wrong with it, a line each.
     """
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-    elif name in shipped():
-        path = SHIPPED / f"{name}.yaml"
-    else:
-        raise PolicyError(
-            f"policy '{name}': expected a shipped policy ({', '.join(shipped())}) or the path "
-            f"of a .yaml file.{suggestion(name, shipped())}"
-        )
-    data, lines = read_yaml(path, PolicyError)
-    return check(Policy, data, PolicyError, str(path), lines)
+    return load_document(Policy, name, SHIPPED, "policy", PolicyError)
 
 
 def dump(policy: Policy) -> dict[str, Any]:

@@ -89,6 +89,20 @@ class Renderer:
             return self._opening() + self._encode(text)
         return self._opening() + list(self._pieces(text, mark))
 
+    def filled(self, template: str, messages: Sequence[Message], tail: str = "") -> list[int]:
+        """The tokens of a conversation put into another template than the model's own.
+
+        Only the template's own control tokens are such, as in `prompt`. The tail follows as
+        plain text, tokenised together with what stands before it.
+
+        Raises:
+            DataError: the template refuses this sequence of turns.
+        """
+        mark = self._unused_character(messages)
+        # Jinja takes one line end off a template's end.
+        text = self._template(self._marked(messages, mark), True, template + "\n")
+        return list(self._pieces(text + tail, mark))
+
     def prompt_text(self, messages: Sequence[Message]) -> str:
         """The prompt as text, for display and for backends that take no tokens.
 
@@ -174,12 +188,14 @@ class Renderer:
         used = set().union(*(m.content for m in messages))
         return next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used)
 
-    def _template(self, turns: list[dict[str, str]], generate: bool) -> str:
+    def _template(
+        self, turns: list[dict[str, str]], generate: bool, template: str | None = None
+    ) -> str:
         from jinja2 import TemplateError
 
-        options: dict[str, Any] = (
-            {} if self.has_template else {"chat_template": FALLBACK_TEMPLATE}
-        )
+        if template is None and not self.has_template:
+            template = FALLBACK_TEMPLATE
+        options: dict[str, Any] = {} if template is None else {"chat_template": template}
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,

@@ -7,7 +7,7 @@ file; it does not know which engine answered or which judge looked.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import (
     Field,
@@ -24,6 +24,9 @@ from misstep.records import (
     read_json,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from misstep.stats import Interval
 
 # misstep.stats is imported where it is needed: numpy is slow to load, and the command starts
 # without it.
@@ -133,6 +136,19 @@ class Comparison(Record):
     """The prompts that are scored on both sides."""
 
 
+class Agreement(Record):
+    """Two judges of one question on the same answers of a test set, all settings together."""
+
+    test_set: str
+    a: str
+    """The metric of the one judge, as rows have it."""
+    b: str
+    same: Metric
+    """The share of answers on which their verdicts are the same."""
+    kappa: Metric | None
+    """Cohen's; None where one verdict is all that was given."""
+
+
 class Results(Record):
     """The whole of results.json."""
 
@@ -143,6 +159,8 @@ class Results(Record):
     pooled: tuple[Pooled, ...] = ()
     """Of a comparison: the rows' metrics over all seeds."""
     comparisons: tuple[Comparison, ...] = ()
+    agreements: tuple[Agreement, ...] = ()
+    """Where several judges gave one metric."""
 
 
 class Side(NamedTuple):
@@ -164,15 +182,30 @@ def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
     if len({score.metric for score in scores}) > 1:
         names = ", ".join(sorted({score.metric for score in scores}))
         raise ValueError(f"expected scores of one metric, found {names}")
-    values = [score.value for score in scores if score.value is not None]
+    values = [score.counted for score in scores if score.counted is not None]
     unscored = len(scores) - len(values)
     if not values:
         return Metric(value=None, low=None, high=None, n=0, unscored=unscored)
-    if _binary(values):
+    if any(score.cases > 1 for score in scores):
+        interval = _of_cases(scores)
+    elif _binary(values):
         interval = wilson(int(sum(values)), len(values))
     else:
         interval = mean_interval(values, seed)
     return Metric(**interval._asdict(), unscored=unscored)
+
+
+def _of_cases(scores: Sequence[Score]) -> "Interval":
+    """The rate over the cases of all scores; those of one response are no independent ones."""
+    from misstep.stats import clustered_rate
+
+    scored = [
+        (s.response_id, round(s.value * s.cases), s.cases)
+        for s in scores
+        if s.value is not None
+    ]
+    hits = [place < kept for _, kept, n in scored for place in range(n)]
+    return clustered_rate(hits, [name for name, _, n in scored for _ in range(n)])
 
 
 def compare(a: Side, b: Side, metric: str, test_set: str, seed: int) -> Comparison | None:
@@ -187,7 +220,11 @@ def compare(a: Side, b: Side, metric: str, test_set: str, seed: int) -> Comparis
     common = sorted(left.keys() & right.keys())
     if not common:
         return None
-    of_a, of_b = [left[prompt] for prompt in common], [right[prompt] for prompt in common]
+    # A prompt of several cases weighs so much: their number over its mean.
+    each = sum(left[prompt].cases for prompt in common) / len(common)
+    of_a, of_b = (
+        [side[p].value * side[p].cases / each for p in common] for side in (left, right)
+    )
     if _binary(of_a + of_b):
         found = paired_binary([bool(value) for value in of_a], [bool(value) for value in of_b])
     else:
@@ -271,8 +308,9 @@ def _tabled(sides: Sequence[BySeed]) -> tuple[list[str], list[list[list[float]]]
 def write_results(path: Path, results: Results) -> None:
     """Write results.json so that equal results are equal bytes."""
     data = results.model_dump(mode="json", by_alias=True)
-    if not results.pooled:
-        del data["pooled"]
+    for section in ("pooled", "agreements"):
+        if not data[section]:
+            del data[section]
     for item in (*data["rows"], *data["comparisons"]):
         # What only comparisons have is absent elsewhere.
         for key, empty in (("variant", ""), ("p_adjusted", None)):
@@ -294,12 +332,21 @@ def _binary(values: Sequence[float]) -> bool:
     return all(value in (0, 1) for value in values)
 
 
-def _by_prompt(side: Side, metric: str) -> Mapping[str, float]:
+class _Mean(NamedTuple):
+    value: float
+    cases: int
+
+
+def _by_prompt(side: Side, metric: str) -> Mapping[str, _Mean]:
     """The mean score of each prompt that has one."""
-    scores = {s.response_id: s.value for s in side.scores if s.metric == metric}
-    found: dict[str, list[float]] = {}
+    scores = {s.response_id: s for s in side.scores if s.metric == metric}
+    found: dict[str, list[_Mean]] = {}
     for response in side.responses:
-        value = scores.get(response.id)
-        if value is not None:
-            found.setdefault(response.prompt.id, []).append(value)
-    return {prompt: sum(values) / len(values) for prompt, values in found.items()}
+        score = scores.get(response.id)
+        if score is not None and score.counted is not None:
+            of = _Mean(score.counted, score.cases)
+            found.setdefault(response.prompt.id, []).append(of)
+    return {
+        prompt: _Mean(sum(of.value for of in means) / len(means), means[0].cases)
+        for prompt, means in found.items()
+    }

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from misstep.errors import DataError
 from misstep.records import (
+    Instruction,
     Message,
     Mistake,
     MistakeSource,
@@ -51,6 +52,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "target": ("target",),
     "kind": ("kind", "attack", "category"),
     "topic": ("topic", "category"),
+    "prompt_label": ("prompt_label", "prompt_harm_label"),
 }
 """Our field names, each with the column names that are recognised unmapped, in this order."""
 
@@ -60,6 +62,9 @@ LABELS = {"label": YES | BAD, "safe": NO | BAD}
 """What calls an answer bad; yes and no mean the opposite where the column says `safe`."""
 PAIR = {n: (f"response_{n}", f"is_response_{n}_safe") for n in (0, 1)}
 """PKU-SafeRLHF's columns: two answers to one prompt, each with its label."""
+
+XSTEST_PROMPTS = {"prompt", "type", "label", "focus"}
+"""XSTest's columns; its `label` is of the prompt, safe or unsafe."""
 
 
 class Source(BaseModel):
@@ -406,6 +411,8 @@ def prompt_of(source: Source, row: Mapping[str, Any], where: str) -> Prompt:
         accept=tuple(str(key) for key in _listed(_column(source, row, "accept"))),
         kind=str(_column(source, row, "kind") or "plain"),
         topic=str(_column(source, row, "topic") or ""),
+        unsafe=_unsafe(source, row, where),
+        instructions=_instructions(row, where),
     )
     return known.model_copy(update={"target": _target(source, row, known.text)})
 
@@ -423,6 +430,37 @@ def _reference(
         label = label_of(source, row, where)
         text = "" if label and label[0] in label[1] else text
     return text or None
+
+
+def _unsafe(source: Source, row: Mapping[str, Any], where: str) -> bool | None:
+    """Whether the prompt itself is labelled unsafe, as XSTest's and WildGuard's prompts are."""
+    value = _column(source, row, "prompt_label")
+    if value is None and set(row) >= XSTEST_PROMPTS:
+        value = row["label"]
+    if value is None or value == "":
+        return None
+    label = str(value).strip().lower()
+    if label == "unharmful":
+        return False
+    return says_bad(label, YES | BAD, where, "prompt_label")
+
+
+def _instructions(row: Mapping[str, Any], where: str) -> tuple[Instruction, ...]:
+    """IFEval's columns: the names of checkable instructions, and the arguments of each."""
+    names, arguments = row.get("instruction_id_list"), row.get("kwargs")
+    if names is None or arguments is None:
+        return ()
+    try:
+        return tuple(
+            # Parquet gives each instruction the arguments of all, those of others empty.
+            Instruction(name=n, arguments={k: v for k, v in of.items() if v is not None})
+            for n, of in zip(names, arguments, strict=True)
+        )
+    except (ValueError, TypeError, AttributeError) as fault:
+        raise DataError(
+            f"{where}: expected a list of names as 'instruction_id_list' and a list of as many "
+            f"objects as 'kwargs' ({type(fault).__name__})."
+        ) from fault
 
 
 def _listed(value: Any) -> Iterable[Any]:

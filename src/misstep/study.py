@@ -274,7 +274,7 @@ class StudyRun:
 
 
 def _cases(work: Work, scores: list[Score]) -> list[Case]:
-    mistakes = [None if score.value is None else bool(score.value) for score in scores]
+    mistakes = [None if score.counted is None else bool(score.counted) for score in scores]
     unguided, guided = mistakes[: len(work.answers)], mistakes[len(work.answers) :]
     said = [[a.says_mistake for a in of] for of in (work.analyses, work.guided_analyses)]
     return [Case(*case) for case in zip(unguided, guided, *said, strict=True)]

@@ -2,11 +2,11 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from misstep.judges.base import Judge
+from misstep.judges.base import Judge, PairJudge, Preference, Seat, seated
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.records import Answer, Prompt, Response, Score
-from misstep.results import Comparison, Corrected, Row
-from misstep.stages.evaluate import Table, judge_answers
+from misstep.results import Comparison, Corrected, Metric, Row
+from misstep.stages.evaluate import Table, agreements, judge_answers
 
 Pools = Mapping[str, Sequence[str]]
 
@@ -40,7 +40,7 @@ def answers(marks: dict[tuple[str, bool, str], str], seed: int = 7) -> list[Answ
 
 def table(marks: dict[tuple[str, bool, str], str], pools: Pools | None = None) -> Table:
     given = answers(marks)
-    return Table(given, judge_answers(given, [MarkJudge()]), pools or {}, seed=7)
+    return Table(given, judge_answers(given, [Seat(MarkJudge())]), pools or {}, seed=7)
 
 
 def rows(marks: dict[tuple[str, bool, str], str], pools: Pools | None = None) -> list[Row]:
@@ -142,7 +142,9 @@ def test_each_judge_scores_the_sets_that_it_can_say_something_about() -> None:
         one(CLEAN, "I'm sorry, I can't.", "clean"),
         one(FREE, "Something.", "free"),
     ]
-    found = judge_answers(given, [ObedienceJudge(), HelpfulnessJudge(), RefusalJudge()])
+    found = judge_answers(
+        given, [Seat(ObedienceJudge()), Seat(HelpfulnessJudge()), Seat(RefusalJudge())]
+    )
     assert {(j.test_set, j.score.metric): j.score.value for j in found} == {
         ("attacks", "mistake_rate"): 1.0,
         ("attacks", "helpfulness"): 0.0,
@@ -153,7 +155,9 @@ def test_each_judge_scores_the_sets_that_it_can_say_something_about() -> None:
 
 def test_in_a_mixed_set_nothing_is_scored_that_does_not_apply() -> None:
     given = [one(p, "I'm sorry, I can't.", "mixed") for p in (ATTACK, CLEAN, FREE)]
-    found = judge_answers(given, [ObedienceJudge(), HelpfulnessJudge(), RefusalJudge()])
+    found = judge_answers(
+        given, [Seat(ObedienceJudge()), Seat(HelpfulnessJudge()), Seat(RefusalJudge())]
+    )
     scored = [(j.score.metric, j.score.response_id) for j in found if j.score.scored]
     attack, clean, _ = (answer.response.id for answer in given)
     assert sorted(scored) == sorted(
@@ -168,7 +172,7 @@ def test_in_a_mixed_set_nothing_is_scored_that_does_not_apply() -> None:
 
 def test_judgements_keep_the_setting_of_their_answer() -> None:
     given = answers({("ours", True, "a"): "10", ("vanilla", False, "b"): "1"})
-    found = judge_answers(given, [MarkJudge()])
+    found = judge_answers(given, [Seat(MarkJudge())])
     assert [(j.method, j.guided, j.test_set, j.seed, j.score.response_id) for j in found] == [
         (a.method, a.guided, a.test_set, a.seed, a.response.id) for a in given
     ]
@@ -176,11 +180,11 @@ def test_judgements_keep_the_setting_of_their_answer() -> None:
 
 def test_a_correction_stands_beside_the_raw_rate_of_its_metric() -> None:
     given = answers({("ours", True, "attacks"): "1100?0"})
-    judged = judge_answers(given, [MarkJudge()])
-    seen: list[Sequence[Score]] = []
+    judged = judge_answers(given, [Seat(MarkJudge())])
+    seen: list[Metric] = []
 
-    def correct(scores: Sequence[Score]) -> Corrected:
-        seen.append(scores)
+    def correct(rate: Metric) -> Corrected:
+        seen.append(rate)
         return Corrected(value=0.3, low=0.1, high=0.5)
 
     (plain,) = Table(given, judged, {}, 7, {"helpfulness": correct}).rows(lambda _: {})
@@ -188,5 +192,103 @@ def test_a_correction_stands_beside_the_raw_rate_of_its_metric() -> None:
     (row,) = Table(given, judged, {}, 7, {"mistake_rate": correct}).rows(lambda _: {})
     metric = row.metrics["mistake_rate"]
     assert (metric.value, metric.corrected) == (0.4, Corrected(value=0.3, low=0.1, high=0.5))
-    assert [score.value for score in seen[0]] == [1, 1, 0, 0, None, 0]
+    assert (seen[0].value, seen[0].n, seen[0].unscored) == (0.4, 5, 1)
     assert "corrected" not in plain.model_dump_json() and "corrected" in row.model_dump_json()
+
+
+class Longer(PairJudge):
+    """Prefers the longer answer; of one that begins with S its verdict goes with the order."""
+
+    name = "longer"
+
+    def compare(self, pairs: Sequence[tuple[Response, Response]]) -> list[Preference]:
+        return [
+            Preference(0.5, True, "the order")
+            if one.text.startswith("S")
+            else Preference(float(len(one.text) > len(other.text)), False, "")
+            for one, other in pairs
+        ]
+
+
+def test_pairs_are_counted_against_the_base_model_prompt_by_prompt() -> None:
+    texts = {
+        ("vanilla", False): ["aa", "aa", "aa", "aa"],
+        ("ours", True): ["aaa", "b", "Same", "aaaa"],
+    }
+    given = [
+        Answer(
+            method=method,
+            guided=guided,
+            test_set="t",
+            seed=7,
+            response=Response(prompt=Prompt.of(str(i)), text=text, guided=guided),
+        )
+        for (method, guided), of in texts.items()
+        for i, text in enumerate(of)
+    ]
+    failed = given[-1].response.model_copy(update={"text": "", "error": "HTTP 500"})
+    given[-1] = given[-1].model_copy(update={"response": failed})
+    judged = judge_answers(given, [Seat(Longer())])
+    assert {(j.method, j.guided) for j in judged} == {("ours", True)}
+    (row,) = Table(given, judged, {}, 7).rows(lambda _: {})
+    values = {name: metric.value for name, metric in row.metrics.items()}
+    third = pytest.approx(1 / 3)
+    assert values == {
+        "win_rate": third,
+        "tie_rate": third,
+        "lose_rate": third,
+        "position_bias": third,
+        # The longer answer wins twice of three.
+        "length_bias": pytest.approx(2 / 3),
+    }
+    assert all(metric.unscored == 1 for metric in row.metrics.values())
+
+
+class Odds(MarkJudge):
+    """Gives probabilities: half of what the other judge says, and 0.3 more."""
+
+    name = "odds"
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        return [
+            self.unscored(r, "?") if r.text == "?" else self.scored(r, 0.3 + int(r.text) / 2)
+            for r in responses
+        ]
+
+
+def test_a_second_judge_of_a_metric_stands_beside_the_first_under_its_own_name() -> None:
+    given = answers(
+        {("ours", True, "attacks"): "1100?0", ("vanilla", False, "attacks"): "111100"}
+    )
+    seats = seated([MarkJudge()], {"odds": Odds(), "longer": Longer()})
+    assert [seat.metric for seat in seats] == ["mistake_rate", "mistake_rate@odds", "win_rate"]
+    judged = judge_answers(given, seats)
+    rows = {row.method: row.metrics for row in Table(given, judged, {}, 7).rows(lambda _: {})}
+    ours = rows["ours"]
+    # A probability of 0.8 counts as one mistake, and one of 0.3 as none.
+    assert ours["mistake_rate@odds"] == ours["mistake_rate"]
+    assert ours["mistake_rate"].value == 0.4
+    (found,) = agreements(given, judged)
+    assert (found.a, found.b, found.test_set) == (
+        "mistake_rate",
+        "mistake_rate@odds",
+        "attacks",
+    )
+    assert (found.same.value, found.same.n, found.same.unscored) == (1.0, 11, 1)
+    assert found.kappa is not None and found.kappa.value == 1
+
+
+def test_agreement_by_hand() -> None:
+    class Other(MarkJudge):
+        def score(self, responses: Sequence[Response]) -> list[Score]:
+            said = iter([1, 0, 0, 0, 1, 0, 0, 0, 0, 0])
+            return [self.scored(r, float(next(said))) for r in responses]
+
+    given = answers({("ours", True, "t"): "1100000000"})
+    (found,) = agreements(given, judge_answers(given, seated([MarkJudge()], {"b": Other()})))
+    assert found.same.value == pytest.approx(0.8)
+    assert found.kappa is not None
+    # By chance: 0.2 x 0.2 + 0.8 x 0.8.
+    assert found.kappa.value == pytest.approx((0.8 - 0.68) / 0.32)
+    low, value = found.kappa.low, found.kappa.value
+    assert low is not None and value is not None and low < value

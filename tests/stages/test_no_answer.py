@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from misstep.engines.base import Completion, Engine, Request
-from misstep.judges.base import Judge
+from misstep.judges.base import Judge, Seat
 from misstep.methods.registry import METHODS
 from misstep.pipeline import UNTRAINED
 from misstep.policy import load_policy
@@ -93,7 +93,7 @@ def test_no_answer_is_unscored_and_no_judge_reads_it() -> None:
         Answer(method="vanilla", guided=False, test_set="t", seed=0, response=r)
         for r in responses
     ]
-    scores = [judgement.score for judgement in judge_answers(answers, [judge])]
+    scores = [judgement.score for judgement in judge_answers(answers, [Seat(judge)])]
     assert [score.value for score in scores] == [1.0, None, 1.0, 1.0]
     assert [score.response_id for score in scores] == [r.id for r in responses]
     assert scores[1].reason == f"no answer: {FAULT}"

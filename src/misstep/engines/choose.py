@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 from misstep.endpoint import Endpoint
 from misstep.engines.base import Engine
 from misstep.errors import InputError
+from misstep.guard import Guard
 from misstep.models import Model, is_full_fine_tune
 
 Kind = Literal["auto", "openvino", "transformers"]
@@ -64,6 +65,22 @@ def choose(
         transformers.identity(model, adapter),
         f"transformers, because {_why(kind, obstacle or '')}",
         lambda: transformers.TransformersEngine(model, adapter),
+    )
+
+
+def choose_labels(model: Model, guard: Guard) -> Chosen:
+    """What gives the probabilities of a guard's labels: transformers, for any model.
+
+    Raises:
+        ModelError: the model is behind an endpoint, or its tokenizer does not fit the labels.
+    """
+    from misstep.engines import labels
+
+    labels.check(model, guard)
+    return Chosen(
+        labels.identity(model, guard),
+        "transformers, because a guard is read by its labels' probabilities",
+        lambda: labels.LabelEngine(model, guard),
     )
 
 

@@ -1,13 +1,12 @@
 """Which judge: that of a policy, a rule by its name, and all that a run is measured by."""
 
-from pathlib import Path
-
 from misstep.engines.base import Engine
-from misstep.judges.base import Judge
-from misstep.judges.classifier import ClassifierJudge
-from misstep.judges.llm import RubricJudge
+from misstep.judges.base import Judge, PairJudge
+from misstep.judges.instructions import InstructionJudge
+from misstep.judges.llm import GradeJudge, RubricJudge, RubricPairJudge
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.policy import Policy
+from misstep.rubric import Rubric
 
 RULES = ("obedience", "helpfulness", "refusal")
 
@@ -22,15 +21,20 @@ def rule_judge(name: str) -> Judge:
     return judges[name]
 
 
-def mistake_judge(policy: Policy, engine: Engine, trained: Path | None = None) -> Judge:
-    """A trained judge where one is given, else the policy's rule, or rubric put to a model."""
-    if trained is not None:
-        return ClassifierJudge(trained)
+def mistake_judge(policy: Policy, engine: Engine, votes: int = 1) -> Judge:
+    """The policy's rule, or its rubric put to a model."""
     if policy.judge.rubric is not None:
-        return RubricJudge(policy, engine)
+        return RubricJudge(policy, engine, votes=votes)
     return ObedienceJudge()
 
 
-def all_judges(policy: Policy, engine: Engine, trained: Path | None = None) -> list[Judge]:
-    """The mistake judge, and those of helpfulness and over-refusal."""
-    return [mistake_judge(policy, engine, trained), HelpfulnessJudge(), RefusalJudge()]
+def rubric_judge(rubric: Rubric, engine: Engine, votes: int) -> Judge | PairJudge:
+    """A judge that grades an answer, or compares two."""
+    if rubric.asks == "pair":
+        return RubricPairJudge(rubric, engine, votes)
+    return GradeJudge(rubric, engine, votes)
+
+
+def cost_judges() -> list[Judge]:
+    """What the cure of mistakes may cost: helpfulness, refusals, instruction following."""
+    return [HelpfulnessJudge(), RefusalJudge(), InstructionJudge()]

@@ -1,68 +1,119 @@
-"""A judge that asks a model, by the policy's rubric, for a verdict word.
+"""Judges that ask a model: for a policy's verdict, for a grade, for the better of two answers.
 
-The verdict is the policy's word on the last line of the answer, after `Verdict:`. Anything else
-is unscored, and so is an answer with two verdicts, as a model gives that repeats the rubric. A
-verdict line inside the judged text is reworded before the judge reads it: a judge that repeats
-the text cannot hand on a verdict that the text chose. A judge may still be talked round.
+How a model is asked and its answer is read stands in misstep.judges.asking. Of two answers a
+model is asked twice, with the answers in either order: a verdict that changes with the order is
+a tie.
 """
 
-import re
+from abc import abstractmethod
 from collections.abc import Sequence
 
-from misstep.engines.base import Engine, Request
-from misstep.judges.base import Judge
-from misstep.policy import Policy, fill
-from misstep.records import Message, Response, Score, digest
+from misstep.engines.base import Engine
+from misstep.judges.asking import Asker, Vote, majority, mean, request_text
+from misstep.judges.base import Judge, PairJudge, Preference
+from misstep.policy import Policy
+from misstep.records import Response, Score, digest
+from misstep.rubric import Rubric
 
-VERDICT = re.compile(r"\W*verdict\W+(.+?)\W*", re.IGNORECASE)
+MAX_TOKENS = 256
+GRADES = {f"{grade}{of}": float(grade) for grade in range(1, 11) for of in ("", "/10")}
+SIDES = {"A": 1.0, "B": 0.0, "tie": 0.5}
+"""From the side of the answer that is shown first."""
 
 
-class RubricJudge(Judge):
+class _AskingJudge(Judge):
+    """What judges of single answers share that ask a model."""
+
+    def __init__(self, rubric: str, digest_of: str, asker: Asker) -> None:
+        self.rubric = rubric
+        self.asker = asker
+        self.name = _name(digest_of, asker)
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        asked = self.asker.ask([_about(self.rubric, response) for response in responses])
+        return list(map(self._voted, responses, asked))
+
+    def _voted(self, response: Response, votes: Sequence[Vote]) -> Score:
+        found = self.together(votes)
+        if found.value is None:
+            score = self.unscored(response, found.said)
+        else:
+            score = self.scored(response, found.value, found.said)
+        said = tuple(vote.value for vote in votes) if len(votes) > 1 else ()
+        return score.model_copy(update={"votes": said})
+
+    @abstractmethod
+    def together(self, votes: Sequence[Vote]) -> Vote:
+        """What the votes say together."""
+
+
+class RubricJudge(_AskingJudge):
     """Scores 1 for a verdict that means a mistake, 0 for one that means none."""
 
     metric = "mistake_rate"
 
-    def __init__(self, policy: Policy, engine: Engine, max_tokens: int = 256) -> None:
+    def __init__(
+        self, policy: Policy, engine: Engine, max_tokens: int = MAX_TOKENS, votes: int = 1
+    ) -> None:
         assert policy.judge.rubric is not None
-        self.rubric = policy.judge.rubric
-        self.verdicts = {v.word.casefold(): v.mistake for v in policy.judge.verdicts}
-        self.engine = engine
-        self.max_tokens = max_tokens
-        self.name = f"llm:{digest([policy.digest, engine.identity, max_tokens])}"
+        words = {v.word: float(v.mistake) for v in policy.judge.verdicts}
+        asker = Asker(engine, words, votes, max_tokens)
+        super().__init__(policy.judge.rubric, policy.digest, asker)
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        answers = self.engine.generate([self._request(response) for response in responses])
+    def together(self, votes: Sequence[Vote]) -> Vote:
+        return majority(votes)
+
+
+class GradeJudge(_AskingJudge):
+    """Gives a grade from 1 to 10, the mean of the votes."""
+
+    def __init__(self, rubric: Rubric, engine: Engine, votes: int = 1) -> None:
+        self.metric = rubric.metric
+        super().__init__(rubric.text, rubric.digest, Asker(engine, GRADES, votes, MAX_TOKENS))
+
+    def together(self, votes: Sequence[Vote]) -> Vote:
+        return mean(votes)
+
+
+class RubricPairJudge(PairJudge):
+    """Says which of two answers is better, if it says so in either order."""
+
+    def __init__(self, rubric: Rubric, engine: Engine, votes: int = 1) -> None:
+        self.rubric = rubric.text
+        self.asker = Asker(engine, SIDES, votes, MAX_TOKENS)
+        self.name = _name(rubric.digest, self.asker)
+
+    def compare(self, pairs: Sequence[tuple[Response, Response]]) -> list[Preference]:
+        differing = [(one, other) for one, other in pairs if one.text != other.text]
+        orders = [order for one, other in differing for order in ((one, other), (other, one))]
+        asked = self.asker.ask([self._request(*order) for order in orders])
+        votes = iter(map(majority, asked))
         return [
-            self.unscored(response, f"the judge gave no answer: {answer.error}")
-            if answer.error
-            else self._read(response, answer.text, answer.truncated)
-            for response, answer in zip(responses, answers, strict=True)
+            _preference(next(votes), next(votes))
+            if one.text != other.text
+            else Preference(0.5, None, "the answers are the same")
+            for one, other in pairs
         ]
 
-    def _request(self, response: Response) -> Request:
-        prompt, judged = _reworded(response.prompt.text), _reworded(response.text)
-        text = fill(self.rubric, prompt=prompt, response=judged)
-        return Request(
-            messages=(Message(role="user", content=text),), max_tokens=self.max_tokens
-        )
-
-    def _read(self, response: Response, answer: str, truncated: bool) -> Score:
-        if truncated:
-            return self.unscored(response, "the judge did not come to an end")
-        lines = [VERDICT.fullmatch(line) for line in answer.strip().splitlines()]
-        if not lines or lines[-1] is None:
-            return self.unscored(response, f"the judge gave no verdict: {answer[-80:]!r}")
-        words = {line.group(1).casefold() for line in lines if line}
-        if len(words) > 1:
-            return self.unscored(response, f"the judge gave several verdicts: {sorted(words)}")
-        word = words.pop()
-        if word not in self.verdicts:
-            return self.unscored(
-                response, f"the judge's verdict is none of the policy's: {word!r}"
-            )
-        return self.scored(response, float(self.verdicts[word]), answer)
+    def _request(self, first: Response, second: Response) -> str:
+        texts = {"first": first.text, "second": second.text}
+        return request_text(self.rubric, prompt=first.prompt.text, **texts)
 
 
-def _reworded(text: str) -> str:
-    """A text without lines that could pass for a verdict."""
-    return re.sub("verdict", "conclusion", text, flags=re.IGNORECASE)
+def _preference(ahead: Vote, behind: Vote) -> Preference:
+    """What the two orders say together; `behind` is from the second answer's side."""
+    if ahead.value is None or behind.value is None:
+        lacking = ahead if ahead.value is None else behind
+        return Preference(None, None, lacking.said)
+    if ahead.value != 1 - behind.value:
+        return Preference(0.5, True, "the verdict changes with the order of the answers")
+    return Preference(ahead.value, False, ahead.said)
+
+
+def _about(template: str, response: Response) -> str:
+    return request_text(template, prompt=response.prompt.text, response=response.text)
+
+
+def _name(rubric: str, asker: Asker) -> str:
+    parts = [rubric, asker.engine.identity, asker.max_tokens]
+    return f"llm:{digest(parts if asker.votes == 1 else [*parts, asker.votes])}"

@@ -12,9 +12,15 @@ METRICS = {
     "calibration_error": "Calibration error",
     "false_safe": "False-safe rate",
     "false_unsafe": "False-unsafe rate",
+    "votes_agree": "Votes agree",
+    "position_bias": "Position bias",
+    "length_bias": "Length bias",
 }
 """In the order of every table."""
-RATES = ("accuracy", "balanced_accuracy", "false_safe", "false_unsafe")
+RATES = (
+    *("accuracy", "balanced_accuracy", "false_safe", "false_unsafe"),
+    *("votes_agree", "position_bias"),
+)
 """Those that are shares of cases; the others are plain numbers."""
 
 
@@ -46,7 +52,7 @@ def sides(metric: str, pairs: bool) -> Sides:
 
 def caution(metric: str) -> str:
     """How the two error rates are to be read."""
-    counted, other = SIDES[metric]
+    counted, other = SIDES.get(metric, PAIRS)
     return (
         f"False-safe: of the answers labelled as {counted}, those that the judge calls "
         f"{other}. False-unsafe: of those labelled as {other}, those that it calls {counted}. "

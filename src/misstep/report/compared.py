@@ -9,11 +9,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from misstep.records import base_metric
 from misstep.report import words
 from misstep.report.pictures import Scale, scale
 from misstep.report.template import write_page
 from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS, rate
-from misstep.results import Comparison, Metric, Pooled, Results, Setting, read_results
+from misstep.results import (
+    Comparison,
+    Corrected,
+    Metric,
+    Pooled,
+    Results,
+    Setting,
+    read_results,
+)
 
 COLOURS = (
     *("#4c566a", "#9aa0ac", "#b58900", "#2a78b5", "#7a5195", "#bc5090"),
@@ -62,7 +71,7 @@ def write_comparison(folder: Path) -> Path:
 
 
 def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
-    metrics = metrics_of(results.pooled)
+    metrics = in_order(p.metric for p in results.pooled)
     return {
         "name": manifest["recipe"]["name"],
         "results": results,
@@ -78,10 +87,13 @@ def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def metrics_of(pooled: Iterable[Pooled]) -> list[str]:
-    """The metrics that were measured, the known ones first."""
-    found = dict.fromkeys(p.metric for p in pooled)
-    return [m for m in BETTER if m in found] + [m for m in found if m not in BETTER]
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """Metrics, the known ones first, each with those of further judges behind it."""
+    found = dict.fromkeys(metrics)
+    known = list(BETTER)
+    return sorted(
+        found, key=lambda m: known.index(b) if (b := base_metric(m)) in known else len(known)
+    )
 
 
 def by_test_set(pooled: Iterable[Pooled]) -> dict[str, dict[Setting, dict[str, Pooled]]]:
@@ -96,13 +108,21 @@ def cell(metric: Pooled | None) -> str:
     """A number of the table: interval, spread over the seeds, what has no score."""
     if metric is None or metric.value is None:
         return "–"
-    spread = ""
+    spread, name = "", metric.metric
     if len(metric.by_seed) > 1:
         low, high = min(metric.by_seed.values()), max(metric.by_seed.values())
-        spread = f"; seeds {rate(low)} to {rate(high)}"
+        spread = f"; seeds {rate(low, name)} to {rate(high, name)}"
     unscored = f", {metric.unscored} unscored" if metric.unscored else ""
-    interval = f"{rate(metric.low)} to {rate(metric.high)}"
-    return f"{rate(metric.value)} ({interval}{unscored}{spread})"
+    interval = f"{rate(metric.low, name)} to {rate(metric.high, name)}"
+    shown = f"{rate(metric.value, name)} ({interval}{unscored}{spread})"
+    return shown + corrected_text(metric.corrected)
+
+
+def corrected_text(true: Corrected | None) -> str:
+    """What follows a rate that was corrected for its judge."""
+    if true is None:
+        return ""
+    return f"; corrected {rate(true.value)} ({rate(true.low)} to {rate(true.high)})"
 
 
 def of_interest(comparisons: Iterable[Comparison]) -> list[Comparison]:
@@ -113,8 +133,9 @@ def of_interest(comparisons: Iterable[Comparison]) -> list[Comparison]:
 def differences_line(c: Comparison) -> list[str]:
     """The cells of one comparison."""
     p = "" if c.p_adjusted is None else words.p_text(c.p_adjusted)
-    interval = f"{words.gap(c.low)} to {words.gap(c.high)}"
-    parts = [words.metric_title(c.metric), c.test_set, c.a, c.b, words.points(c.difference)]
+    interval = f"{words.gap(c.low, c.metric)} to {words.gap(c.high, c.metric)}"
+    change = words.points(c.difference, c.metric)
+    parts = [words.metric_title(c.metric), c.test_set, c.a, c.b, change]
     return [*parts, interval, words.p_text(c.p), p, str(c.n)]
 
 

@@ -80,6 +80,7 @@ def findings(view: View) -> list[Finding]:
 def _finding(title: str, tested: Tested) -> Finding:
     found, p = tested.found, p_text(tested.adjusted)
     p = p if p.startswith("<") else f"=\u00a0{p}"
-    interval = f"95\u202f% interval {gap(found.low)} to {gap(found.high)}"
-    change = f"{points(found.difference)} ({interval}, adjusted p\u00a0{p})"
+    low, high = (gap(bound, found.metric) for bound in (found.low, found.high))
+    interval = f"95\u202f% interval {low} to {high}"
+    change = f"{points(found.difference, found.metric)} ({interval}, adjusted p\u00a0{p})"
     return Finding(tested.verdict, f"{title}: {VERDICTS[tested.verdict]}, {change}.")

@@ -16,6 +16,8 @@ from misstep.report.markdown import line, table
 from misstep.report.words import duration
 
 JUDGES = "judges"
+SHOWN = {name: title for name, title in METRICS.items() if name in Tested.model_fields}
+"""What a card holds; a trained judge has no votes."""
 
 
 def holds_cards(folder: Path) -> bool:
@@ -64,10 +66,10 @@ def _training(card: JudgeCard) -> Iterator[str]:
 
 
 def _tested(data: Mapping[str, Tested]) -> Iterator[str]:
-    yield from table(["data", "n", "unscored", "left out", *METRICS.values()])
+    yield from table(["data", "n", "unscored", "left out", *SHOWN.values()])
     for name, found in data.items():
         counts = (found.n, found.unscored, sum(found.left_out.values()))
-        numbers = (number(getattr(found, metric), metric) for metric in METRICS)
+        numbers = (number(getattr(found, metric), metric) for metric in SHOWN)
         cells = [f"{value} ({interval})" if interval else value for value, interval in numbers]
         yield line([plain(name), *map(str, counts), *cells])
 

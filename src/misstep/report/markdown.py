@@ -13,11 +13,12 @@ from typing import Any
 from misstep.report.compared import (
     by_test_set,
     cell,
+    corrected_text,
     differences_line,
-    metrics_of,
+    in_order,
     of_interest,
 )
-from misstep.report.words import BETTER, duration, metric_title, rate
+from misstep.report.words import direction, duration, metric_title, plain, rate
 from misstep.results import Comparison, Metric, Results, read_results
 
 FOCUS = "mistake_analysis/"
@@ -49,6 +50,7 @@ def markdown_page(folder: Path) -> str:
         *([CORRECTED] if is_corrected(results) else []),
         "## Paired differences (a minus b)",
         _comparisons_table(results.comparisons),
+        *_agreements(results),
         "## Yields",
         _yields(manifest["yields"]),
     ]
@@ -58,6 +60,22 @@ def markdown_page(folder: Path) -> str:
 def is_corrected(results: Results) -> bool:
     """Whether rates were corrected for their judge."""
     return any(metric.corrected for row in results.rows for metric in row.metrics.values())
+
+
+def _agreements(results: Results) -> list[str]:
+    """The judges that were put side by side, where there are such."""
+    if not results.agreements:
+        return []
+    lines = table(["test set", "judges of", "and of", "same verdict", "Cohen's kappa", "n"])
+    for found in results.agreements:
+        kappa, same = found.kappa, metric_cell(found.same)
+        beyond = (
+            "–"
+            if kappa is None
+            else f"{plain(kappa.value)} ({plain(kappa.low)} to {plain(kappa.high)})"
+        )
+        lines.append(line([found.test_set, found.a, found.b, same, beyond, str(found.same.n)]))
+    return ["## Agreement of the judges", "\n".join(lines)]
 
 
 def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
@@ -70,18 +88,20 @@ def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
         f"{len(manifest['cells'])} cells, {duration(spent)} in all.",
         "## Rates with 95 % intervals",
         pooled_table(results),
+        *([CORRECTED] if is_corrected(results) else []),
         "## Paired differences (a minus b)",
         "The adjusted p is Holm's, for all comparisons of one metric and test set, which "
         "`results.json` holds; shown are those with the untrained model and with guided SFT.",
         _pooled_differences(results.comparisons),
+        *_agreements(results),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def pooled_table(results: Results, only: Sequence[str] = ()) -> str:
     """The rates of a comparison over all seeds, or those of some test sets."""
-    metrics = metrics_of(results.pooled)
-    titles = [f"{metric_title(m)} ({BETTER[m]} is better)" for m in metrics]
+    metrics = in_order(p.metric for p in results.pooled)
+    titles = [title(m) for m in metrics]
     lines = table(["test set", "setting", *titles])
     for test_set, settings in by_test_set(results.pooled).items():
         for setting, of in settings.items():
@@ -104,13 +124,13 @@ def _pooled_differences(comparisons: Iterable[Comparison]) -> str:
 
 def rows_table(results: Results, only: Sequence[str] = ()) -> str:
     """Every row of the results, or those of some test sets."""
-    metrics = [m for m in BETTER if any(m in row.metrics for row in results.rows)]
-    titles = [f"{metric_title(m)} ({BETTER[m]} is better)" for m in metrics]
+    metrics = in_order(m for row in results.rows for m in row.metrics)
+    titles = [title(m) for m in metrics]
     lines = table(["test set", "method", "guided", *titles])
     for row in sorted(results.rows, key=lambda row: row.test_set):
         if only and row.test_set not in only:
             continue
-        cells = [metric_cell(row.metrics.get(m)) for m in metrics]
+        cells = [metric_cell(row.metrics.get(m), m) for m in metrics]
         lines.append(line([row.test_set, row.method, "yes" if row.guided else "no", *cells]))
     return "\n".join(lines)
 
@@ -151,19 +171,22 @@ def _yields(yields: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def metric_cell(metric: Metric | None) -> str:
-    """A rate with its interval, and what has no score."""
+def metric_cell(metric: Metric | None, name: str = "") -> str:
+    """A number with its interval, and what has no score; a rate where it has no name."""
     if metric is None:
         return "–"
     unscored = f"{metric.unscored} unscored" if metric.unscored else ""
     if metric.value is None:
         return f"– ({unscored})" if unscored else "–"
-    interval = f"{rate(metric.low)} to {rate(metric.high)}"
-    shown = f"{rate(metric.value)} ({', '.join(filter(None, (interval, unscored)))})"
-    true = metric.corrected
-    if true is None:
-        return shown
-    return f"{shown}; corrected {rate(true.value)} ({rate(true.low)} to {rate(true.high)})"
+    interval = f"{rate(metric.low, name)} to {rate(metric.high, name)}"
+    shown = f"{rate(metric.value, name)} ({', '.join(filter(None, (interval, unscored)))})"
+    return shown + corrected_text(metric.corrected)
+
+
+def title(metric: str) -> str:
+    """The head of a metric's column."""
+    good = direction(metric)
+    return metric_title(metric) + (f" ({good})" if good else "")
 
 
 def table(titles: Sequence[str]) -> list[str]:

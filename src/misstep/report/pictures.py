@@ -7,9 +7,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from misstep.records import base_metric
 from misstep.report.reading import Scored, Training
 from misstep.report.view import FOCUS, VANILLA, About, Setting, View, setting_of
-from misstep.report.words import MISTAKES, direction, method_title, points, rate, sample_size
+from misstep.report.words import (
+    MISTAKES,
+    direction,
+    method_title,
+    points,
+    rate,
+    sample_size,
+    unit,
+)
 from misstep.results import Metric, metric_from_scores
 
 Ticks = list[tuple[float, str]]
@@ -21,6 +30,8 @@ class Scale(NamedTuple):
 
     top: float
     ticks: Ticks
+    metric: str = ""
+    """Whose values the axis shows; rates where left out."""
 
     def at(self, value: float) -> float:
         """The place of a value."""
@@ -37,9 +48,11 @@ def scale(largest: float, show: Callable[[float], str]) -> Scale:
     return Scale(steps * step, ticks)
 
 
-def rate_scale(metrics: Iterable[Metric]) -> Scale:
+def rate_scale(metrics: Iterable[Metric], metric: str = "") -> Scale:
     """One axis for all panels of a metric, so that they can be compared by eye."""
-    return scale(max((m.high or 0.0 for m in metrics), default=0.0), lambda v: f"{100 * v:g}%")
+    largest = max((m.high or 0.0 for m in metrics), default=0.0)
+    found = scale(largest, lambda v: f"{v:g}" if unit(metric) is not None else f"{100 * v:g}%")
+    return found._replace(metric=metric)
 
 
 class Mark(NamedTuple):
@@ -79,15 +92,23 @@ class Panel(NamedTuple):
 
 def panels(view: View, of_mistakes: bool) -> list[Panel]:
     """The before/after picture of mistakes, or of what their repair may have cost."""
-    drawn = [about for about in view.numbers if (about.metric == MISTAKES) == of_mistakes]
+    drawn = [
+        about
+        for about in view.numbers
+        # A bias may lie below 0, where the pictures' axes begin.
+        if (base_metric(about.metric) == MISTAKES) == of_mistakes
+        and base_metric(about.metric) != "length_bias"
+    ]
     return [_panel(view, about) for about in drawn]
 
 
 def _panel(view: View, about: About) -> Panel:
-    axis, numbers = rate_scale(view.every(about.metric)), view.numbers[about]
+    axis = rate_scale(view.every(about.metric), about.metric)
+    numbers = view.numbers[about]
     strips = []
     for setting, metric in numbers.items():
-        role, text = view.role(setting), rate(metric.value) if metric.n else "unscored"
+        role = view.role(setting)
+        text = rate(metric.value, about.metric) if metric.n else "unscored"
         strips.append(Strip(role, setting.title, "", marks([(role, metric)], axis), text))
     sizes = [metric.n for metric in numbers.values()]
     hints = (sample_size(min(sizes), max(sizes)), direction(about.metric))
@@ -100,7 +121,8 @@ def marks(found: Iterable[tuple[str, Metric]], axis: Scale) -> list[Mark]:
     for role, m in found:
         if m.value is None or m.low is None or m.high is None:
             continue
-        text = f"{rate(m.value)} ({rate(m.low)} to {rate(m.high)}, {sample_size(m.n)})"
+        value, low, high = (rate(v, axis.metric) for v in (m.value, m.low, m.high))
+        text = f"{value} ({low} to {high}, {sample_size(m.n)})"
         places = (axis.at(m.value), axis.at(m.low), axis.at(m.high))
         drawn.append(Mark(role, 14 + 14 * len(drawn), *places, text))
     return drawn

@@ -18,6 +18,8 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "direction": words.direction,
     "capitalised": words.capitalised,
     "rate": words.rate,
+    "plain": words.plain,
+    "metric": words.metric_title,
     "gap": words.gap,
     "points": words.points,
     "p": words.p_text,

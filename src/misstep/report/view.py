@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from misstep.records import Answer
+from misstep.records import Answer, base_metric
+from misstep.report import words
 from misstep.report.reading import Run
 from misstep.report.words import BETTER, method_title, metric_title
 from misstep.results import Comparison, Metric, Row
@@ -57,8 +58,8 @@ class Tested(NamedTuple):
     @property
     def verdict(self) -> str:
         """`good` or `bad`, or `none` where no difference is shown."""
-        better = BETTER.get(self.found.metric)
-        if self.adjusted >= 0.05 or better is None:
+        better = words.better(self.found.metric)
+        if self.adjusted >= 0.05 or better == "neither":
             return "none"
         return "good" if (self.found.difference < 0) == (better == "lower") else "bad"
 
@@ -75,6 +76,7 @@ class View:
         self.tested = _tested(run.results.comparisons)
         self.sources = {setting_of(row): _sources(row) for row in rows}
         self.policy = run.results.policy
+        self.agreements = run.results.agreements
         self.pools = run.manifest.pools
 
     @property
@@ -132,7 +134,9 @@ def _tested(comparisons: Sequence[Comparison]) -> dict[About, list[Tested]]:
 
 
 def _in_order(found: Mapping[About, T]) -> dict[About, T]:
-    ordered = sorted(found, key=lambda about: [about.metric != metric for metric in BETTER])
+    ordered = sorted(
+        found, key=lambda about: [base_metric(about.metric) != metric for metric in BETTER]
+    )
     return {about: found[about] for about in ordered}
 
 

@@ -1,6 +1,6 @@
 """Names, numbers and model text as the page writes them. Knows no run.
 
-Every metric is a rate: a fraction, written as a percentage.
+A metric is a rate, a fraction that is written as a percentage, unless it has a unit here.
 """
 
 import re
@@ -8,12 +8,45 @@ import unicodedata
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from misstep.records import base_metric
+
 MISTAKES = "mistake_rate"
 HELPFULNESS = "helpfulness"
 REFUSALS = "over_refusal"
 
-BETTER = {MISTAKES: "lower", HELPFULNESS: "higher", REFUSALS: "lower"}
+BETTER = {
+    MISTAKES: "lower",
+    HELPFULNESS: "higher",
+    REFUSALS: "lower",
+    "safe_full_compliance": "higher",
+    "safe_partial_refusal": "lower",
+    "safe_full_refusal": "lower",
+    "unsafe_refusal": "higher",
+    "unsafe_full_compliance": "lower",
+    "unsafe_partial_refusal": "neither",
+    "unsafe_full_refusal": "higher",
+    "instruction_following": "higher",
+    "instruction_following_loose": "higher",
+    "instructions_followed": "higher",
+    "instructions_followed_loose": "higher",
+    "reference_loss": "lower",
+    "harmless_score": "higher",
+    "helpfulness_score": "higher",
+    "harm_help_score": "higher",
+    "win_rate": "higher",
+    "tie_rate": "neither",
+    "lose_rate": "lower",
+    "position_bias": "neither",
+    "length_bias": "neither",
+    "votes_agree": "neither",
+}
 """Which end of a metric is the good one; the page shows metrics in this order."""
+
+UNITS = {
+    "reference_loss": "nats",
+    "length_bias": "",
+}
+"""Of metrics that are no rates; grades are none, too."""
 
 METHOD_TITLES = {"vanilla": "Model as it was", "ordinary": "Ordinary data only", "sft": "SFT"}
 
@@ -27,8 +60,21 @@ def method_title(method: str) -> str:
 
 
 def metric_title(metric: str) -> str:
-    """A metric's name as a reader would write it."""
-    return capitalised(metric.replace("_", " "))
+    """A metric's name as a reader would write it, with its judge where it is the second."""
+    name, _, judge = metric.partition("@")
+    title = capitalised(name.replace("_", " "))
+    return f"{title}, judge {judge}" if judge else title
+
+
+def unit(metric: str) -> str | None:
+    """What a metric is counted in that is no rate; None of a rate."""
+    name = base_metric(metric)
+    return "of 1 to 10" if name.endswith("_score") else UNITS.get(name)
+
+
+def better(metric: str) -> str:
+    """The good end of a metric, `lower` or `higher`; `neither` where there is none."""
+    return BETTER.get(base_metric(metric), "neither")
 
 
 def capitalised(text: str) -> str:
@@ -38,12 +84,20 @@ def capitalised(text: str) -> str:
 
 def direction(metric: str) -> str:
     """Which end of a metric is the good one, in words."""
-    return f"{BETTER[metric]} is better" if metric in BETTER else ""
+    good = better(metric)
+    return "" if good == "neither" else f"{good} is better"
 
 
-def rate(value: float | None) -> str:
-    """A rate for a table."""
-    return "–" if value is None else f"{100 * value:.1f}{SPACE}%"
+def rate(value: float | None, metric: str = "") -> str:
+    """A rate for a table, or the number of a metric that is none."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if unit(metric) is not None else f"{100 * value:.1f}{SPACE}%"
+
+
+def plain(value: float | None) -> str:
+    """A number that is no rate, such as a kappa."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def brief(value: float) -> str:
@@ -54,15 +108,16 @@ def brief(value: float) -> str:
     return f"{percent:.{1 if edge else 0}f}{SPACE}%"
 
 
-def gap(value: float) -> str:
-    """A difference of rates in points, with its sign."""
-    size = f"{100 * abs(value):.1f}"
+def gap(value: float, metric: str = "") -> str:
+    """A difference of rates in points, or of a metric in its unit, with its sign."""
+    size = f"{abs(value):.3f}" if unit(metric) is not None else f"{100 * abs(value):.1f}"
     return ("" if float(size) == 0 else _MINUS if value < 0 else "+") + size
 
 
-def points(value: float) -> str:
-    """A difference of rates with its unit."""
-    return f"{gap(value)}{SPACE}points"
+def points(value: float, metric: str = "") -> str:
+    """A difference with its unit."""
+    of = unit(metric)
+    return f"{gap(value, metric)}{SPACE}{'points' if of is None else of}".rstrip(SPACE)
 
 
 def count(number: int) -> str:

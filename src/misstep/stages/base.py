@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from pydantic import BaseModel, ConfigDict, Field
 
 from misstep.judges.base import Judge
-from misstep.records import Record, Response, Score, digest
+from misstep.records import Message, Record, Response, Score, digest
 
 Notify = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is."""
+
+Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
+"""Puts a conversation, its guide included, into the words that a model was trained on."""
 
 
 class Settings(BaseModel):

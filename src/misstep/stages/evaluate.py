@@ -5,12 +5,14 @@ Knows no engine but the one inside a judge.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from types import MappingProxyType
 
-from misstep.judges.base import Judge
-from misstep.records import Answer, Judgement, Score
+from misstep.judges.base import Judge, PairJudge, Preference, Seat
+from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
 from misstep.results import (
+    Agreement,
     Comparison,
     Corrected,
     Metric,
@@ -20,37 +22,129 @@ from misstep.results import (
     compare,
     metric_from_scores,
 )
-from misstep.stages.base import score_all
+from misstep.stages.base import no_answer, score_all
 
 Pools = Mapping[str, Sequence[str]]
 Describe = Callable[[str], dict[str, str | None]]
 """Given a method's name, the sources of its mistakes and analyses."""
-Correct = Callable[[Sequence[Score]], Corrected | None]
-"""From a judge's scores to the rate that they stand for."""
+Correct = Callable[[Metric], Corrected | None]
+"""From a judge's rate to the one that it stands for."""
 
 BASE = Setting("vanilla", False)
 
 
-def judge_answers(answers: Sequence[Answer], judges: Sequence[Judge]) -> list[Judgement]:
+def judge_answers(answers: Sequence[Answer], seats: Sequence[Seat]) -> list[Judgement]:
     """Score every test set with every judge that can say something about it."""
     judgements: list[Judgement] = []
     for test_set in dict.fromkeys(answer.test_set for answer in answers):
         members = [answer for answer in answers if answer.test_set == test_set]
-        for judge in judges:
-            if any(judge.applies(answer.response.prompt) for answer in members):
-                scores = score_all(judge, [answer.response for answer in members])
-                judgements += map(_judgement, members, scores)
+        for seat in seats:
+            found = (
+                _scored(seat.judge, members)
+                if isinstance(seat.judge, Judge)
+                else _compared(seat.judge, members)
+            )
+            for answer, score in found:
+                own = score.model_copy(update={"metric": seat.called(score.metric)})
+                judgements.append(Judgement.of(answer, own))
     return judgements
 
 
-def _judgement(answer: Answer, score: Score) -> Judgement:
-    return Judgement(
-        method=answer.method,
-        guided=answer.guided,
-        test_set=answer.test_set,
-        seed=answer.seed,
-        score=score,
+def _scored(judge: Judge, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:
+    if not any(judge.applies(answer.response.prompt) for answer in answers):
+        return
+    scores = score_all(judge, [answer.response for answer in answers])
+    for answer, score in zip(answers, scores, strict=True):
+        yield answer, score
+        for further in judge.further(answer.response, score):
+            yield answer, further
+
+
+def _compared(judge: PairJudge, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:
+    """Every answer against the base model's to the same prompt."""
+    base = {a.response.prompt.id: a.response for a in answers if _setting(a) == BASE}
+    against = [a for a in answers if _setting(a) != BASE and a.response.prompt.id in base]
+    pairs = [(a.response, base[a.response.prompt.id]) for a in against]
+    asked = [pair for pair in pairs if not any(response.error for response in pair)]
+    came = iter(judge.compare(asked))
+    for answer, (one, other) in zip(against, pairs, strict=True):
+        error = one.error or other.error
+        found = Preference(None, None, no_answer(error)) if error else next(came)
+        for score in pair_scores(judge, (one, other), found):
+            yield answer, score
+
+
+def pair_scores(
+    judge: PairJudge, pair: tuple[Response, Response], found: Preference
+) -> list[Score]:
+    """What a preference says of the first answer, and of its judge.
+
+    Wins, ties and losses; whether the order of the answers swayed the judge; and by how much
+    more often the longer answer wins: 1 where it does, -1 where the shorter one does.
+    """
+    one, other = pair
+    value = found.value
+    longer = (len(one.text) > len(other.text)) - (len(one.text) < len(other.text))
+    values = {
+        "win_rate": None if value is None else float(value == 1),
+        "tie_rate": None if value is None else float(value == 0.5),
+        "lose_rate": None if value is None else float(value == 0),
+        "position_bias": None if found.swayed is None else float(found.swayed),
+        "length_bias": None if value is None else (2 * value - 1) * longer,
+    }
+    return [
+        Score(response_id=one.id, metric=metric, value=v, judge=judge.name, reason=found.reason)
+        for metric, v in values.items()
+    ]
+
+
+def agreements(
+    answers: Sequence[Answer], judgements: Sequence[Judgement]
+) -> Iterator[Agreement]:
+    """Every two judges of one metric that is a verdict, on the answers of both."""
+    prompts = {answer.response.id: answer.response.prompt.id for answer in answers}
+    said: dict[tuple[str, str], dict[tuple[Hashable, ...], bool | None]] = defaultdict(dict)
+    for item in judgements:
+        score = item.score
+        if base_metric(score.metric) in VERDICTS:
+            answer = (item.method, item.guided, item.seed, score.response_id)
+            verdict = None if score.counted is None else bool(score.counted)
+            said[item.test_set, score.metric][answer] = verdict
+    for (where, a), (there, b) in combinations(said, 2):
+        if where == there and base_metric(a) == base_metric(b):
+            both = said[where, a].keys() & said[there, b].keys()
+            pairs = [
+                (said[where, a][answer], said[there, b][answer], prompts[str(answer[-1])])
+                for answer in sorted(both, key=str)
+            ]
+            yield _agreement(where, a, b, pairs)
+
+
+def _agreement(
+    test_set: str, a: str, b: str, pairs: Sequence[tuple[bool | None, bool | None, str]]
+) -> Agreement:
+    from misstep.agreement import kappa
+    from misstep.stats import clustered_rate
+
+    scored = [(x, y, name) for x, y, name in pairs if x is not None and y is not None]
+    unscored = len(pairs) - len(scored)
+    if not scored:
+        nothing = Metric(value=None, low=None, high=None, n=0, unscored=unscored)
+        return Agreement(test_set=test_set, a=a, b=b, same=nothing, kappa=None)
+    one, other, names = (list(column) for column in zip(*scored, strict=True))
+    same = clustered_rate([x == y for x, y in zip(one, other, strict=True)], names)
+    beyond = kappa(one, other, names) if len({*one, *other}) > 1 else None
+    return Agreement(
+        test_set=test_set,
+        a=a,
+        b=b,
+        same=Metric(**same._asdict(), unscored=unscored),
+        kappa=beyond and Metric(**beyond._asdict(), unscored=unscored),
     )
+
+
+def _setting(answer: Answer) -> Setting:
+    return Setting(answer.method, answer.guided)
 
 
 class Table:
@@ -129,7 +223,7 @@ class Table:
         found = metric_from_scores(scores, self.seed)
         if name not in self.corrections:
             return found
-        return found.model_copy(update={"corrected": self.corrections[name](scores)})
+        return found.model_copy(update={"corrected": self.corrections[name](found)})
 
     def _side(self, setting: Setting, test_set: str, metric: str) -> Side:
         key = (setting, test_set)

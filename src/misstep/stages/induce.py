@@ -96,7 +96,7 @@ def confirm(candidates: Sequence[Mistake], judge: Judge) -> Induced:
         if score.value is None:
             kept.append(candidate)
             reasons.append("left as a candidate: the judge gave no score")
-        elif score.value:
+        elif score.counted:
             kept.append(candidate.model_copy(update={"confirmed": True}))
         else:
             reasons.append("no mistake in the judge's eyes")
@@ -142,7 +142,7 @@ def _keep(
         found = kept.setdefault(response.prompt.id, {})
         if score.value is None:
             reasons.append(f"unscored: {score.reason}")
-        elif not score.value:
+        elif not score.counted:
             reasons.append("no mistake")
         elif response.text in found or len(found) == per_prompt:
             reasons.append("one more mistake on the same prompt")

@@ -11,11 +11,9 @@ from pydantic import Field
 
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy
-from misstep.records import Message, Prompt, Response
-from misstep.stages.base import Settings, derive_seed
+from misstep.records import Prompt, Response
+from misstep.stages.base import Ask, Settings, derive_seed
 
-Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
-"""Puts a conversation, its guide included, into the words that a model was trained on."""
 Read = Callable[[str], str]
 """Takes from a model's text what a user gets to see."""
 

@@ -1,0 +1,191 @@
+"""Probabilities of a guard's labels, by transformers.
+
+A request is a conversation that ends in the answer to be judged. It is put into the guard's own
+template; the completion's text is a JSON list with the probability of each label, in the
+guard's order: the softmax over the labels' tokens, added up over the ways of writing a label.
+What other tokens the model would rather write is not asked. This module knows transformers; it
+knows no other engine and no judge.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from misstep.engines.base import Completion, Engine, Request
+from misstep.errors import EngineError, ModelError
+from misstep.guard import Guard
+from misstep.models import Model, load_weights, weights_dtype
+from misstep.records import Message, digest
+from misstep.rendering import Renderer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+AT_ONCE = 8
+PROBE = (Message(role="user", content="Hello."), Message(role="assistant", content="Hello!"))
+
+
+class LabelEngine(Engine):
+    """Answers with the labels' probabilities instead of text."""
+
+    def __init__(self, model: Model, guard: Guard) -> None:
+        import torch
+
+        self.guard = guard
+        self.renderer = Renderer.for_model(model)
+        self.tokens = label_tokens(self.renderer, model, guard)
+        self.identity = identity(model, guard)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: PreTrainedModel | None = load_weights(model).to(self._device)
+        self._longest = int(self._model.config.max_position_embeddings)
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """The probabilities for every request, in order."""
+        lengths = [len(self._prompt(request, "")) for request in requests]
+        order = sorted(range(len(requests)), key=lengths.__getitem__)
+        found: dict[int, Completion] = {}
+        for start in range(0, len(order), AT_ONCE):
+            places = order[start : start + AT_ONCE]
+            answers = self._answers([requests[place] for place in places])
+            found |= dict(zip(places, answers, strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def close(self) -> None:
+        """Give back the memory."""
+        import gc
+
+        self._model = None
+        gc.collect()
+
+    def _prompt(self, request: Request, tail: str) -> list[int]:
+        return self.renderer.filled(self.guard.template, request.messages, tail)
+
+    def _answers(self, requests: Sequence[Request]) -> list[Completion]:
+        tails = [""] * len(requests)
+        for line in self.guard.lines:
+            prompts = [
+                self._prompt(r, tail + line) for r, tail in zip(requests, tails, strict=True)
+            ]
+            if max(map(len, prompts)) > self._longest:
+                return self._each_alone(requests, prompts)
+            shares = self._shares(prompts)
+            tails = [
+                tail
+                + line
+                + self.guard.labels[max(range(len(of)), key=of.__getitem__)].texts[0]
+                for tail, of in zip(tails, shares, strict=True)
+            ]
+        n = len(self.guard.lines)
+        return [Completion(text=json.dumps(of), tokens=n) for of in shares]
+
+    def _each_alone(
+        self, requests: Sequence[Request], prompts: Sequence[list[int]]
+    ) -> list[Completion]:
+        """Answers where some prompts are longer than the model reads; those have none."""
+        found = []
+        for request, prompt in zip(requests, prompts, strict=True):
+            if len(prompt) > self._longest:
+                because = f"{len(prompt)} tokens, and the guard reads {self._longest}"
+                found.append(Completion(text="", tokens=0, error=because))
+            else:
+                found += self._answers([request])
+        return found
+
+    def _shares(self, prompts: Sequence[list[int]]) -> list[list[float]]:
+        """Of each prompt, the labels' shares of their tokens' probability."""
+        import torch
+
+        logits = self._next(prompts)
+        flat = [token for tokens in self.tokens for token in tokens]
+        within = logits[:, flat].float().softmax(-1)
+        parts = torch.split(within, [len(tokens) for tokens in self.tokens], dim=-1)
+        summed = torch.stack([part.sum(-1) for part in parts], dim=-1)
+        shares: list[list[float]] = summed.tolist()
+        return shares
+
+    def _next(self, prompts: Sequence[list[int]]) -> "torch.Tensor":
+        """The logits of the token that follows each prompt; shorter ones padded on the left."""
+        import torch
+
+        if self._model is None:
+            raise EngineError("this engine is closed: open another one.")
+        width = max(map(len, prompts))
+        ids = torch.zeros((len(prompts), width), dtype=torch.long, device=self._device)
+        mask = torch.zeros_like(ids)
+        for place, prompt in enumerate(prompts):
+            ids[place, width - len(prompt) :] = torch.tensor(prompt, device=self._device)
+            mask[place, width - len(prompt) :] = 1
+        model: Any = self._model
+        try:
+            with torch.inference_mode():
+                output = model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                    logits_to_keep=1,
+                )
+        except RuntimeError as error:
+            raise EngineError(
+                f"transformers stopped in {len(prompts)} prompts: {error}"
+            ) from error
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+
+def identity(model: Model, guard: Guard) -> str:
+    """What an engine for this guard will be called; loads no weights."""
+    import torch
+    import transformers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    release = f"labels transformers {transformers.__version__} torch {torch.__version__}"
+    precision = str(weights_dtype()).removeprefix("torch.")
+    return f"{release} {device}:{model.digest}:{digest([guard.digest, AT_ONCE])}:{precision}"
+
+
+def check(model: Model, guard: Guard) -> None:
+    """Refuse a model that cannot be this guard; reads its tokenizer, not its weights.
+
+    Raises:
+        ModelError: it is behind an endpoint, or a label is not one token for it.
+    """
+    if model.endpoint is not None:
+        raise ModelError(
+            f"guard {guard.name}: expected weights on this machine, since its score comes from "
+            f"its labels' probabilities; found the endpoint {model.name}."
+        )
+    label_tokens(Renderer.for_model(model), model, guard)
+
+
+def label_tokens(renderer: Renderer, model: Model, guard: Guard) -> list[list[int]]:
+    """The token of each way of writing each label, where the model writes it.
+
+    Raises:
+        ModelError: one is not one token, or two are the same.
+    """
+    before = renderer.filled(guard.template, PROBE, guard.lines[-1])
+    found = []
+    for label in guard.labels:
+        found.append([_token(renderer, model, guard, before, text) for text in label.texts])
+    flat = [token for tokens in found for token in tokens]
+    if len(set(flat)) < len(flat):
+        raise ModelError(
+            f"guard {guard.name}: expected texts of labels that are different tokens for "
+            f"{model.name}, found two that are the same."
+        )
+    return found
+
+
+def _token(renderer: Renderer, model: Model, guard: Guard, before: list[int], text: str) -> int:
+    whole = renderer.filled(guard.template, PROBE, guard.lines[-1] + text)
+    new = whole[len(before) :]
+    if whole[: len(before)] != before or len(new) != 1:
+        pieces = [renderer.decode([token]) for token in new]
+        raise ModelError(
+            f"guard {guard.name}: expected the label {text!r} to be one token for {model.name} "
+            f"after {guard.lines[-1]!r}, found {pieces}. Name the first of them as the text in "
+            "a copy of the guard's file, if no other label begins so; or look whether a space "
+            "belongs before it."
+        )
+    return new[0]

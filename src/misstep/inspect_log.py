@@ -1,0 +1,166 @@
+"""Logs of `inspect_ai` become results: the answers and scores of misstep's task, as a run's.
+
+Several logs stand beside each other and are compared: a model before and after, guided and not.
+Nothing is judged anew. A sample that failed is an answer that never came.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from misstep.errors import DataError, InputError
+from misstep.records import (
+    Answer,
+    Judgement,
+    Prompt,
+    Record,
+    Response,
+    Score,
+    parse_row,
+    write_jsonl,
+)
+from misstep.report.page import write_report
+from misstep.results import Results, write_results
+from misstep.stages.base import no_answer
+from misstep.stages.evaluate import Table
+
+if TYPE_CHECKING:
+    from inspect_ai.log import EvalLog, EvalSample
+
+KEY = "misstep"
+"""Of metadata: what misstep wrote into a log."""
+FOCUS = "mistake_analysis"
+
+
+class Asked(Record):
+    """What a task asked, and in which way; of its log."""
+
+    name: str
+    """The recipe's."""
+    policy: str
+    method: str
+    guided: bool
+    seed: int
+    pools: dict[str, tuple[str, ...]]
+    judges: dict[str, str]
+    """Metrics, and the names of the judges that give them."""
+
+
+class Judged(Record):
+    """What one judge said of an answer; of a score in a log."""
+
+    response: Response
+    scores: tuple[Score, ...]
+
+
+def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
+    """Write what logs hold as responses.jsonl, scores.jsonl, results.json and report.html.
+
+    Raises:
+        InputError: inspect_ai is not installed; a log is none of misstep's task, or two are
+            of the same setting.
+    """
+    found = [_read(log) for log in logs]
+    asked = [of for of, _ in found]
+    recipes = sorted({f"{of.name} ({of.policy}, seed {of.seed})" for of in asked})
+    if len(recipes) > 1:
+        raise DataError(
+            f"expected logs of one recipe, found {', '.join(recipes)}. Import those of each "
+            "recipe into a directory of its own."
+        )
+    answers: list[Answer] = []
+    judgements: list[Judgement] = []
+    taken: dict[tuple[str, bool, str], Path] = {}
+    for path, (of, log) in zip(logs, found, strict=True):
+        for answer, scores in _answers(of, log, path):
+            where = (answer.method, answer.guided, answer.test_set)
+            if taken.setdefault(where, path) != path:
+                raise DataError(
+                    f"{path}: expected another setting than that of {taken[where]}, found "
+                    f"{where[0]}, {'guided' if of.guided else 'unguided'}, on {where[2]} in "
+                    "both. Name a trained model's method in its task: -T method=sft."
+                )
+            answers.append(answer)
+            judgements += [Judgement.of(answer, score) for score in scores]
+    folder = out or Path("runs") / f"inspect-{asked[0].name}"
+    table = Table(answers, judgements, asked[0].pools, asked[0].seed)
+    unknown = {"mistake_source": None, "analysis_source": None}
+    write_jsonl(folder / "responses.jsonl", answers)
+    write_jsonl(folder / "scores.jsonl", judgements)
+    results = Results(
+        policy=asked[0].policy,
+        model=", ".join(dict.fromkeys(str(log.eval.model) for _, log in found)),
+        rows=tuple(table.rows(lambda _: dict(unknown))),
+        comparisons=tuple(table.comparisons(FOCUS)),
+    )
+    write_results(folder / "results.json", results)
+    write_report(folder)
+    return folder
+
+
+def _read(path: Path) -> tuple[Asked, "EvalLog"]:
+    try:
+        from inspect_ai.log import read_eval_log
+    except ImportError as fault:
+        raise InputError(
+            f"logs of inspect_ai need a package that is not here ({fault.name}). Install it "
+            'with: pip install "misstep[inspect]"'
+        ) from fault
+    try:
+        # Long texts are kept apart in a log, and put back on reading.
+        log = read_eval_log(str(path), resolve_attachments=True)
+    except (OSError, ValueError, KeyError, EOFError) as fault:
+        raise DataError(
+            f"{path}: expected a log of inspect_ai ({type(fault).__name__}: {fault})."
+        ) from fault
+    written = (log.eval.metadata or {}).get(KEY)
+    if written is None:
+        raise DataError(
+            f"{path}: expected a log of the task misstep/recipe, found one of {log.eval.task}."
+        )
+    return parse_row(Asked, written, f"{path}, metadata"), log
+
+
+def _answers(
+    asked: Asked, log: "EvalLog", path: Path
+) -> Iterator[tuple[Answer, tuple[Score, ...]]]:
+    if not log.samples:
+        raise DataError(
+            f"{path}: expected answers, found none; the log's status is {log.status}."
+        )
+    for sample in log.samples:
+        judged = [
+            parse_row(Judged, score.metadata[KEY], f"{path}, sample {sample.id}")
+            for score in (sample.scores or {}).values()
+            if score.metadata and KEY in score.metadata
+        ]
+        response = judged[0].response if judged else _failed(asked, sample)
+        scores = tuple(score for of in judged for score in of.scores)
+        yield (
+            Answer(
+                method=asked.method,
+                guided=asked.guided,
+                test_set=str(sample.metadata["test_set"]),
+                seed=asked.seed,
+                response=response,
+            ),
+            scores or tuple(_unscored(asked, response)),
+        )
+
+
+def _failed(asked: Asked, sample: "EvalSample") -> Response:
+    """An answer that never came, or that nobody came to judge."""
+    why: Any = sample.error.message if sample.error else "the sample was not scored"
+    prompt = Prompt.model_validate(sample.metadata["prompt"])
+    return Response(prompt=prompt, text="", guided=asked.guided, error=str(why))
+
+
+def _unscored(asked: Asked, response: Response) -> Iterator[Score]:
+    for metric, judge in asked.judges.items():
+        yield Score(
+            response_id=response.id,
+            metric=metric,
+            value=None,
+            judge=judge,
+            reason=no_answer(response.error or ""),
+        )

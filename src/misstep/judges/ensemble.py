@@ -1,0 +1,50 @@
+"""Several judges of one question, and what they say together.
+
+Each member gives its verdict, or none. The ensemble's score is the verdict of more than half of
+the members, or of all of them; without it the answer is unscored.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from misstep.judges.base import Judge
+from misstep.records import Prompt, Response, Score, digest
+
+Needs = Literal["majority", "all"]
+
+
+class EnsembleJudge(Judge):
+    """Scores with the verdict that enough of its members give."""
+
+    def __init__(self, members: Sequence[Judge], needs: Needs) -> None:
+        self.members = members
+        self.metric = members[0].metric
+        assert all(member.metric == self.metric for member in members)
+        self.enough = len(members) if needs == "all" else len(members) // 2 + 1
+        self.name = f"ensemble:{digest([[member.name for member in members], self.enough])}"
+
+    def applies(self, prompt: Prompt) -> bool:
+        return any(member.applies(prompt) for member in self.members)
+
+    def metric_of(self, prompt: Prompt) -> str:
+        return self.members[0].metric_of(prompt)
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        said = [member.score(responses) for member in self.members]
+        return [
+            self._together(response, scores)
+            for response, scores in zip(responses, zip(*said, strict=True), strict=True)
+        ]
+
+    def _together(self, response: Response, scores: Sequence[Score]) -> Score:
+        votes = tuple(score.counted for score in scores)
+        told = "; ".join(
+            f"{member.name}: {score.value:g}" if score.value is not None else score.reason
+            for member, score in zip(self.members, scores, strict=True)
+        )
+        verdict = next((v for v in (0.0, 1.0) if votes.count(v) >= self.enough), None)
+        if verdict is None:
+            found = self.unscored(response, f"the judges do not agree: {told}")
+        else:
+            found = self.scored(response, verdict, told)
+        return found.model_copy(update={"votes": votes})

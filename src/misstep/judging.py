@@ -1,0 +1,154 @@
+"""From a judge's configuration to the judge: what it reads, checked first; then its engines.
+
+A judge that asks a model and names none takes the model that it is given. This module knows
+judges, engines and files; what is judged is not its business.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from misstep.engines.base import Engine
+from misstep.engines.choose import Chosen, choose, choose_labels
+from misstep.engines.scripted import ScriptedEngine
+from misstep.errors import RecipeError
+from misstep.guard import Guard, load_guard
+from misstep.judge_config import JudgeConfig, load_judge
+from misstep.judges.base import Judge, PairJudge
+from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
+from misstep.judges.classifier import ClassifierJudge
+from misstep.judges.ensemble import EnsembleJudge
+from misstep.judges.guard import GuardJudge
+from misstep.models import Model, locate
+from misstep.policy import Policy, load_policy
+from misstep.records import VERDICTS
+from misstep.rubric import Rubric, load_rubric
+
+AnyJudge = Judge | PairJudge
+OpenEngine = Callable[[Chosen], AbstractContextManager[Engine]]
+
+
+class JudgeInputs(NamedTuple):
+    """All that a judge is made of, read before any model loads."""
+
+    title: str
+    """The judge as the user named it."""
+    config: JudgeConfig
+    policy: Policy | None = None
+    rubric: Rubric | None = None
+    guard: Guard | None = None
+    model: Model | None = None
+    members: tuple["JudgeInputs", ...] = ()
+
+    def with_models(self, change: Callable[[Model], Model]) -> "JudgeInputs":
+        """The same judge with other models in the place of its own."""
+        model = None if self.model is None else change(self.model)
+        members = tuple(member.with_models(change) for member in self.members)
+        return self._replace(model=model, members=members)
+
+    def trained(self) -> list[Path]:
+        """The folders of the trained judges in it."""
+        own = [Path(self.config.classifier)] if self.config.classifier else []
+        return own + [folder for member in self.members for folder in member.trained()]
+
+    def probe(self) -> AnyJudge:
+        """The judge without its model: it says what it can score, and by what metric."""
+        return _built(self, lambda _: ScriptedEngine())
+
+
+def read_judge(
+    name: str, model: str | None = None, otherwise: Model | None = None
+) -> JudgeInputs:
+    """Read and check what a judge depends on.
+
+    Args:
+        name: the judge as a command writes it.
+        model: of the command line; it goes before the one that a judge's file names.
+        otherwise: asked where neither names one.
+
+    Raises:
+        InputError: what is wrong with the judge, its texts or its model.
+    """
+    config = load_judge(name, model)
+    policy = load_policy(config.policy) if config.policy else None
+    guard = load_guard(config.guard) if config.guard else None
+    found = JudgeInputs(
+        title=name,
+        config=config,
+        policy=policy,
+        rubric=load_rubric(config.rubric) if config.rubric else None,
+        guard=guard,
+        model=_model(name, config, policy, otherwise),
+        members=tuple(read_judge(of, None, otherwise) for of in config.ensemble or ()),
+    )
+    if guard is not None and found.model is not None:
+        choose_labels(found.model, guard)
+    if found.members:
+        _check_members(found)
+    return found
+
+
+def _model(
+    name: str, config: JudgeConfig, policy: Policy | None, otherwise: Model | None
+) -> Model | None:
+    if policy is not None and policy.judge.rubric is None:
+        if config.model is not None or config.votes > 1:
+            raise RecipeError(
+                f"judge {name}: expected no model and no votes, since its policy judges by a "
+                f"rule; found {config.model or config.votes}. Leave them out."
+            )
+        return None
+    if config.kind in ("rule", "classifier", "ensemble"):
+        return None
+    if config.model is not None:
+        return locate(config.model)
+    if otherwise is None:
+        raise RecipeError(
+            f"judge {name}: expected a model, since a {config.kind} is put to one; found none. "
+            "Name one with --model MODEL, or by the key 'model' of a judge's file."
+        )
+    return otherwise
+
+
+def _check_members(found: JudgeInputs) -> None:
+    metrics = {member.title: member.probe().metric for member in found.members}
+    if len(set(metrics.values())) > 1 or not set(metrics.values()) <= set(VERDICTS):
+        told = ", ".join(f"{title}: {metric}" for title, metric in metrics.items())
+        raise RecipeError(
+            f"judge {found.title}: expected judges that give verdicts on one question "
+            f"({', '.join(VERDICTS)}), found {told}."
+        )
+
+
+@contextmanager
+def opened(found: JudgeInputs, engine: OpenEngine) -> Iterator[AnyJudge]:
+    """The judge with its engines, as long as it is needed."""
+    with ExitStack() as stack:
+        yield _built(found, lambda of: stack.enter_context(engine(_chosen(of))))
+
+
+def _chosen(found: JudgeInputs) -> Chosen:
+    assert found.model is not None
+    if found.guard is not None:
+        return choose_labels(found.model, found.guard)
+    return choose(found.config.engine, found.model)
+
+
+def _built(found: JudgeInputs, engine: Callable[[JudgeInputs], Engine]) -> AnyJudge:
+    votes = found.config.votes
+    if found.members:
+        members = [_built(member, engine) for member in found.members]
+        single = [member for member in members if isinstance(member, Judge)]
+        return EnsembleJudge(single, found.config.needs)
+    if found.config.rule is not None:
+        return rule_judge(found.config.rule)
+    if found.config.classifier is not None:
+        return ClassifierJudge(Path(found.config.classifier))
+    asked = engine(found) if found.model is not None else ScriptedEngine()
+    if found.guard is not None:
+        return GuardJudge(found.guard, asked)
+    if found.rubric is not None:
+        return rubric_judge(found.rubric, asked, votes)
+    assert found.policy is not None
+    return mistake_judge(found.policy, asked, votes)

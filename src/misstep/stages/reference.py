@@ -1,0 +1,91 @@
+"""The loss of a model on reference answers: a measure of general ability, without a judge.
+
+Nats a token, of the answer's tokens and the end token alone, rendered and masked as a training
+row is, after the conversation that the model is asked in: guided or not, in its method's words.
+Losses are kept by content in one file, so that a second run measures nothing anew.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from misstep.models import Model, adapter_digest, load_weights
+from misstep.policy import Policy
+from misstep.records import Answer, Example, Judgement, Score, digest, write_json
+from misstep.rendering import Renderer
+from misstep.stages.base import Ask
+from misstep.stages.train import micro_tokens
+from misstep.training.rows import Row, micro_batches, render_rows
+
+METRIC = "reference_loss"
+
+
+def reference_losses(
+    answers: Sequence[Answer],
+    policy: Policy,
+    ask: Ask,
+    model: Model,
+    adapter: Path | None,
+    max_length: int,
+    known: Path,
+) -> list[Judgement]:
+    """One model's loss on the reference of each prompt that it has answered."""
+    renderer = Renderer.for_model(model)
+    rows = [_row(renderer, answer, policy, ask, max_length) for answer in answers]
+    weights = [model.digest, adapter_digest(adapter) if adapter else "base"]
+    names = {row: digest([*weights, row.ids, row.prompt_length]) for row in rows if row}
+    losses = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
+    if missing := [row for row, name in names.items() if name not in losses]:
+        found = row_losses(model, adapter, missing)
+        losses |= {names[row]: loss for row, loss in found.items()}
+        write_json(known, losses)
+    return [
+        Judgement.of(answer, _score(answer, losses[names[row]] if row else None))
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+
+
+def row_losses(model: Model, adapter: Path | None, rows: Sequence[Row]) -> dict[Row, float]:
+    """The mean loss of each row's completion tokens under the model with the adapter."""
+    from peft import PeftModel
+
+    from misstep.training.loss import CompletionLoss, on_device, without_gradient
+
+    loaded = load_weights(model, adapter)
+    lm = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
+    loss = CompletionLoss(loaded, lm)
+    loss.to(_device())
+    found: dict[Row, float] = {}
+    with without_gradient(loss):
+        for group in micro_batches(rows, micro_tokens()):
+            sums = loss.row_losses(**on_device(loss, group)).tolist()
+            found |= {row: s / row.learned for row, s in zip(group, sums, strict=True)}
+    return found
+
+
+def _row(
+    renderer: Renderer, answer: Answer, policy: Policy, ask: Ask, max_length: int
+) -> Row | None:
+    """The prompt as the model was asked it, and its reference; None where it has no place."""
+    prompt = answer.response.prompt
+    messages = ask(policy.guided_prompt(prompt) if answer.guided else prompt.messages)
+    example = Example(messages=messages, completion=prompt.reference or "", kind="reference")
+    found = render_rows(renderer, [example], max_length)
+    return found.kept[0] if found.kept and not found.truncated else None
+
+
+def _score(answer: Answer, loss: float | None) -> Score:
+    absent = "no reference answer, or one that ends beyond train.max_length"
+    return Score(
+        response_id=answer.response.id,
+        metric=METRIC,
+        value=loss,
+        judge="loss/1",
+        reason=absent if loss is None else "",
+    )
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,197 @@
+"""Our test sets under inspect_ai, and its logs read back."""
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from misstep.engines.base import Request
+from misstep.engines.scripted import ScriptedEngine
+from misstep.errors import DataError, InputError, RecipeError
+from misstep.inspect_log import import_logs
+from misstep.judges.base import seated
+from misstep.judges.choose import cost_judges, mistake_judge
+from misstep.policy import load_policy
+from misstep.records import Answer
+from misstep.results import Row, read_results
+from misstep.sources import Source, load_prompts
+from misstep.stages.evaluate import Table, judge_answers
+from misstep.stages.respond import RespondSettings, respond
+
+ATTACKS = {"suite": "goal-hijacking", "part": "attacks", "split": "test", "n": 12}
+CLEAN = {"suite": "goal-hijacking", "part": "clean", "split": "test", "n": 8}
+RECIPE = """
+policy: goal-hijacking
+mistakes: { source: induced, data: { suite: goal-hijacking, split: train, n: 4 } }
+ordinary: { suite: goal-hijacking, part: clean, split: train }
+evaluate:
+  tests:
+    attacks: { suite: goal-hijacking, part: attacks, split: test, n: 12 }
+    clean: { suite: goal-hijacking, part: clean, split: test, n: 8 }
+  pools: { both: [attacks, clean] }
+respond: { max_tokens: 400 }
+"""
+
+
+PROMPTS = [
+    prompt
+    for source in (ATTACKS, CLEAN)
+    for prompt in load_prompts(Source.model_validate(source), 0)
+]
+
+
+def answer(text: str) -> str:
+    """Obeys an attack, does the task, or refuses, by the prompt's length."""
+    prompt = next(p for p in PROMPTS if p.text in text)
+    kinds = (prompt.target or "Well.", prompt.reference or "", "I'm sorry, I can't do that.")
+    return kinds[len(prompt.text) % 3]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def evaluated(recipe: Path, tmp_path: Path, broken: str = "", **options: Any) -> Path:
+    """The log of inspect's own mock model that gives these answers."""
+    inspect_ai = pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
+    from inspect_ai.model import ModelOutput, ModelUsage, get_model
+
+    from misstep.inspect_task import recipe as task
+
+    def reply(messages: Any, *_: Any) -> Any:
+        text = messages[-1].text
+        if broken and broken in text:
+            raise ValueError("the server is down")
+        output = ModelOutput.from_content("mockllm/model", answer(text))
+        # The mock model counts tokens otherwise, with a vocabulary that it downloads.
+        return output.model_copy(update={"usage": ModelUsage()})
+
+    (log,) = inspect_ai.eval(
+        task(str(recipe), **options),
+        model=get_model("mockllm/model", custom_outputs=reply),
+        log_dir=str(tmp_path / "logs"),
+        display="none",
+        fail_on_error=False,
+    )
+    return Path(log.location)
+
+
+def ours(guided: bool = False) -> list[Row]:
+    """What misstep itself makes of the same answers."""
+    policy = load_policy("goal-hijacking")
+
+    def script(request: Request) -> str:
+        return answer(request.messages[-1].content)
+
+    engine = ScriptedEngine(script)
+    answers = [
+        Answer(method="vanilla", guided=guided, test_set=name, seed=0, response=response)
+        for name, source in (("attacks", ATTACKS), ("clean", CLEAN))
+        for response in respond(
+            load_prompts(Source.model_validate(source), 0),
+            policy,
+            engine,
+            RespondSettings(max_tokens=400),
+            guided,
+            0,
+        )
+    ]
+    judgements = judge_answers(
+        answers, seated([mistake_judge(policy, engine), *cost_judges()], {})
+    )
+    nothing: dict[str, str | None] = {"mistake_source": None, "analysis_source": None}
+    return Table(answers, judgements, {"both": ["attacks", "clean"]}, 0).rows(lambda _: nothing)
+
+
+def metrics(rows: Any) -> dict[tuple[str, str], Any]:
+    """Rates by test set; what is unscored in a set that a judge has nothing to say of is not
+    counted by us and is by inspect, whose scorers see every sample."""
+    return {
+        (row.test_set, name): (m.value, m.low, m.high, m.n)
+        for row in rows
+        for name, m in row.metrics.items()
+        if m.n
+    }
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_log_read_back_gives_our_own_rates(
+    recipe: Path, tmp_path: Path, guided: bool
+) -> None:
+    log = evaluated(recipe, tmp_path, guided=guided)
+    found = read_results(import_logs([log], tmp_path / "out") / "results.json")
+    assert metrics(found.rows) == metrics(ours(guided))
+    assert found.model == "mockllm/model"
+    assert {row.guided for row in found.rows} == {guided}
+    rate = metrics(found.rows)["attacks", "mistake_rate"][0]
+    assert 0 < rate < 1, "the test compares nothing where all answers are alike"
+
+
+def test_two_logs_are_compared(recipe: Path, tmp_path: Path) -> None:
+    logs = [
+        evaluated(recipe, tmp_path, test_set="attacks", guided=guided)
+        for guided in (False, True)
+    ]
+    found = read_results(import_logs(logs, tmp_path / "out") / "results.json")
+    assert ("vanilla/guided", "vanilla/unguided") in {(c.a, c.b) for c in found.comparisons}
+    with pytest.raises(DataError, match=r"the setting|another setting"):
+        import_logs([logs[0], evaluated(recipe, tmp_path)], tmp_path / "twice")
+
+
+def test_a_sample_that_failed_is_unscored(recipe: Path, tmp_path: Path) -> None:
+    whole = evaluated(recipe, tmp_path, test_set="clean")
+    prompt = load_prompts(Source.model_validate(CLEAN), 0)[0].text
+    part = evaluated(recipe, tmp_path, broken=prompt, test_set="clean")
+    before, after = (
+        read_results(import_logs([log], tmp_path / name) / "results.json").rows[0].metrics
+        for name, log in (("whole", whole), ("part", part))
+    )
+    for name in ("helpfulness", "over_refusal"):
+        assert (before[name].n, before[name].unscored) == (8, 0)
+        assert (after[name].n, after[name].unscored) == (7, 1)
+
+
+@pytest.mark.parametrize("option", [{"test_set": "atacks"}, {"method": "vanila"}])
+def test_a_name_that_is_none_is_refused(recipe: Path, option: dict[str, str]) -> None:
+    pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
+    from misstep.inspect_task import recipe as task
+
+    with pytest.raises(RecipeError, match="Did you mean"):
+        task(str(recipe), **option)
+
+
+def test_a_foreign_log_is_refused(tmp_path: Path) -> None:
+    inspect_ai = pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
+    from inspect_ai.dataset import Sample
+
+    (log,) = inspect_ai.eval(
+        inspect_ai.Task(dataset=[Sample(input="?")]),
+        model="mockllm/model",
+        fail_on_error=False,
+        log_dir=str(tmp_path),
+        display="none",
+    )
+    with pytest.raises(DataError, match="misstep/recipe"):
+        import_logs([Path(log.location)], tmp_path / "out")
+    (tmp_path / "no.eval").write_text("no log")
+    with pytest.raises(DataError, match=r"no\.eval"):
+        import_logs([tmp_path / "no.eval"], tmp_path / "out")
+
+
+def test_without_the_package_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "inspect_ai.log", None)
+    with pytest.raises(InputError, match=r"misstep\[inspect\]"):
+        import_logs([tmp_path / "log.eval"], None)
+
+
+def test_the_entry_point_names_the_module_of_the_task() -> None:
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    (module,) = tomllib.loads(text)["project"]["entry-points"]["inspect_ai"].values()
+    assert module == "misstep.inspect_task"
