@@ -21,7 +21,7 @@ from misstep.study_config import StudyConfig, load_study_recipe
 
 PACKAGE = Path(misstep.__file__).parent
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 HEAVY = (
     "torch transformers trl peft numpy scipy openvino openvino_genai openai datasets pyarrow "
     "jinja2"

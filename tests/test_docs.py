@@ -48,7 +48,9 @@ def test_every_method_has_a_page_and_every_page_a_method() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [*METHOD_PAGES, ROOT / "docs/compare.md"], ids=lambda p: p.stem
+    "page",
+    [*METHOD_PAGES, ROOT / "docs/compare.md", ROOT / "docs/training.md"],
+    ids=lambda p: p.stem,
 )
 def test_recipe_keys_that_a_page_names_exist(page: Path) -> None:
     named = KEY.findall(page.read_text(encoding="utf-8"))

@@ -454,7 +454,7 @@ def main() -> None:
     # The option may stand anywhere, as people type it last after a failure.
     sys.argv = [arg for arg in sys.argv if arg != "--debug"]
     try:
-        app()
+        _run_app()
     except MisstepError as error:
         _fail(error, debug, error.exit_status, "" if isinstance(error, InputError) else _GO_ON)
     except KeyboardInterrupt:
@@ -463,6 +463,19 @@ def main() -> None:
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         _fail(RuntimeError(text), debug, 1, f"{_GO_ON} --debug shows where it happened.")
+
+
+def _run_app() -> None:
+    """The command; of several processes of `accelerate launch` the first one alone runs it."""
+    from misstep.training import processes
+
+    if processes.is_leader():
+        with processes.leading():
+            app()
+        return
+    from misstep.stages.train import follow
+
+    processes.follow(follow)
 
 
 _GO_ON = "Nothing that was finished is lost: the same command goes on from there."

@@ -44,7 +44,7 @@ TURNS = {
 }
 
 
-@task
+@task  # type: ignore[untyped-decorator]
 def recipe(
     path: str, test_set: str = "", guided: bool = False, method: str = "vanilla"
 ) -> Task:
@@ -134,7 +134,7 @@ def _turn(
 
 
 def _scorer(judge: Judge, policy: Policy, asked: Asked) -> Scorer:
-    @scorer(metrics=[mean(), stderr()], name=judge.metric)
+    @scorer(metrics=[mean(), stderr()], name=judge.metric)  # type: ignore[untyped-decorator]
     def of_judge() -> Scorer:
         async def score(state: TaskState, target: Target) -> InspectScore:
             del target

@@ -64,6 +64,7 @@ from misstep.stages.respond import respond
 from misstep.stages.revise import revise
 from misstep.stages.reward import require_trl
 from misstep.stages.train import input_digest, train
+from misstep.training import processes
 from misstep.training.mask import MaskedRow, show_mask
 
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
@@ -211,6 +212,12 @@ def _check_policy(config: RunConfig, policy: Policy) -> None:
         )
     if any(METHODS[name].trainer == "reinforce" for name in config.methods):
         require_trl()
+        if processes.count() > 1:
+            raise RecipeError(
+                "methods: expected methods that several processes can train, found one that "
+                "trains for a reward. Leave it out under `accelerate launch`; train it with "
+                "plain `misstep train`."
+            )
 
 
 def _check_trainable(config: RunConfig) -> None:

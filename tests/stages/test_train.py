@@ -346,6 +346,41 @@ def test_the_model_is_as_before_after_fast_layers() -> None:
     assert torch.equal(loss.lm(input_ids=ids).logits, before)
 
 
+@pytest.mark.parametrize(
+    "how", [(True, False), pytest.param((False, True), marks=pytest.mark.model)]
+)
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_less_memory_or_compiled_layers_have_the_plain_loss(
+    how: tuple[bool, bool], adapter: str
+) -> None:
+    loss, batch = prepared("tied", adapter).train(), branching_rows()
+    expected = plain_loss(loss.model, batch)
+    expected.backward()
+    wanted = gradients(loss)
+    with fast_layers(loss, *how):
+        value = loss(**loss.collate(batch))
+        value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(loss), wanted)
+
+
+def test_checkpointing_keeps_less_for_the_gradient() -> None:
+    loss, kept = prepared("tied", "lora").train(), []
+    for checkpointing in (False, True):
+        found: dict[int, int] = {}
+
+        def keep(tensor: Tensor, found: dict[int, int] = found) -> Tensor:
+            found[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with fast_layers(loss, checkpointing):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                value = loss(**loss.collate(rows(12)))
+        assert value.requires_grad
+        kept.append(sum(found.values()))
+    assert kept[1] < 0.5 * kept[0]
+
+
 # --- order and micro-batches ------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from misstep.policy import Policy
 from misstep.records import Response, Score, digest
 from misstep.rubric import Rubric
 
+FORMAT = 2
+"""Raised when what a model is asked changes, so that an older check is of another judge."""
 MAX_TOKENS = 256
 GRADES = {f"{grade}{of}": float(grade) for grade in range(1, 11) for of in ("", "/10")}
 SIDES = {"A": 1.0, "B": 0.0, "tie": 0.5}
@@ -115,5 +117,5 @@ def _about(template: str, response: Response) -> str:
 
 
 def _name(rubric: str, asker: Asker) -> str:
-    parts = [rubric, asker.engine.identity, asker.max_tokens]
+    parts = [FORMAT, rubric, asker.engine.identity, asker.max_tokens]
     return f"llm:{digest(parts if asker.votes == 1 else [*parts, asker.votes])}"

@@ -24,7 +24,7 @@ from misstep.models import Model, load_weights
 from misstep.records import Pair, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
-from misstep.stages.train import TrainSettings, micro_tokens, usable_rows
+from misstep.stages.train import HOW, TrainSettings, micro_tokens, usable_rows
 from misstep.training.report import RewardReport
 from misstep.training.rows import PairRow, Rows
 
@@ -104,7 +104,7 @@ def require_trl() -> None:
 def used(train: TrainSettings) -> dict[str, Any]:
     """The settings of `train` that reward models and policies share with other methods."""
     return train.model_dump(
-        mode="json", exclude={"learning_rate", "epochs", "preferences", "report_to"}
+        mode="json", exclude={"learning_rate", "epochs", "preferences", "report_to", *HOW}
     )
 
 

@@ -30,6 +30,7 @@ from misstep.models import Model, load_weights
 from misstep.records import Example, Pair, Record, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
+from misstep.training import processes
 from misstep.training.report import RankReport, ReinforceReport
 from misstep.training.rows import (
     PairRow,
@@ -60,6 +61,8 @@ OUTPUTS = (
     *("config.json", "generation_config.json", "model*.safetensors*"),
     *("tokenizer*", "special_tokens_map.json", "chat_template*"),
 )
+HOW = ("gradient_checkpointing", "compile")
+"""Settings that change the time and the memory of a training, and nothing that comes of it."""
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 MEASURED_ROWS = 8
 """Of each kind, for the loss before and after."""
@@ -103,6 +106,11 @@ class TrainSettings(Settings):
     """Of AdamW."""
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """How the learning rate falls after the warm-up."""
+    gradient_checkpointing: bool = False
+    """Compute each layer a second time instead of keeping what it made: less memory, and about
+    a third more time."""
+    compile: bool = False
+    """Compile the layers with torch; the first steps take minutes."""
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Training is refused where a larger share of the rows is dropped or cut."""
     report_to: tuple[str, ...] = ()
@@ -166,22 +174,37 @@ def train(
             pairs where all weights are to be trained, or a loss that is not a number.
         ModelError: the weights cannot be loaded.
     """
-    inputs = input_digest(model, rows, settings, seed)
-    report = finished(folder, inputs)
+    order = Order(
+        model=model.name,
+        path=model.path,
+        rows=tuple(rows),
+        settings=settings,
+        seed=seed,
+        folder=folder,
+        inputs=input_digest(model, rows, settings, seed),
+    )
+    report = finished(folder, order.inputs)
     if report is None:
-        renderer = Renderer.for_model(model)
-        usable = usable_rows(renderer, rows, settings)
         _check_trackers(settings)
-        report = _train(Job(model, renderer, usable, settings, seed, folder, inputs), notify)
+        job = order.job()
+        _clear(job)
+        with processes.together(order.model_dump_json()):
+            report = _train(job, notify)
         # Trainer and its callbacks hold each other, and the model with them.
         gc.collect()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return report
 
 
+def follow(order: str) -> None:
+    """Take part in a training that another process leads; it writes what comes of it."""
+    _train(Order.model_validate_json(order).job(), None)
+    gc.collect()
+
+
 def input_digest(model: Model, rows: TrainingRows, settings: TrainSettings, seed: int) -> str:
     """What names a training by content: equal inputs, equal adapter."""
-    used = settings.model_dump(mode="json", exclude={_unused(_are_pairs(rows))})
+    used = settings.model_dump(mode="json", exclude=_unused(_are_pairs(rows)))
     return digest([FORMAT, model.digest, [row.id for row in rows], used, seed])
 
 
@@ -189,9 +212,9 @@ def _are_pairs(rows: TrainingRows) -> TypeGuard[Sequence[Pair]]:
     return bool(rows) and isinstance(rows[0], Pair)
 
 
-def _unused(on_pairs: bool) -> str:
-    """The setting that a training does not depend on."""
-    return "learning_rate" if on_pairs else "preferences"
+def _unused(on_pairs: bool) -> set[str]:
+    """The settings that what comes of a training does not depend on, but for rounding."""
+    return {"learning_rate" if on_pairs else "preferences", *HOW}
 
 
 def finished(folder: Path, inputs: str) -> TrainReport | None:
@@ -278,22 +301,39 @@ class Job:
         return own if self.on_pairs else self.settings.learning_rate
 
 
-def _train(job: Job, notify: Notify | None) -> TrainReport:
-    from accelerate import PartialState
+class Order(Record):
+    """What the processes of one training must know, for the leader to tell the others."""
 
+    model: str
+    path: Path | None
+    rows: tuple[Example, ...] | tuple[Pair, ...]
+    settings: TrainSettings
+    seed: int
+    folder: Path
+    inputs: str
+
+    def job(self) -> Job:
+        """The training, checked and ready to begin."""
+        model = Model(self.model, self.path)
+        renderer = Renderer.for_model(model)
+        rows = usable_rows(renderer, self.rows, self.settings)
+        return Job(model, renderer, rows, self.settings, self.seed, self.folder, self.inputs)
+
+
+def _train(job: Job, notify: Notify | None) -> TrainReport:
     from misstep.training.kernels import fast_layers
 
-    with PartialState().main_process_first():
-        _clear(job)
     completion, arguments = _prepare(job), _arguments(job)
-    # Trainer would move it too, but the reference is measured first.
-    completion.to(arguments.device)
-    with fast_layers(completion):
+    loss = _objective(job, completion)
+    # Trainer would do it too, but something is measured first.
+    processes.place(loss, completion.lm, arguments)
+    settings = job.settings
+    with fast_layers(completion, settings.gradient_checkpointing, settings.compile):
         started = time.monotonic()
-        loss, rows = _objective(job, completion)
+        rows = _with_reference(job, loss)
         reference_seconds = time.monotonic() - started
         order: list[Any] = in_order(rows, job.settings.epochs, job.seed)
-        trainer = _trainer(loss, arguments, order, notify)
+        trainer = _trainer(job, loss, arguments, order, notify)
         sample = sample_by_kind(rows, MEASURED_PAIRS if job.on_pairs else MEASURED_ROWS)
         before = _losses(loss, sample)
         resumed_from = trainer.train_or_resume()
@@ -310,9 +350,9 @@ def _train(job: Job, notify: Notify | None) -> TrainReport:
         resumed_from=resumed_from,
         ranks=ranks,
     )
-    if trainer.is_world_process_zero():
-        _save(job, completion, report)
-    trainer.accelerator.wait_for_everyone()
+    weights = processes.whole(_weights(job, completion))
+    if processes.is_leader():
+        _save(job, completion, weights, report)
     return report
 
 
@@ -348,18 +388,25 @@ def _prepare(job: Job) -> "CompletionLoss":
     return with_adapter(lm, settings.rank, settings.alpha, job.seed)
 
 
-def _objective(job: Job, completion: "CompletionLoss") -> tuple[Any, Sequence[Any]]:
-    """The loss, and what it is a loss of: rows, or pairs with the margins of the reference."""
+def _objective(job: Job, completion: "CompletionLoss") -> "CompletionLoss | PreferenceLoss":
     if not job.on_pairs:
-        return completion, job.rows.kept
-    from misstep.training.preference import PreferenceLoss, with_reference
+        return completion
+    from misstep.training.preference import PreferenceLoss
 
-    loss = PreferenceLoss(completion, job.settings.preferences.beta)
-    pairs = cast("Sequence[PairRow]", job.rows.kept)
-    return loss, with_reference(loss, pairs, micro_tokens())
+    return PreferenceLoss(completion, job.settings.preferences.beta)
+
+
+def _with_reference(job: Job, loss: Any) -> Sequence[Any]:
+    """What the loss is a loss of: rows, or pairs with the margins of the reference."""
+    if not job.on_pairs:
+        return job.rows.kept
+    from misstep.training.preference import with_reference
+
+    return with_reference(loss, cast("Sequence[PairRow]", job.rows.kept), micro_tokens())
 
 
 def _trainer(
+    job: Job,
     loss: "CompletionLoss | PreferenceLoss",
     arguments: "TrainingArguments",
     order: Sequence[Any],
@@ -372,6 +419,7 @@ def _trainer(
         loss,
         arguments,
         order,
+        job.settings.batch_size,
         micro_tokens(),
         [
             Checkpoints(SECONDS_BETWEEN_CHECKPOINTS),
@@ -389,9 +437,7 @@ def _arguments(job: Job) -> "TrainingArguments":
         output_dir=str(job.checkpoints),
         # The rows come in the order of all epochs, so for Trainer there is one.
         num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        per_device_train_batch_size=settings.batch_size,
-        accelerator_config={"split_batches": True},
+        per_device_train_batch_size=1,
         learning_rate=job.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,
@@ -479,15 +525,27 @@ def peak_memory_mb() -> int:
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
 
 
-def _save(job: Job, loss: "CompletionLoss", report: TrainReport) -> None:
+def _weights(job: Job, loss: "CompletionLoss") -> dict[str, Any]:
+    """What is to be written: what is trained, and of a whole model all else."""
+    from misstep.training.trainer import trained
+
+    if job.settings.adapter == "full":
+        return dict(loss.model.state_dict(keep_vars=True))
+    return dict(trained(loss.model))
+
+
+def _save(
+    job: Job, loss: "CompletionLoss", weights: dict[str, Any], report: TrainReport
+) -> None:
     """Write weights, card and, last, the report: with it the folder is finished."""
     from misstep.models import weights_dtype
     from misstep.training.weights import save_adapter, save_all_weights
 
     if job.settings.adapter == "full":
-        save_all_weights(loss, weights_dtype(), job.renderer.tokenizer, job.folder)
+        tokenizer = job.renderer.tokenizer
+        save_all_weights(loss.model, weights, weights_dtype(), tokenizer, job.folder)
     else:
-        save_adapter(loss.model, job.model.name, job.folder)
+        save_adapter(loss.model, job.model.name, job.folder, weights)
     write_text(job.folder / CARD, model_card(job.model.name, job.settings, report))
     write_text(job.folder / REPORT, report.model_dump_json(indent=2) + "\n")
 
@@ -496,7 +554,8 @@ def model_card(base: str, settings: TrainSettings, report: TrainReport) -> str:
     """The card of an adapter: what it is based on, and how it was trained."""
     lora, what = settings.adapter == "lora", "pairs" if report.ranks else "rows"
     on_pairs = report.ranks is not None
-    values = settings.model_dump(exclude={"adapter", "report_to", "max_dropped", "preferences"})
+    left_out = {"adapter", "report_to", "max_dropped", "preferences", *HOW}
+    values = settings.model_dump(exclude=left_out)
     if on_pairs:
         values |= settings.preferences.model_dump()
     if not lora:

@@ -71,9 +71,9 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
         """The loss summed over the targets, in fp32."""
         return self.row_losses(**batch).sum()
 
-    def count(self, batch: MicroBatch) -> int:
+    def count(self, rows: Sequence[Row]) -> int:
         """What the loss is a mean over: completion tokens."""
-        return len(batch["targets"])
+        return sum(row.learned for row in rows)
 
     def row_losses(
         self, ids: Tensor, positions: Tensor, targets: Tensor, owners: Tensor, **layout: Tensor
@@ -136,9 +136,8 @@ def mean_loss(loss: Any, rows: Sequence[Unit], micro_tokens: int) -> float:
     total, count = 0.0, 0
     with without_gradient(loss):
         for group in micro_batches(rows, micro_tokens):
-            batch = on_device(loss, group)
-            total += loss(**batch).item()
-            count += loss.count(batch)
+            total += loss(**on_device(loss, group)).item()
+            count += loss.count(group)
     return total / count
 
 

@@ -31,18 +31,15 @@ class PreferenceLoss(nn.Module):  # type: ignore[misc]
         batch = self.completion.collate([row for pair in pairs for row in pair.lines])
         return batch | {"reference": torch.tensor([pair.reference for pair in pairs])}
 
-    def count(self, batch: MicroBatch) -> int:
+    def count(self, pairs: Sequence[PairRow]) -> int:
         """What the loss is a mean over: pairs."""
-        return len(batch["reference"])
+        return len(pairs)
 
-    def forward(self, **batch: Tensor) -> Tensor:
-        """The loss summed over the pairs, in fp32."""
-        return -nn.functional.logsigmoid(self.beta * self.gains(**batch)).sum()
-
-    def gains(self, reference: Tensor, **batch: Tensor) -> Tensor:
-        """By how much each pair's margin exceeds the reference's."""
+    def forward(self, reference: Tensor, gains: bool = False, **batch: Tensor) -> Tensor:
+        """The loss summed over the pairs, in fp32; or by how much each pair's margin gained."""
         chosen, rejected = self.completion.row_losses(**batch).view(-1, 2).unbind(1)
-        return rejected - chosen - reference
+        gained = rejected - chosen - reference
+        return gained if gains else -nn.functional.logsigmoid(self.beta * gained).sum()
 
 
 def margins(loss: PreferenceLoss, pairs: Sequence[PairRow], micro_tokens: int) -> list[float]:
@@ -50,7 +47,7 @@ def margins(loss: PreferenceLoss, pairs: Sequence[PairRow], micro_tokens: int) -
     found: dict[PairRow, float] = {}
     with without_gradient(loss):
         for group in micro_batches(pairs, micro_tokens):
-            gains = loss.gains(**on_device(loss, group)).tolist()
+            gains = loss(gains=True, **on_device(loss, group)).tolist()
             found |= {p: gain + p.reference for p, gain in zip(group, gains, strict=True)}
     return [found[pair] for pair in pairs]
 

@@ -135,6 +135,18 @@ def micro_batches(rows: Sequence[Unit], most: int) -> list[list[Unit]]:
     return groups
 
 
+def shares(rows: Sequence[Unit], processes: int, most: int) -> list[list[list[Unit]]]:
+    """The micro-batches of each process in one step, equally many of them.
+
+    Rows are dealt out by length, so that all have about as much to do. A group is empty where a
+    process has nothing left to do while others have.
+    """
+    by_length = sorted(rows, key=longest)
+    dealt = [micro_batches(by_length[n::processes], most) for n in range(processes)]
+    steps = max(map(len, dealt))
+    return [groups + [[] for _ in range(steps - len(groups))] for groups in dealt]
+
+
 def longest(unit: Row | PairRow) -> int:
     """Tokens of a row, or of the longer row of a pair."""
     return max(len(row.ids) for row in unit.lines)

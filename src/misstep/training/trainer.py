@@ -1,10 +1,11 @@
 """The training loop: transformers' Trainer, with steps of whole rows and checkpoints that hold.
 
-One step takes `batch_size` rows whatever their length; each process splits its share into
-micro-batches, and the loss is the mean over all completion tokens of the step, or over its
-pairs. A checkpoint counts only with its marker, written last, so a killed process leaves none
-that is torn. It holds what is trained as safetensors, and optimiser, scheduler and random
-state, which Trainer reads with `weights_only`: nothing in it can execute code.
+One step takes `batch_size` rows whatever their length and however many processes there are;
+each splits its share into micro-batches, and the loss is the mean over all completion tokens of
+the step, or over its pairs. A checkpoint counts only with its marker, written last, so a killed
+process leaves none that is torn. It holds what is trained as safetensors, and optimiser,
+scheduler and random state, which Trainer reads with `weights_only`: nothing in it can execute
+code. DeepSpeed's own checkpoints can, so under it there are none.
 
 This module knows Trainer; it knows no record, no recipe and no folder but the checkpoints'.
 """
@@ -18,20 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from misstep.errors import TrainingError
 from misstep.records import write_text
 from misstep.training.loss import CompletionLoss, MicroBatch
 from misstep.training.preference import PreferenceLoss
-from misstep.training.rows import PairRow, Row, micro_batches
+from misstep.training.processes import like, whole
+from misstep.training.rows import PairRow, Row, longest, shares
 
 MARKER = "complete.json"
 WEIGHTS = "trained.safetensors"
-STEPS_BETWEEN_CHECKPOINTS = 50
-"""With several processes, which must agree without a clock."""
 
 
 class CompletionTrainer(Trainer):  # type: ignore[misc]
@@ -42,22 +45,42 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         model: CompletionLoss | PreferenceLoss,
         args: TrainingArguments,
         rows: Sequence[Row] | Sequence[PairRow],
+        batch_size: int,
         micro_tokens: int,
         callbacks: list[TrainerCallback],
     ) -> None:
+        starts = range(0, len(rows), batch_size)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=rows,
-            data_collator=lambda found: {
-                "micro": [model.collate(group) for group in micro_batches(found, micro_tokens)]
-            },
+            train_dataset=[rows[start : start + batch_size] for start in starts],
+            data_collator=self._share,
             callbacks=callbacks,
         )
-        self.count = model.count
+        self.loss = model
+        self.micro_tokens = micro_tokens
         self.remove_callback(PrinterCallback)
+        if self.is_deepspeed_enabled:
+            self.remove_callback(Checkpoints)
         self.seconds_before = 0.0
         self._started = time.monotonic()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """One step at a time; accelerate would deal out whole steps, and fill the last one."""
+        return DataLoader(self.train_dataset, batch_size=1, collate_fn=self.data_collator)
+
+    def _share(self, steps: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """This process's part of a step, and what the loss of the whole step is a mean over."""
+        (rows,) = steps
+        dealt = shares(rows, self.args.world_size, self.micro_tokens)
+        groups = dealt[self.args.process_index]
+        # Who has nothing left computes something small for nothing: all must take part.
+        idle = [min(rows, key=longest)]
+        return {
+            "micro": [self.loss.collate(group or idle) for group in groups],
+            "weights": [float(bool(group)) for group in groups],
+            "count": self.loss.count(rows),
+        }
 
     @property
     def seconds(self) -> float:
@@ -66,7 +89,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
 
     def train_or_resume(self) -> int:
         """Train to the end; gives the step of the checkpoint that it went on from, else 0."""
-        found = last_checkpoint(Path(self.args.output_dir))
+        with self.accelerator.main_process_first():
+            found = last_checkpoint(Path(self.args.output_dir))
         if found is not None:
             self.seconds_before = json.loads((found / MARKER).read_text())["seconds"]
         self._started = time.monotonic()
@@ -74,40 +98,43 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         return _step(found) if found else 0
 
     def training_step(
-        self, model: Any, inputs: dict[str, list[MicroBatch]], *_: object, **__: object
+        self, model: Any, inputs: dict[str, Any], *_: object, **__: object
     ) -> Tensor:
-        """Forward and backward of all micro-batches of one step."""
+        """Forward and backward of this process's micro-batches of one step."""
         model.train()
         micro = [self._prepare_inputs(batch) for batch in inputs["micro"]]
-        count = torch.tensor(sum(map(self.count, micro)), device=self.args.device)
-        # DDP averages gradients over the processes; the loss is to be summed over them.
-        scale = self.args.world_size / self.accelerator.reduce(count, "sum").float()
+        # Gradients are averaged over the processes; the loss is to be summed over them.
+        scale = self.args.world_size / inputs["count"]
         total = torch.zeros((), device=self.args.device)
-        for batch in micro[:-1]:
+        for batch, weight in zip(micro[:-1], inputs["weights"], strict=False):
+            self.accelerator.gradient_state._set_sync_gradients(False)
             with self.accelerator.no_sync(model):
-                total += self._backward(model, batch, scale)
-        total += self._backward(model, micro[-1], scale)
-        if not math.isfinite(total.item()):
+                total += self._backward(model, batch, scale * weight)
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        total += self._backward(model, micro[-1], scale * inputs["weights"][-1])
+        # All stop together, whosever loss it is.
+        loss = self.accelerator.reduce(total, "mean").item()
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"training, step {self.state.global_step + 1}: the loss is {total.item()}, "
+                f"training, step {self.state.global_step + 1}: the loss is {loss}, "
                 "expected a finite number. Lower train.learning_rate, or for pairs "
                 "train.preferences.learning_rate."
             )
         return total
 
-    def _backward(self, model: Any, batch: MicroBatch, scale: Tensor) -> Tensor:
+    def _backward(self, model: Any, batch: MicroBatch, scale: float) -> Tensor:
         with self.compute_loss_context_manager():
             loss = model(**batch) * scale
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only what is trained; the base weights are where they were."""
+        tensors = whole(trained(self.model))
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            tensors = {n: p.detach().contiguous() for n, p in trained(self.model).items()}
-            save_file(tensors, folder / WEIGHTS)
+            save_file({n: t.contiguous() for n, t in tensors.items()}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
@@ -115,10 +142,24 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         assert saved.keys() == parameters.keys()
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(saved[name])
+                parameter.copy_(like(saved[name], parameter))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from accelerate.utils import save_fsdp_optimizer
+
+        # Trainer would write all weights beside it.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        # Each process writes its own random state.
+        self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             write_text(folder / MARKER, json.dumps({"seconds": self.seconds}))
@@ -133,11 +174,9 @@ class Checkpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decide; the end of training needs no checkpoint, since the result is written then."""
-        if args.world_size > 1:
-            due = state.global_step % STEPS_BETWEEN_CHECKPOINTS == 0
-        else:
-            due = time.monotonic() - self.last >= self.every
-        if due and state.global_step < state.max_steps:
+        due = torch.tensor(time.monotonic() - self.last >= self.every, device=args.device)
+        # By the leader's clock.
+        if broadcast(due) and state.global_step < state.max_steps:
             control.should_save = True
             self.last = time.monotonic()
 

@@ -4,6 +4,7 @@ This module knows PEFT and transformers' files; it knows no row and no training 
 """
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,32 @@ def with_all_weights(lm: Any) -> CompletionLoss:
     return CompletionLoss(lm, lm)
 
 
-def save_adapter(adapted: Any, base: str, folder: Path) -> None:
-    """Write the adapter as PEFT reads it; `base` is the name of the model that it fits."""
+def save_adapter(
+    adapted: Any, base: str, folder: Path, weights: dict[str, Any] | None = None
+) -> None:
+    """Write the adapter as PEFT reads it; `base` is the name of the model that it fits.
+
+    `weights` are the adapter's, where the model holds only parts of them.
+    """
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = base
     # A set, whose order changes from process to process; equal adapters have equal files.
     config.target_modules = sorted(config.target_modules)
     # The adapter holds no embeddings; the default would ask the Hub whether it should.
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+    adapted.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
 
 
-def save_all_weights(loss: CompletionLoss, dtype: Any, tokenizer: Any, folder: Path) -> None:
+def save_all_weights(
+    lm: Any, weights: Mapping[str, Any], dtype: Any, tokenizer: Any, folder: Path
+) -> None:
     """Write the whole model, in the type that it was loaded in, as transformers reads it."""
-    lm = loss.model.to(dtype)
+    # Tensors that are one, as a tied head, must stay one.
+    typed = {id(tensor): tensor.to(dtype) for tensor in weights.values()}
     # What was read from GGUF is plain by now, and must not be read as packed again.
     lm.config.__dict__.pop("quantization_config", None)
     lm.hf_quantizer = None
-    lm.save_pretrained(folder)
+    lm.config.dtype = dtype
+    lm.save_pretrained(
+        folder, state_dict={name: typed[id(tensor)] for name, tensor in weights.items()}
+    )
     tokenizer.save_pretrained(folder)

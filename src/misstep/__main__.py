@@ -1,0 +1,5 @@
+"""`python -m misstep`: the command line, as `accelerate launch -m misstep` starts it."""
+
+from misstep.cli import main
+
+main()
