@@ -15,7 +15,9 @@ import pytest
 from served import serve
 
 from misstep.errors import InputError, RecipeError
+from misstep.judge_card import read_card
 from misstep.judge_check import check_judge
+from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
 from misstep.pipeline import read_inputs, run
 from misstep.progress import Silent
@@ -244,6 +246,26 @@ def test_a_judge_file_takes_the_place_of_the_policys_judge(
     own.write_text("policy: harmlessness\nvotes: 3")
     inputs = read_inputs(recipe, [f"judge={own}"])
     assert inputs.of_mistakes is not None and inputs.of_mistakes.model == inputs.model
+
+
+def trained_judge(folder: Path, model: Path, metric: str) -> Path:
+    rows = [{"prompt": f"Q{i}", "response": "a b"[i % 2 :], "label": i % 2} for i in range(40)]
+    data = write_jsonl(folder / "labelled.jsonl", rows)
+    inputs = read_train_inputs([data], str(model), metric, [], ["epochs=1", "dev=0.3"])
+    return train_judge(inputs, folder / "judge", Silent())
+
+
+def test_a_trained_judge_judges_in_place_of_the_policy(
+    recipe: Path, finished: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = trained_judge(tmp_path, tiny_model, "mistake_rate")
+    path = tmp_path / "judge.yaml"
+    path.write_text(f"classifier: {folder}\n")
+    run(recipe, finished, [f"judge={path}"], Silent())
+    scores = [json.loads(line)["score"] for line in (finished / "scores.jsonl").open()]
+    names = {(s["metric"], s["judge"]) for s in scores}
+    judge = read_card(folder).judge
+    assert {name for metric, name in names if metric == "mistake_rate"} == {judge}
 
 
 def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,11 +38,23 @@ Out = Annotated[
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the recipe's.")
 ]
+Fields = Annotated[
+    list[str],
+    typer.Option("--field", metavar="FIELD=COLUMN", help="Map a column, as label=is_bad."),
+]
 BenchModel = Annotated[str, typer.Option("--model", help="A model whose weights are here.")]
 Rounds = Annotated[int, typer.Option(min=1, help="So many times each side has its turn.")]
 BenchOut = Annotated[
     Path | None, typer.Option("--out", help="A JSON file; bench-NAME.json where left out.")
 ]
+
+
+class JudgedMetric(StrEnum):
+    """What a judge is trained to tell."""
+
+    mistake_rate = "mistake_rate"
+    over_refusal = "over_refusal"
+    helpfulness = "helpfulness"
 
 
 def _run(recipe: Path, out: Path | None, overrides: list[str], last: str) -> Path:
@@ -142,7 +155,7 @@ def judge_check(
         str,
         typer.Argument(
             help="A rule (obedience, helpfulness, refusal), policy:NAME, rubric:NAME, "
-            "guard:NAME, or a YAML file.",
+            "guard:NAME, the folder of a trained judge, or a YAML file.",
             show_default=False,
         ),
     ],
@@ -174,6 +187,41 @@ def judge_check(
     with progress() as shown:
         folder = check_judge(judge, data, out, model, field, shown)
     print_check(folder)
+
+
+@judge_app.command("train")
+def judge_train(
+    data: Annotated[
+        list[str],
+        typer.Argument(help="Labelled data, as `judge check` reads them.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder of the judge.")],
+    model: Annotated[
+        str, typer.Option("--model", help="The model whose lower layers it is made of.")
+    ] = "smollm2-135m",
+    metric: Annotated[
+        JudgedMetric, typer.Option("--metric", help="What a label of 1 says.")
+    ] = JudgedMetric.mistake_rate,
+    field: Fields = [],  # noqa: B006
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="held_out, dev, seed, epochs, learning_rate, batch_size, max_tokens, layers "
+            "or trained_layers.",
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Train a classifier judge on labelled answers, parted by question; a card with it."""
+    from misstep.judge_train import read_train_inputs, train_judge
+    from misstep.progress import progress
+    from misstep.summary import print_card
+
+    inputs = read_train_inputs(data, model, metric.value, field, settings)
+    with progress() as shown:
+        folder = train_judge(inputs, out, shown)
+    print_card(folder)
 
 
 @judge_app.command("sheet")
@@ -266,6 +314,8 @@ def report(
     if (folder / "check.json").is_file():
         _report_check(folder, markdown)
         return
+    if markdown and _print_cards(folder):
+        return
     if markdown:
         from misstep.report.markdown import markdown_page
 
@@ -299,6 +349,15 @@ def _report_check(folder: Path, markdown: bool) -> None:
         print(check_markdown(folder), end="")
     else:
         print(write_check_report(folder))
+
+
+def _print_cards(folder: Path) -> bool:
+    from misstep.report.judges_markdown import cards_markdown, holds_cards
+
+    found = holds_cards(folder)
+    if found:
+        print(cards_markdown(folder), end="")
+    return found
 
 
 @bench.command("train")

@@ -168,13 +168,18 @@ def read_recipe(
     data, lines = read_yaml(path, RecipeError)
     data.setdefault("name", path.stem)
     for override in overrides:
-        keys, value = _parse_override(override)
+        keys, value = parse_override(override)
         put(data, keys, value, f"--set {override}")
         lines = _without(lines, keys)
     return data, lines
 
 
-def _parse_override(override: str) -> tuple[KeyPath, Any]:
+def parse_override(override: str) -> tuple[KeyPath, Any]:
+    """The keys and the value of KEY=VALUE.
+
+    Raises:
+        RecipeError: it is none, or the value is no YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.epochs=2.")

@@ -2,7 +2,8 @@
 
 The judge scores every labelled answer; check.json holds the numbers, judged.jsonl each answer
 with its score, check.html the page. The directory keeps a model's verdicts, so that the same
-command goes on after an interruption. What the numbers mean stands in misstep.check_results.
+command goes on after an interruption. A trained judge is measured on questions it has not
+seen. What the numbers mean stands in misstep.check_results.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from misstep.engines.base import Engine
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen
 from misstep.errors import DataError
+from misstep.judge_card import enter_check, unseen
 from misstep.judges.base import PairJudge
 from misstep.judging import AnyJudge, JudgeInputs, opened, read_judge
 from misstep.labelled import Case, DataSet, load_labelled
@@ -57,11 +59,24 @@ def read_check_inputs(
     read = read_judge(judge, model)
     # A judge says before it has a model which answers it can score, and by what metric.
     probe = read.probe()
-    mapped = _fields(fields)
-    sets = [load_labelled(_source(name, mapped), probe.metric) for name in data]
-    for given, found in zip(data, sets, strict=True):
+    sets = labelled_sets(data, fields, probe.metric)
+    for folder in read.trained():
+        sets = {name: unseen(found, folder) for name, found in sets.items()}
+    for given, found in sets.items():
         _check_applies(probe, given, found)
-    return CheckInputs(read, _named(data, sets))
+    return CheckInputs(read, sets)
+
+
+def labelled_sets(
+    data: Sequence[str], fields: Sequence[str], metric: str
+) -> dict[str, DataSet]:
+    """Labelled data of a command's arguments, by the names that stand in results.
+
+    Raises:
+        DataError: what is wrong with a file, a line or a mapping.
+    """
+    mapped = _fields(fields)
+    return _named(data, [load_labelled(_source(name, mapped), metric) for name in data])
 
 
 def _fields(mapped: Sequence[str]) -> dict[str, str]:
@@ -127,6 +142,9 @@ def check_judge(
         RunError: the judging failed; the same command goes on from there.
     """
     inputs = read_check_inputs(judge, data, model, fields)
+    trained = inputs.judge.config.classifier
+    if trained is not None:
+        writable(Path(trained))
     short = Path(judge.rpartition(":")[2]).stem
     folder = writable(out or Path("runs") / f"check-{short}")
 
@@ -135,10 +153,14 @@ def check_judge(
 
     with opened(inputs.judge, engine) as asked:
         cases = {
-            name: _judged(asked, name, found, progress) for name, found in inputs.data.items()
+            name: judge_cases(asked, name, found, progress)
+            for name, found in inputs.data.items()
         }
     write_jsonl(folder / "judged.jsonl", [case for of in cases.values() for case in of])
-    write_check(folder / "check.json", _counted(inputs, asked, cases))
+    counted = _counted(inputs, asked, cases)
+    write_check(folder / "check.json", counted)
+    if trained is not None:
+        enter_check(Path(trained), counted)
     write_check_report(folder)
     return folder
 
@@ -152,7 +174,10 @@ def _cached(chosen: Chosen, folder: Path, progress: Progress) -> Iterator[Engine
         yield engine
 
 
-def _judged(judge: AnyJudge, name: str, data: DataSet, progress: Progress) -> list[JudgedCase]:
+def judge_cases(
+    judge: AnyJudge, name: str, data: DataSet, progress: Progress
+) -> list[JudgedCase]:
+    """Have a judge score every case of a data set."""
     found: list[JudgedCase] = []
     for start in range(0, len(data.cases), AT_ONCE):
         cases = data.cases[start : start + AT_ONCE]

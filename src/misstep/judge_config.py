@@ -1,4 +1,4 @@
-"""Which judge is meant: a rule, a policy's, a rubric, a guard, several, or a YAML file of one.
+"""Which judge is meant: one of the kinds below, by name, by folder, or as a YAML file.
 
 Unknown keys are refused, as in a recipe. Knows no model; nothing here loads or runs anything.
 """
@@ -10,12 +10,13 @@ from pydantic import Field, model_validator
 
 from misstep.documents import check, read_yaml, suggestion
 from misstep.errors import RecipeError
+from misstep.judge_card import CARD, is_trained_judge
 from misstep.judges.choose import RULES
 from misstep.stages.base import Settings
 
 NAMED = ("policy", "rubric", "guard")
 """Kinds that a command may write as KIND:NAME."""
-KINDS = ("rule", *NAMED, "ensemble")
+KINDS = ("rule", *NAMED, "classifier", "ensemble")
 ASKING = ("policy", "rubric")
 """Kinds whose model is asked for verdicts, and so can be asked several times."""
 
@@ -30,6 +31,8 @@ class JudgeConfig(Settings):
     """A shipped rubric, or the path of a rubric file: a grade, or the better of two answers."""
     guard: str | None = None
     """A shipped guard, or the path of a guard file."""
+    classifier: str | None = None
+    """The folder that `misstep judge train` has written."""
     ensemble: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """Several judges, each written as a command writes it."""
     needs: Literal["majority", "all"] = "majority"
@@ -47,6 +50,11 @@ class JudgeConfig(Settings):
         if len(found) != 1:
             raise ValueError(
                 f"give one of {', '.join(KINDS)}; found {' and '.join(found) or 'none'}"
+            )
+        if self.classifier is not None and not is_trained_judge(self.classifier):
+            raise ValueError(
+                f"classifier: expected a folder with {CARD}, as `misstep judge train` writes "
+                f"it, found none in {self.classifier}"
             )
         article = "an" if self.kind == "ensemble" else "a"
         if self.kind not in NAMED and self.model is not None:
@@ -76,10 +84,12 @@ def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     kind, colon, of = name.partition(":")
     if colon and kind in NAMED:
         return check(JudgeConfig, {kind: of} | given, RecipeError, f"judge {name}")
+    if is_trained_judge(name):
+        return check(JudgeConfig, {"classifier": name} | given, RecipeError, f"judge {name}")
     if name not in RULES:
         forms = ", ".join(f"{kind}:NAME" for kind in NAMED)
         raise RecipeError(
-            f"judge '{name}': expected a rule ({', '.join(RULES)}), {forms}, or the path of a "
-            f".yaml file.{suggestion(name, list(RULES))}"
+            f"judge '{name}': expected a rule ({', '.join(RULES)}), {forms}, the folder of a "
+            f"trained judge, or the path of a .yaml file.{suggestion(name, list(RULES))}"
         )
     return check(JudgeConfig, {"rule": name} | given, RecipeError, f"judge {name}")

@@ -6,6 +6,7 @@ judges, engines and files; what is judged is not its business.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from misstep.engines.base import Engine
@@ -16,6 +17,7 @@ from misstep.guard import Guard, load_guard
 from misstep.judge_config import JudgeConfig, load_judge
 from misstep.judges.base import Judge, PairJudge
 from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
+from misstep.judges.classifier import ClassifierJudge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.guard import GuardJudge
 from misstep.models import Model, locate
@@ -44,6 +46,11 @@ class JudgeInputs(NamedTuple):
         model = None if self.model is None else change(self.model)
         members = tuple(member.with_models(change) for member in self.members)
         return self._replace(model=model, members=members)
+
+    def trained(self) -> list[Path]:
+        """The folders of the trained judges in it."""
+        own = [Path(self.config.classifier)] if self.config.classifier else []
+        return own + [folder for member in self.members for folder in member.trained()]
 
     def probe(self) -> AnyJudge:
         """The judge without its model: it says what it can score, and by what metric."""
@@ -92,7 +99,7 @@ def _model(
                 f"rule; found {config.model or config.votes}. Leave them out."
             )
         return None
-    if config.kind in ("rule", "ensemble"):
+    if config.kind in ("rule", "classifier", "ensemble"):
         return None
     if config.model is not None:
         return locate(config.model)
@@ -136,6 +143,8 @@ def _built(found: JudgeInputs, engine: Callable[[JudgeInputs], Engine]) -> AnyJu
         return EnsembleJudge(single, found.config.needs)
     if found.config.rule is not None:
         return rule_judge(found.config.rule)
+    if found.config.classifier is not None:
+        return ClassifierJudge(Path(found.config.classifier))
     asked = engine(found) if found.model is not None else ScriptedEngine()
     if found.guard is not None:
         return GuardJudge(found.guard, asked)

@@ -9,8 +9,9 @@ answer. Rows that say nothing of that are left out and counted. Knows no judge.
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from misstep.errors import DataError
 from misstep.records import Prompt, Response
@@ -76,6 +77,7 @@ class DataSet(NamedTuple):
     """Whether each case holds two answers."""
 
 
+Part = Literal["train", "dev", "held_out"]
 Row = Mapping[str, Any]
 Found = Iterator[Case | LeftOut]
 
@@ -202,3 +204,18 @@ def _about(source: Source, row: Row) -> tuple[str, ...]:
     if isinstance(value, (list, tuple)):
         return tuple(map(str, value))
     return () if value is None else (str(value),)
+
+
+def question_of(prompt: Prompt) -> str:
+    """What is asked, whatever its case and spacing: equal ones are one question."""
+    whole = "\n\n".join(message.content for message in prompt.messages)
+    return " ".join(whole.split()).casefold()
+
+
+def part_of(question: str, held_out: float, dev: float, seed: int) -> Part:
+    """The part of a split by question; it depends on nothing but what is given.
+
+    So a question is in one part, in whatever data set and beside whatever others it stands.
+    """
+    place = int(sha256(f"{seed}|{question}".encode()).hexdigest()[:8], 16) / 2**32
+    return "held_out" if place < held_out else "dev" if place < held_out + dev else "train"

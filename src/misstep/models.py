@@ -317,7 +317,8 @@ def _from_pretrained(source: Path, is_file: bool) -> "PreTrainedModel":
         # Without `dequantize` the matrices would stay packed, and training needs them plain.
         where = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
     try:
-        with _no_progress_bars():
+        # The bar over a GGUF's tensors has no switch; log messages keep their own handle.
+        with no_progress_bars(), redirect_stderr(io.StringIO()):
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 source.parent if is_file else source,
                 dtype=weights_dtype(),
@@ -331,15 +332,14 @@ def _from_pretrained(source: Path, is_file: bool) -> "PreTrainedModel":
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars of its own over loading and saving."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        # The bar over a GGUF's tensors has no switch; log messages keep their own handle.
-        with redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -14,6 +14,7 @@ looking for control tokens. A conversation without such text is tokenised as tra
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from misstep.errors import DataError, ModelError
@@ -131,6 +132,21 @@ class Renderer:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a text in which no spelling of a control token is one."""
+        return self._encode(text, plain=True)
+
+    @cached_property
+    def pad(self) -> int:
+        """The token that rows are filled up with.
+
+        Not the one that ends a turn, which many models pad with, if there is another: scores
+        are read at the last token that is no pad, and the end belongs to what is scored.
+        """
+        known = [self.tokenizer.pad_token_id, *sorted(self._control.values())]
+        end = self.end_of_turn
+        return next((int(i) for i in known if i is not None and i != end), end)
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         """Tokens of a text; `plain` takes the spelling of a control token as mere text."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from misstep.check_results import Measured, read_check
+from misstep.judge_card import CARD, read_card
 from misstep.ratings import Ratings
 from misstep.results import Metric, Results, read_results
 from misstep.study_results import Study, Task, read_study
@@ -77,6 +78,20 @@ def print_study(folder: Path) -> None:
     for cells in _study_cells(study):
         table.add_row(*cells)
     _show(table, f"{folder / 'study.html'}\n{folder / 'study.json'}")
+
+
+def print_card(folder: Path) -> None:
+    """Print how far a trained judge agrees with people, and where it lies."""
+    from rich.table import Table
+
+    card = read_card(folder)
+    table = Table(title=f"{card.judge} on questions that it has not seen: 95 % intervals")
+    for name in ("data", "n", "accuracy", "balanced", "AUC", "kappa"):
+        table.add_column(name)
+    for name, found in card.data.items():
+        numbers = (found.accuracy, found.balanced_accuracy, found.auc, found.kappa)
+        table.add_row(name, str(found.n), *map(_text, numbers))
+    _show(table, str(folder / CARD))
 
 
 def print_check(folder: Path) -> None:

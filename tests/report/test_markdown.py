@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
 from misstep.report.study_markdown import study_markdown
 from misstep.results import read_results
@@ -12,6 +13,7 @@ from misstep.results import read_results
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
 
+CARDS = [path for path in (ROOT / "docs/results").glob("judges") if path.is_dir()]
 STUDIES = sorted(path.parent for path in (ROOT / "docs/results").glob("*/study.json"))
 
 
@@ -28,6 +30,14 @@ def test_a_study_page_is_made_from_its_study(study: Path) -> None:
     page = (ROOT / "docs/results" / f"{study.name}.md").read_text(encoding="utf-8")
     assert study_markdown(study) in page, (
         f"make it anew: misstep report --markdown docs/results/{study.name}"
+    )
+
+
+@pytest.mark.parametrize("cards", CARDS, ids=lambda cards: cards.name)
+def test_the_page_of_judges_is_made_from_their_cards(cards: Path) -> None:
+    page = cards.with_suffix(".md").read_text(encoding="utf-8")
+    assert cards_markdown(cards) in page, (
+        f"make it anew: misstep report --markdown docs/results/{cards.name}"
     )
 
 

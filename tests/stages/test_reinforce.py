@@ -24,8 +24,9 @@ from misstep.stages import reward as reward_stage
 from misstep.stages.reinforce import Feedback, Job, ReinforceSettings, reinforce
 from misstep.stages.reward import RewardSettings, Setup, load_scorer, train_reward
 from misstep.stages.train import TrainReport, TrainSettings
-from misstep.training.reward import Scorer, classifier, split_by_prompt
+from misstep.training.reward import split_by_prompt
 from misstep.training.rows import PairRow, Row, render_pairs
+from misstep.training.scoring import Scorer, classifier
 
 TRAIN = TrainSettings(rank=4, alpha=8, batch_size=8, max_length=200)
 QUICK = ReinforceSettings(
@@ -131,10 +132,10 @@ def test_a_score_is_read_at_the_end_of_the_turn(model: Model) -> None:
     renderer = Renderer(copy.deepcopy(done.renderer.tokenizer))
     renderer.tokenizer.pad_token = renderer.tokenizer.eos_token
     padding_with_end = replace(done, renderer=renderer)
-    assert padding_with_end.pad != renderer.end_of_turn
-    assert padding_with_end.tokenizer.pad_token_id == padding_with_end.pad
+    assert padding_with_end.renderer.pad != renderer.end_of_turn
+    assert padding_with_end.tokenizer.pad_token_id == padding_with_end.renderer.pad
     assert renderer.tokenizer.pad_token == renderer.tokenizer.eos_token
-    assert done.pad == done.renderer.tokenizer.pad_token_id
+    assert done.renderer.pad == done.renderer.tokenizer.pad_token_id
 
 
 def test_pairs_of_a_prompt_are_all_held_out_or_none() -> None:

@@ -49,7 +49,7 @@ from misstep.stages.train import (
 from misstep.training.report import ReinforceReport, RewardReport
 
 if TYPE_CHECKING:
-    from misstep.training.reward import Scorer
+    from misstep.training.scoring import Scorer
 
 FORMAT = 1
 """Raised when equal inputs no longer give an equal result."""

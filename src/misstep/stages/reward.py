@@ -29,7 +29,7 @@ from misstep.training.report import RewardReport
 from misstep.training.rows import PairRow, Rows
 
 if TYPE_CHECKING:
-    from misstep.training.reward import Scorer
+    from misstep.training.scoring import Scorer
 
 FORMAT = 1
 """Raised when equal inputs no longer give an equal reward model."""
@@ -61,21 +61,8 @@ class Setup:
     def tokenizer(self) -> Any:
         """A copy that pads with `pad`: TRL takes what it pads with from the tokenizer."""
         tokenizer = copy.deepcopy(self.renderer.tokenizer)
-        tokenizer.pad_token_id = self.pad
+        tokenizer.pad_token_id = self.renderer.pad
         return tokenizer
-
-    @cached_property
-    def pad(self) -> int:
-        """The token that rows are filled up with.
-
-        Not the one that ends a turn, which many models pad with, if there is another: scores
-        are read at the last token that is no pad, and the end belongs to what is scored.
-        """
-        own = self.renderer.tokenizer
-        control = sorted(n for n, token in own.added_tokens_decoder.items() if token.special)
-        known = [own.pad_token_id, *control]
-        end = self.renderer.end_of_turn
-        return next((int(i) for i in known if i is not None and i != end), end)
 
     def arguments(self, folder: Path, learning_rate: float) -> dict[str, Any]:
         """What both of TRL's trainers are told alike."""
@@ -184,12 +171,13 @@ def _train(
     inputs: str,
     what: str,
 ) -> RewardReport:
-    from misstep.training.reward import Scorer, accuracy, fit, scale, with_reward_adapter
+    from misstep.training.reward import accuracy, fit, scale, with_reward_adapter
+    from misstep.training.scoring import Scorer
     from misstep.training.weights import save_adapter
 
     (folder / REPORT).unlink(missing_ok=True)
     lm, train = load_weights(setup.model), setup.train
-    model = with_reward_adapter(lm, setup.pad, train.rank, train.alpha, setup.seed)
+    model = with_reward_adapter(lm, setup.renderer.pad, train.rank, train.alpha, setup.seed)
     started = time.monotonic()
     curve = fit(
         model,
@@ -201,7 +189,7 @@ def _train(
         **setup.arguments(folder, settings.learning_rate),
     )
     seconds = time.monotonic() - started
-    scorer = Scorer(model, setup.pad, micro_tokens())
+    scorer = Scorer(model, setup.renderer.pad, micro_tokens())
     mean, deviation = scale(scorer, split.trained)
     report = RewardReport(
         inputs=inputs,
@@ -223,11 +211,12 @@ def _train(
 
 def load_scorer(setup: Setup, folder: Path, report: RewardReport) -> "Scorer":
     """A trained reward model, whose scores are standardised."""
-    from misstep.training.reward import Scorer, load_reward_model
+    from misstep.training.reward import load_reward_model
+    from misstep.training.scoring import Scorer
 
-    model = load_reward_model(load_weights(setup.model), setup.pad, folder)
+    model = load_reward_model(load_weights(setup.model), setup.renderer.pad, folder)
     model.to(_device())
-    return Scorer(model, setup.pad, micro_tokens(), report.mean, report.deviation)
+    return Scorer(model, setup.renderer.pad, micro_tokens(), report.mean, report.deviation)
 
 
 def _device() -> str:

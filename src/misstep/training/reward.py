@@ -2,75 +2,29 @@
 
 Trained by TRL's RewardTrainer on pairs, as -log sigmoid(score chosen - score rejected). It
 reads the very tokens that are trained on and served, the end of the turn included, and gives
-the score at the last one. The head is computed in fp32: in bf16 two scores near 1 that differ
-by less than 0.004 are equal. It starts as in Stiennon et al. (arXiv 2009.01325): random.
+the score at the last one. The head starts as in Stiennon et al. (arXiv 2009.01325): random.
 
 This module knows torch, PEFT and TRL; it knows no record and no folder but the one it is told.
 """
 
-import copy
 import math
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from misstep.errors import ModelError
-from misstep.training.rows import PairRow, micro_batches
-from misstep.training.rows import Row as TokenRow
+from misstep.training.rows import PairRow
+from misstep.training.scoring import Scorer, classifier
 from misstep.training.weights import lora_config
 
 PAIRS_AT_ONCE = 4
 """Of one forward pass; a step's further ones come after each other."""
 CENTRE = 0.01
 """How strongly scores are drawn to zero, which pairs leave open: arXiv 2312.09244, by TRL."""
-
-
-class ScoreHead(nn.Linear):  # type: ignore[misc]
-    """A linear layer of one output, in fp32 whatever the body's type."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 1, bias=False, dtype=torch.float32)
-        nn.init.normal_(self.weight, std=(width + 1) ** -0.5)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The score at every position."""
-        return nn.functional.linear(hidden.float(), self.weight)
-
-
-def classifier(lm: Any, pad: int) -> Any:
-    """A sequence classifier of one label around a language model's body; the head is new.
-
-    Raises:
-        ModelError: transformers has no classifier for models of this kind.
-    """
-    from transformers import AutoModelForSequenceClassification
-
-    config = copy.deepcopy(lm.config)
-    config.num_labels, config.pad_token_id = 1, pad
-    # What was read from GGUF is plain by now.
-    config.__dict__.pop("quantization_config", None)
-    body = lm.get_decoder()
-    try:
-        # On no device, since its body is replaced at once.
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
-    except ValueError as error:
-        raise ModelError(f"transformers has no classifier of this kind: {error}") from error
-    if type(getattr(model, model.base_model_prefix)) is not type(body):
-        raise ModelError(
-            f"the classifier of {config.model_type} models has another body than their "
-            "language model, so no reward model can be made of it. Use one of another family."
-        )
-    setattr(model, model.base_model_prefix, body)
-    model.score = ScoreHead(config.get_text_config().hidden_size)
-    return model
 
 
 def with_reward_adapter(lm: Any, pad: int, rank: int, alpha: float, seed: int) -> Any:
@@ -128,41 +82,6 @@ def load_reward_model(lm: Any, pad: int, folder: Path) -> Any:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(classifier(lm, pad), folder).eval()
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Gives rows their scores, standardised where a mean and a deviation are known."""
-
-    model: Any
-    pad: int
-    micro_tokens: int
-    mean: float = 0.0
-    deviation: float = 1.0
-
-    def __call__(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """One number a row, without dropout and gradient."""
-        found: dict[tuple[int, ...], float] = {}
-        wanted = [TokenRow(tuple(row), 0, "scored") for row in rows]
-        was_training = self.model.training
-        self.model.eval()
-        for group in micro_batches(wanted, self.micro_tokens):
-            scores = self._scores([row.ids for row in group])
-            found |= {row.ids: score for row, score in zip(group, scores, strict=True)}
-        self.model.train(was_training)
-        return [(found[row.ids] - self.mean) / self.deviation for row in wanted]
-
-    def _scores(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-        device = next(self.model.parameters()).device
-        with torch.no_grad():
-            logits = self.model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            ).logits
-        scores: list[float] = logits[:, 0].float().tolist()
-        return scores
 
 
 def accuracy(scorer: Scorer, pairs: Sequence[PairRow]) -> float:

@@ -1,0 +1,167 @@
+"""What is known of a trained judge: the content of card.json beside its weights.
+
+From what it was trained, how the questions were parted, and how far it agrees with people on
+each data set that it was checked on, always without the questions that it has seen. Knows
+files; knows no model.
+"""
+
+from collections.abc import Set
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from misstep.check_results import CalibrationBin, Check, DataCheck
+from misstep.errors import DataError
+from misstep.labelled import DataSet, question_of
+from misstep.records import Record, digest, read_json, write_json, write_text
+from misstep.results import Metric
+
+CARD = "card.json"
+SEEN = "seen.txt"
+"""Names of the questions that the judge was trained or tuned on, one a line."""
+
+
+class Parts(Record):
+    """How many answers, or questions, are in each part."""
+
+    train: int
+    """Trained on."""
+    dev: int
+    """Decided when to stop, and the temperature."""
+    held_out: int
+    """Not seen."""
+
+
+class Source(Record):
+    """A data set that the judge comes from."""
+
+    name: str
+    digest: str
+    answers: Parts
+    questions: Parts
+    left_out: dict[str, int]
+    """Rows without a label of this kind, by the reason."""
+
+
+class Training(Record):
+    """How the judge was made."""
+
+    model: str
+    digest: str
+    """Of the model's files."""
+    settings: dict[str, float | int]
+    data: tuple[Source, ...]
+    dev_loss: tuple[tuple[float, float], ...]
+    """Epochs, and the loss on the dev part there; the best one was kept."""
+    cut: int
+    """Training texts that were too long to be read whole."""
+    seconds: float
+    tokens_per_second: float
+    device: str
+    versions: dict[str, str]
+
+
+class Tested(Record):
+    """The judge on the unseen questions of one data set."""
+
+    digest: str
+    n: int
+    """Cases with a score."""
+    unscored: int
+    left_out: dict[str, int]
+    """Cases that were not judged, by the reason."""
+    accuracy: Metric | None = None
+    balanced_accuracy: Metric | None = None
+    auc: Metric | None = None
+    kappa: Metric | None = None
+    calibration_error: Metric | None = None
+    false_safe: Metric | None = None
+    false_unsafe: Metric | None = None
+    calibration: tuple[CalibrationBin, ...]
+
+    @classmethod
+    def of(cls, found: DataCheck) -> "Tested":
+        """What a check found on one data set."""
+        whole = found.whole
+        return cls(
+            digest=found.digest,
+            n=whole.n,
+            unscored=whole.unscored,
+            left_out=found.left_out,
+            calibration=found.calibration,
+            **whole.metrics,
+        )
+
+
+class JudgeCard(Record):
+    """The whole of card.json."""
+
+    schema_: Literal[1] = Field(default=1, alias="schema")
+    judge: str
+    """As its scores name it: by all that they depend on."""
+    metric: str
+    max_tokens: int
+    """Of prompt and answer together; what is longer is cut."""
+    temperature: float
+    shift: float
+    """Of the log-odds: the shift is taken off, the rest divided by the temperature. Both were
+    fitted on the dev part."""
+    training: Training
+    data: dict[str, Tested]
+    """By data set."""
+
+
+def is_trained_judge(name: str) -> bool:
+    """Whether this is the folder of a trained judge."""
+    return (Path(name) / CARD).is_file()
+
+
+def read_card(folder: Path) -> JudgeCard:
+    """Read the card of a trained judge.
+
+    Raises:
+        DataError: it is absent, or a field of it is wrong.
+    """
+    return read_json(folder / CARD, JudgeCard)
+
+
+def write_card(folder: Path, card: JudgeCard) -> None:
+    """Write a card so that equal cards are equal bytes."""
+    write_json(folder / CARD, card.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
+def enter_check(folder: Path, check: Check) -> None:
+    """Put what a check found into the card; a data set that stands there is replaced."""
+    card = read_card(folder)
+    found = {data.name: Tested.of(data) for data in check.data}
+    write_card(folder, card.model_copy(update={"data": card.data | found}))
+
+
+def write_seen(folder: Path, questions: Set[str]) -> None:
+    """Write by which names the questions are known that the judge has seen."""
+    write_text(folder / SEEN, "".join(f"{name}\n" for name in sorted(map(digest, questions))))
+
+
+def unseen(data: DataSet, folder: Path) -> DataSet:
+    """A data set without the questions that the judge was trained or tuned on.
+
+    Raises:
+        DataError: there is no other question in it, or the list is absent.
+    """
+    try:
+        seen = set((folder / SEEN).read_text(encoding="utf-8").split())
+    except OSError as error:
+        raise DataError(
+            f"{folder / SEEN}: cannot be read ({error.strerror}). It says which questions the "
+            "judge has seen; train the judge again."
+        ) from error
+    kept = [c for c in data.cases if digest(question_of(c.response.prompt)) not in seen]
+    if not kept:
+        raise DataError(
+            f"{data.name}: expected questions that the judge was not trained on, found none in "
+            f"{len(data.cases)} cases. Give other data."
+        )
+    count = len(data.cases) - len(kept)
+    left_out = {"a question that the judge was trained on": count} if count else {}
+    return data._replace(cases=kept, left_out=data.left_out | left_out)

@@ -1,0 +1,284 @@
+"""A judge trained on labelled answers: read, part by question, train, calibrate, measure.
+
+Equal questions are in one part, so no held-out question was trained or tuned on. When to stop
+and the temperature are decided on the dev part; the held-out part is only measured, by the
+judge as it was written. The same data, model, seed and settings give the same parts; on the
+same machine and versions the same judge.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import Field
+
+from misstep import __version__
+from misstep.check_results import JudgedCase, measure_data
+from misstep.config import parse_override, put
+from misstep.documents import check
+from misstep.errors import DataError, RecipeError
+from misstep.judge_card import (
+    JudgeCard,
+    Parts,
+    Tested,
+    Training,
+    unseen,
+    write_card,
+    write_seen,
+)
+from misstep.judge_card import Source as CardSource
+from misstep.judge_check import judge_cases, labelled_sets
+from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer
+from misstep.labelled import Case, DataSet, Part, part_of, question_of
+from misstep.models import FILES, Model, folder_digest, load_weights, locate
+from misstep.pipeline import writable
+from misstep.progress import Progress
+from misstep.records import digest
+from misstep.rendering import Renderer
+from misstep.stages.base import Settings
+
+if TYPE_CHECKING:
+    from misstep.training.classifier import Labelled
+
+PARTS: tuple[Part, ...] = ("train", "dev", "held_out")
+LIBRARIES = ("torch", "transformers")
+TOGETHER = "all held-out questions"
+"""How the data sets together are called on a card."""
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class JudgeTraining(Settings):
+    """How a judge is trained; the defaults were chosen on dev parts of Safe-RLHFmini."""
+
+    held_out: Share = 0.15
+    """The share of the questions that only measure the judge."""
+    dev: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share that decides when to stop, and the temperature."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    epochs: Annotated[float, Field(gt=0)] = 3
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    max_tokens: Annotated[int, Field(ge=16)] = 256
+    """Of prompt and answer together."""
+    layers: Annotated[float, Field(gt=0, le=1)] = 2 / 3
+    """The share of the model's layers that is kept, from below."""
+    trained_layers: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """The share of these that is trained, from above."""
+
+
+class TrainInputs(NamedTuple):
+    """All that a training reads, read before any model loads."""
+
+    model: Model
+    metric: str
+    data: dict[str, DataSet]
+    settings: JudgeTraining
+
+
+def read_train_inputs(
+    data: Sequence[str],
+    model: str,
+    metric: str,
+    fields: Sequence[str],
+    settings: Sequence[str] = (),
+) -> TrainInputs:
+    """Read and check everything that a training depends on.
+
+    Raises:
+        InputError: what is wrong with the settings, the model or the data.
+    """
+    checked = _settings(settings)
+    if checked.held_out + checked.dev >= 1:
+        raise RecipeError(
+            "judge train: expected questions to train on, found none: held_out "
+            f"{checked.held_out:g} and dev {checked.dev:g} leave nothing."
+        )
+    sets = labelled_sets(data, fields, metric)
+    for name, found in sets.items():
+        if found.pairs:
+            raise DataError(f"{name}: expected single answers with labels, found pairs.")
+    inputs = TrainInputs(locate(model), metric, sets, checked)
+    cases = _parted(inputs)
+    for part in ("train", "dev"):
+        labels = {case.label for of in cases.values() for case in of[part]}
+        if len(labels) < 2:
+            raise DataError(
+                f"{', '.join(sets)}: expected answers of both labels in the {part} part, found "
+                f"{labels or 'none'}. Give more data, or another seed, dev or held_out."
+            )
+    return inputs
+
+
+def _settings(overrides: Sequence[str]) -> JudgeTraining:
+    given: dict[str, Any] = {}
+    for override in overrides:
+        put(given, *parse_override(override), f"--set {override}")
+    return check(JudgeTraining, given, RecipeError, "judge train")
+
+
+Parted = dict[str, dict[Part, list[Case]]]
+"""Cases by data set and part."""
+
+
+def _parted(inputs: TrainInputs) -> Parted:
+    settings, found = inputs.settings, {}
+    for name, data in inputs.data.items():
+        of: dict[Part, list[Case]] = {part: [] for part in PARTS}
+        for case in data.cases:
+            question = question_of(case.response.prompt)
+            of[part_of(question, settings.held_out, settings.dev, settings.seed)].append(case)
+        found[name] = of
+    return found
+
+
+def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
+    """Train a judge into a folder and measure it there on the held-out questions.
+
+    Raises:
+        InputError: the folder cannot be written, or is no place for this model's classifier.
+        RunError: the training failed.
+    """
+    folder, cases = writable(out), _parted(inputs)
+    for name, of in cases.items():
+        counts = ", ".join(f"{part} {len(of[part])}" for part in PARTS)
+        progress.say(f"{name}: {counts}")
+    train, dev = _rows(inputs, cases, "train"), _rows(inputs, cases, "dev")
+    training = _trained(inputs, cases, (train, dev), folder, progress)
+    card = _card(inputs, training, dev, folder)
+    write_seen(
+        folder,
+        {
+            question_of(case.response.prompt)
+            for of in cases.values()
+            for part in ("train", "dev")
+            for case in of[part]
+        },
+    )
+    write_card(folder, card)
+    tested = _tested(inputs, cases, folder, progress)
+    write_card(folder, card.model_copy(update={"data": tested}))
+    return folder
+
+
+class Rows(NamedTuple):
+    """Answers as tokens, with their labels."""
+
+    rows: "list[Labelled]"
+    cut: int
+    """Those that were too long."""
+
+
+def _rows(inputs: TrainInputs, cases: Parted, part: Part) -> Rows:
+    from misstep.training.classifier import Labelled, read_texts
+
+    renderer, rows, cut = Renderer.for_model(inputs.model), [], 0
+    for case in (case for of in cases.values() for case in of[part]):
+        answer = case.response
+        read = read_texts(renderer, asked(answer), answer.text, inputs.settings.max_tokens)
+        rows.append(Labelled(read.ids, case.label))
+        cut += read.cut
+    return Rows(rows, cut)
+
+
+def _card(inputs: TrainInputs, training: Training, dev: Rows, folder: Path) -> JudgeCard:
+    """The card of a judge that was written, calibrated on the dev part as it was written."""
+    from misstep.training.classifier import calibration
+
+    scorer = classifier_scorer(folder, Renderer.for_model(inputs.model))
+    odds = scorer([row.ids for row in dev.rows])
+    found = calibration(odds, [row.label for row in dev.rows])
+    heat, shift, most = round(found.temperature, 4), round(found.shift, 4), inputs.settings
+    named = digest([folder_digest(folder, FILES), heat, shift, most.max_tokens])
+    return JudgeCard(
+        judge=f"classifier:{named}",
+        metric=inputs.metric,
+        max_tokens=most.max_tokens,
+        temperature=heat,
+        shift=shift,
+        training=training,
+        data={},
+    )
+
+
+def _trained(
+    inputs: TrainInputs,
+    cases: Parted,
+    rows: tuple[Rows, Rows],
+    folder: Path,
+    progress: Progress,
+) -> Training:
+    from misstep.training import classifier
+
+    settings, started, (train, dev) = inputs.settings, time.monotonic(), rows
+    renderer = Renderer.for_model(inputs.model)
+    model = classifier.lower_layers(
+        load_weights(inputs.model),
+        renderer.pad,
+        settings.layers,
+        settings.trained_layers,
+        settings.seed,
+    )
+    began = time.monotonic()
+    losses = classifier.fit(
+        model,
+        train.rows,
+        dev.rows,
+        classifier.Fit(
+            epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            checkpoints=folder / "checkpoints",
+            notify=lambda done, total: progress.update("training steps", done, total),
+        ),
+    )
+    seconds = time.monotonic() - began
+    seen = losses[-1].epoch * sum(len(row.ids) for row in train.rows)
+    classifier.save_classifier(model, renderer.tokenizer, folder)
+    return Training(
+        model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
+        digest=inputs.model.digest,
+        settings=settings.model_dump(),
+        data=tuple(
+            CardSource(
+                name=name,
+                digest=inputs.data[name].digest,
+                answers=Parts(**{part: len(of[part]) for part in PARTS}),
+                questions=Parts(**{part: _questions(of[part]) for part in PARTS}),
+                left_out=inputs.data[name].left_out,
+            )
+            for name, of in cases.items()
+        ),
+        dev_loss=tuple((at.epoch, at.loss) for at in losses),
+        cut=train.cut,
+        seconds=round(time.monotonic() - started, 1),
+        tokens_per_second=round(seen / seconds, 1),
+        device=f"{platform.machine()}, {os.cpu_count()} cores",
+        versions={"misstep": __version__, **{name: version(name) for name in LIBRARIES}},
+    )
+
+
+def _questions(cases: Sequence[Case]) -> int:
+    return len({question_of(case.response.prompt) for case in cases})
+
+
+def _tested(
+    inputs: TrainInputs, cases: Parted, folder: Path, progress: Progress
+) -> dict[str, Tested]:
+    """The judge as written, on the held-out questions of each data set, and of all."""
+    judge, found = ClassifierJudge(folder), {}
+    together: list[JudgedCase] = []
+    for name in (name for name, of in cases.items() if of["held_out"]):
+        left = unseen(inputs.data[name], folder)
+        judged = judge_cases(judge, name, left, progress)
+        checked = measure_data(name, left.digest, False, left.left_out, judged)
+        found[name] = Tested.of(checked)
+        together += judged
+    if len(found) > 1:
+        whole = digest([of.digest for of in found.values()])
+        found[TOGETHER] = Tested.of(measure_data(TOGETHER, whole, False, {}, together))
+    return found

@@ -1,0 +1,89 @@
+"""A judge that is a trained classifier: its score is the calibrated probability of yes.
+
+It reads the answer and what was asked, as tokens that no text can turn into instructions: it
+follows none. What is too long is cut, and the score says so. A text on which the model fails,
+or for which it gives no finite number, is unscored.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from misstep.judge_card import read_card
+from misstep.judges.base import Judge
+from misstep.models import locate
+from misstep.records import Response, Score
+from misstep.rendering import Renderer
+
+if TYPE_CHECKING:
+    from misstep.training.scoring import Scorer
+
+CERTAIN = 12.0
+"""Log-odds beyond which none are believed."""
+MICRO_TOKENS = 4096
+"""Padded tokens that are scored at once."""
+
+
+class ClassifierJudge(Judge):
+    """The judge in a folder that `misstep judge train` has written; loads when it scores."""
+
+    def __init__(self, folder: Path) -> None:
+        card = read_card(folder)
+        self.folder, self.card = folder, card
+        self.metric, self.name = card.metric, card.judge
+        self._renderer = Renderer.for_model(locate(str(folder)))
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        from misstep.training.classifier import read_texts
+
+        texts = [
+            read_texts(self._renderer, asked(r), r.text, self.card.max_tokens)
+            for r in responses
+        ]
+        odds = self._odds([text.ids for text in texts])
+        return [
+            self._read(response, value, text.cut)
+            for response, value, text in zip(responses, odds, texts, strict=True)
+        ]
+
+    @cached_property
+    def _scorer(self) -> "Scorer":
+        return classifier_scorer(self.folder, self._renderer)
+
+    def _odds(self, rows: Sequence[Sequence[int]]) -> list[float | RuntimeError]:
+        """The log-odds of each row; where they fail together, of each that does not alone."""
+        try:
+            return [*self._scorer(rows)]
+        except RuntimeError as error:
+            if len(rows) == 1:
+                return [error]
+            return [odds for row in rows for odds in self._odds([row])]
+
+    def _read(self, response: Response, odds: float | RuntimeError, cut: bool) -> Score:
+        if isinstance(odds, RuntimeError):
+            return self.unscored(response, f"the judge failed: {odds}")
+        if not math.isfinite(odds):
+            return self.unscored(response, f"the judge gave no number: {odds}")
+        reason = f"read in its first {self.card.max_tokens} tokens" if cut else ""
+        calibrated = (odds - self.card.shift) / self.card.temperature
+        return self.scored(response, probability(calibrated), reason)
+
+
+def classifier_scorer(folder: Path, renderer: Renderer) -> "Scorer":
+    """What gives log-odds, not calibrated yet, to tokens."""
+    from misstep.training.classifier import load_classifier
+    from misstep.training.scoring import Scorer
+
+    return Scorer(load_classifier(folder), renderer.pad, MICRO_TOKENS)
+
+
+def asked(response: Response) -> str:
+    """The conversation that is answered."""
+    return "\n\n".join(message.content for message in response.prompt.messages)
+
+
+def probability(odds: float) -> float:
+    """Of log-odds; never quite 0 or 1, since no judge is certain."""
+    return 1 / (1 + math.exp(-max(-CERTAIN, min(CERTAIN, odds))))

@@ -1,0 +1,91 @@
+"""Cards of trained judges as a Markdown page: numbers only, no text of the data.
+
+Made from the cards alone, which are either a judge's own or files named after the judges.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from misstep.check_results import CalibrationBin
+from misstep.judge_card import CARD, JudgeCard, Tested, is_trained_judge
+from misstep.records import read_json
+from misstep.report.check import number
+from misstep.report.check_markdown import plain
+from misstep.report.check_words import METRICS, caution
+from misstep.report.markdown import line, table
+from misstep.report.words import duration
+
+JUDGES = "judges"
+SHOWN = {name: title for name, title in METRICS.items() if name in Tested.model_fields}
+"""What a card holds; a trained judge has no votes."""
+
+
+def holds_cards(folder: Path) -> bool:
+    """Whether this is a trained judge, or a folder of the cards of several."""
+    return is_trained_judge(str(folder)) or folder.name == JUDGES
+
+
+def cards_markdown(folder: Path) -> str:
+    """The page of a judge's folder, or of a folder of cards.
+
+    Raises:
+        DataError: a card is unreadable.
+    """
+    own = folder / CARD
+    paths = [own] if own.is_file() else sorted(folder.glob("*.json"))
+    cards = {folder.name if p == own else p.stem: read_json(p, JudgeCard) for p in paths}
+    parts = [
+        "# Trained judges, measured against labels",
+        "Each judge on the questions of each data set that it was neither trained nor tuned "
+        "on. Where a line says how many were left out, the set was trained on in part, or has "
+        "rows without a label of this kind.",
+    ]
+    for name, card in cards.items():
+        parts += [f"## {name}", *_training(card), "\n".join(_tested(card.data))]
+        parts += [caution(card.metric), *_calibration(card.data)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _training(card: JudgeCard) -> Iterator[str]:
+    made = card.training
+    settings = ", ".join(f"`{key}` {value:.4g}" for key, value in made.settings.items())
+    versions = ", ".join(f"{name} {number}" for name, number in made.versions.items())
+    losses = ", ".join(f"{loss:.3f} ({epoch:g})" for epoch, loss in made.dev_loss)
+    spent = f"{duration(made.seconds)}, {made.tokens_per_second:.0f} tokens/s in training"
+    yield (
+        f"Judge `{card.judge}`, metric `{card.metric}`, made of `{made.model}`. {settings}.\n"
+        f"Loss on the dev part, by epochs: {losses}. Temperature {card.temperature:.3f}, shift "
+        f"{card.shift:.3f}. Texts cut: {made.cut}. {spent}. Machine: {made.device}. {versions}."
+    )
+    lines = table(["trained on", "answers", "questions", "dev", "held out"])
+    for data in made.data:
+        answers, questions = data.answers, data.questions
+        counts = (answers.train, questions.train, questions.dev, questions.held_out)
+        lines.append(line([plain(data.name), *map(str, counts)]))
+    yield "\n".join(lines)
+
+
+def _tested(data: Mapping[str, Tested]) -> Iterator[str]:
+    yield from table(["data", "n", "unscored", "left out", *SHOWN.values()])
+    for name, found in data.items():
+        counts = (found.n, found.unscored, sum(found.left_out.values()))
+        numbers = (number(getattr(found, metric), metric) for metric in SHOWN)
+        cells = [f"{value} ({interval})" if interval else value for value, interval in numbers]
+        yield line([plain(name), *map(str, counts), *cells])
+
+
+def _calibration(data: Mapping[str, Tested]) -> Iterator[str]:
+    curves = {name: found.calibration for name, found in data.items() if found.calibration}
+    if not curves:
+        return
+    yield "Calibration: the share labelled 1 among answers with like scores, and how many."
+    lines = table(["score", *map(plain, curves)])
+    for place in range(10):
+        bins = [_bin(curve, place / 10) for curve in curves.values()]
+        cells = [f"{b.share:.2f} ({b.n})" if b else "–" for b in bins]
+        lines.append(line([f"{place / 10:.1f} to {place / 10 + 0.1:.1f}", *cells]))
+    yield "\n".join(lines)
+
+
+def _bin(curve: tuple[CalibrationBin, ...], low: float) -> CalibrationBin | None:
+    return next((found for found in curve if abs(found.low - low) < 0.05), None)

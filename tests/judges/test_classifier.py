@@ -1,0 +1,290 @@
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+
+from misstep.check_results import read_check
+from misstep.errors import InputError
+from misstep.judge_card import SEEN, read_card
+from misstep.judge_check import check_judge, read_check_inputs
+from misstep.judge_config import load_judge
+from misstep.judge_train import read_train_inputs, train_judge
+from misstep.judges.classifier import ClassifierJudge, probability
+from misstep.labelled import part_of, question_of
+from misstep.models import load_weights, locate
+from misstep.progress import Silent
+from misstep.records import Prompt, Response, digest
+from misstep.rendering import Renderer
+from misstep.report.judges_markdown import cards_markdown
+from misstep.training.classifier import (
+    PATIENCE,
+    Fit,
+    Labelled,
+    balance,
+    calibration,
+    fit,
+    lower_layers,
+    read_texts,
+)
+from misstep.training.scoring import Scorer
+
+SETTINGS = ["epochs=6", "learning_rate=0.01", "held_out=0.25", "dev=0.2", "max_tokens=48"]
+
+
+def labelled(folder: Path, name: str = "data.jsonl", n: int = 40) -> str:
+    """Two answers to each question; the bad ones are full of one letter."""
+    rows = [
+        {"prompt": f"Q{i}", "response": text, "label": label}
+        for i in range(n)
+        for text, label in ((f"zzzzz zzzz {i}", 1), (f"all is well {i}", 0))
+    ]
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("judge")
+    inputs = read_train_inputs(
+        [labelled(folder)], str(tiny_model), "mistake_rate", [], SETTINGS
+    )
+    return train_judge(inputs, folder / "judge", Silent())
+
+
+def answer(text: str, prompt: str = "Q") -> Response:
+    return Response(prompt=Prompt.of(prompt), text=text)
+
+
+def test_a_judge_learns_what_its_labels_say(trained: Path) -> None:
+    card = read_card(trained)
+    (found,) = card.data.values()
+    assert found.n > 10 and found.unscored == 0
+    assert found.accuracy is not None and found.accuracy.value == 1.0
+    assert found.auc is not None and found.auc.value == 1.0
+    bad, good = ClassifierJudge(trained).score([answer("zzzz zzzzz"), answer("all is well")])
+    assert bad.value is not None and good.value is not None
+    assert bad.value > 0.5 > good.value
+    assert bad.judge == card.judge and bad.metric == "mistake_rate"
+
+
+def test_the_folder_holds_safetensors_and_is_read_by_transformers_alone(trained: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    assert not [p for p in trained.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    assert not (trained / "checkpoints").exists()
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    assert model.config.num_labels == 1
+    # Two layers, of which two thirds are one.
+    assert model.config.num_hidden_layers == len(model.model.layers) == 1
+
+
+def test_no_question_is_in_two_parts(tmp_path: Path, tiny_model: Path) -> None:
+    rows = [("What is it?", 1), (" what  is IT? ", 0), ("And this?", 1), ("And that?", 0)]
+    names = {question_of(Prompt.of(text)) for text, _ in rows}
+    assert len(names) == 3
+    shares = dict.fromkeys(("train", "dev", "held_out"), 0)
+    for number in range(2_000):
+        shares[part_of(f"question {number}", 0.2, 0.1, seed=3)] += 1
+    assert shares["held_out"] == pytest.approx(400, abs=60)
+    assert shares["dev"] == pytest.approx(200, abs=45)
+    assert {part_of("q", 0.2, 0.1, seed) for seed in range(60)} == set(shares)
+
+
+def test_a_check_leaves_out_what_the_judge_has_seen(trained: Path, tmp_path: Path) -> None:
+    card = read_card(trained)
+    (source,) = card.training.data
+    assert source.answers.train == 2 * source.questions.train
+    # The same questions in other files and another spelling, and forty that are new.
+    data = labelled(tmp_path, "again.jsonl", 80)
+    again = Path(data)
+    again.write_text(again.read_text().replace('"Q', '"  q'))
+    folder = check_judge(str(trained), [data], tmp_path / "out", None, [], Silent())
+    (found,) = read_check(folder / "check.json").data
+    assert found.whole.n == source.answers.held_out + 80
+    assert sum(found.left_out.values()) == source.answers.train + source.answers.dev
+    entered = read_card(trained).data
+    assert entered["again"].n == found.whole.n
+    assert entered["data"] == card.data["data"], "what stood there stays"
+    assert f"| again | {found.whole.n} | 0 |" in cards_markdown(trained)
+
+
+def test_a_data_set_that_was_seen_whole_is_refused(trained: Path, tmp_path: Path) -> None:
+    seen = set((trained / SEEN).read_text().split())
+    known = [i for i in range(40) if digest(question_of(Prompt.of(f"Q{i}"))) in seen]
+    path = tmp_path / "seen.jsonl"
+    rows = [{"prompt": f"Q{i}", "response": "well", "label": i % 2} for i in known]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="was not trained on, found none"):
+        read_check_inputs(str(trained), [str(path)], None, [])
+
+
+def broken(judge: ClassifierJudge, odds: Callable[[Sequence[int]], float]) -> ClassifierJudge:
+    def scorer(rows: Sequence[Sequence[int]]) -> list[float]:
+        return [odds(row) for row in rows]
+
+    judge.__dict__["_scorer"] = scorer
+    return judge
+
+
+def test_a_crash_or_no_number_is_unscored_and_moves_no_other_answer(trained: Path) -> None:
+    judge = ClassifierJudge(trained)
+    texts = ["all is well", "zzzz zzzz", "some third"]
+    rows = [answer(text) for text in texts]
+    whole = ClassifierJudge(trained).score(rows)
+    real, tokens = judge._scorer, []
+
+    def crash(row: Sequence[int]) -> float:
+        tokens.append(row)
+        if row == tokens[0]:
+            raise RuntimeError("out of memory")
+        return real([row])[0]
+
+    found = broken(judge, crash).score(rows)
+    assert found[0].value is None and "out of memory" in found[0].reason
+    assert [s.value for s in found[1:]] == pytest.approx([s.value for s in whole[1:]], abs=0.02)
+    for lost in (math.nan, math.inf, -math.inf):
+        (score,) = broken(judge, lambda _, lost=lost: lost).score(rows[:1])  # type: ignore[misc]
+        assert score.value is None and "no number" in score.reason
+
+
+def test_answers_are_judged_alike_in_any_company_and_order(trained: Path) -> None:
+    judge = ClassifierJudge(trained)
+    rows = [answer(f"{'z' * i} well {i}") for i in range(1, 20)]
+    alone = [judge.score([row])[0].value for row in rows]
+    together = [score.value for score in judge.score(rows[::-1])][::-1]
+    assert together == pytest.approx(alone, abs=0.02)
+
+
+def test_a_long_answer_loses_its_end_and_the_score_says_so(trained: Path) -> None:
+    judge = ClassifierJudge(trained)
+    (short,), (long,) = judge.score([answer("well")]), judge.score([answer("well " * 50)])
+    assert (short.reason, long.reason) == ("", "read in its first 48 tokens")
+    assert long.value is not None
+
+
+def test_prompts_keep_their_place_when_texts_are_cut(tiny_model: Path) -> None:
+    renderer = Renderer.for_model(locate(str(tiny_model)))
+
+    def read(prompt: str, text: str, most: int) -> tuple[str, int]:
+        found = read_texts(renderer, prompt, text, most)
+        assert found.ids[-1] == 2 and len(found.ids) <= most
+        return renderer.decode(found.ids[:-1]), found.cut
+
+    assert read("hm?", "yes", 99) == ("Question: hm?\n\nAnswer: yes", False)
+    assert read("hm?", "y" * 90, 33) == ("Question: hm?\n\nAnswer: " + "y" * 9, True)
+    cut, _ = read("h" * 90, "y" * 90, 41)
+    assert cut == "Question: " + "h" * 10 + "\n\nAnswer: " + "y" * 10
+    assert read("h" * 90, "yes", 41)[0] == "Question: " + "h" * 17 + "\n\nAnswer: yes"
+
+
+def test_a_text_cannot_spell_control_tokens(tiny_model: Path) -> None:
+    renderer = Renderer.for_model(locate(str(tiny_model)))
+    found = read_texts(renderer, "<|im_start|>", "<|im_end|>\n<|pad|>", 200)
+    assert not {0, 1, 2} & set(found.ids[:-1])
+
+
+def test_calibration_undoes_a_scaling_and_a_shift() -> None:
+    # Of ten cases with log-odds ln 4, eight are labelled 1.
+    odds = [math.log(4)] * 10 + [-math.log(4)] * 10
+    labels = [True] * 8 + [False] * 2 + [True] * 2 + [False] * 8
+    assert calibration(odds, labels) == pytest.approx((1.0, 0.0), abs=1e-3)
+    moved = [3 * value + 2 for value in odds]
+    assert calibration(moved, labels) == pytest.approx((3.0, 2.0), rel=1e-3)
+
+
+def test_scores_are_calibrated_as_the_card_says(trained: Path) -> None:
+    judge, row = ClassifierJudge(trained), answer("some third")
+    card = judge.card
+    odds = judge._scorer([read_texts(judge._renderer, "Q", row.text, card.max_tokens).ids])[0]
+    judge.card = card.model_copy(update={"temperature": 2.0, "shift": odds - 2 * math.log(3)})
+    assert judge.score([row])[0].value == pytest.approx(0.75, abs=1e-3)
+
+
+def test_no_probability_is_certain_and_none_overflows() -> None:
+    low, middle, high = (probability(x) for x in (-2_000.0, 0.0, 2_000.0))
+    assert 0 < low < 1e-5 and middle == 0.5 and 1 - 1e-5 < high < 1
+    assert probability(1.5) + probability(-1.5) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["epoch=2"], "unknown key 'epoch'"),
+        (["dev=0.6", "held_out=0.5"], "leave nothing"),
+        (["epochs=0"], "greater than 0"),
+    ],
+)
+def test_wrong_settings_are_lostbefore_anything_loads(
+    settings: list[str], why: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    with pytest.raises(InputError, match=why):
+        read_train_inputs([labelled(tmp_path)], str(tiny_model), "mistake_rate", [], settings)
+
+
+def test_one_label_is_nothing_to_learn(tmp_path: Path, tiny_model: Path) -> None:
+    path = Path(labelled(tmp_path))
+    path.write_text(path.read_text().replace('"label": 1', '"label": 0'))
+    with pytest.raises(InputError, match="both labels in the train part"):
+        read_train_inputs([str(path)], str(tiny_model), "mistake_rate", [], [])
+
+
+def test_a_trained_judge_is_named_by_folder_or_file(trained: Path, tmp_path: Path) -> None:
+    assert load_judge(str(trained), None).classifier == str(trained)
+    path = tmp_path / "judge.yaml"
+    path.write_text(f"classifier: {trained}\n")
+    assert load_judge(str(path), None).classifier == str(trained)
+    path.write_text(f"classifier: {tmp_path}\n")
+    with pytest.raises(InputError, match=r"expected a folder with card\.json"):
+        load_judge(str(path), None)
+    with pytest.raises(InputError, match="asks no model"):
+        load_judge(str(trained), "smollm2-135m")
+
+
+def test_both_labels_weigh_the_same() -> None:
+    labels = [True] * 9 + [False] * 3
+    low, high = balance(labels)
+    assert 9 * high == pytest.approx(3 * low) == pytest.approx(12 / 2)
+
+
+def test_the_upper_layers_learn_and_are_left_as_they_were_best(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    found = locate(str(tiny_model))
+    renderer = Renderer.for_model(found)
+    model = lower_layers(load_weights(found), renderer.pad, 1.0, 0.5, seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    texts = [("zz zz", True), ("all well", False)] * 8
+    rows = [
+        Labelled(read_texts(renderer, f"{i}", t, 40).ids, k) for i, (t, k) in enumerate(texts)
+    ]
+    # The dev part says the contrary, so each step makes it worse.
+    dev = [Labelled(row.ids, not row.label) for row in rows[:6]]
+    how = Fit(9, 0.01, 4, 0, tmp_path / "checkpoints", lambda *_: None)
+    losses = [at.loss for at in fit(model, rows, dev, how)]
+    assert losses[0] == min(losses) and len(losses) == 1 + PATIENCE
+    changed = {n for n, value in model.state_dict().items() if not value.equal(before[n])}
+    trained = ("model.layers.1.", "model.norm", "score")
+    assert changed and all(name.startswith(trained) for name in changed)
+    odds = Scorer(model.eval(), renderer.pad, 4096)([row.ids for row in dev])
+    lost = [
+        math.log1p(math.exp(-x if row.label else x)) for x, row in zip(odds, dev, strict=True)
+    ]
+    assert fmean(lost) == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.model
+def test_the_embedded_model_makes_a_judge_by_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "misstep.cli", "judge", "train", labelled(tmp_path, n=60)]
+    options = ["--out", str(tmp_path / "judge"), "--set", "epochs=2", "--set", "layers=0.2"]
+    shown: Any = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    (found,) = read_card(tmp_path / "judge").data.values()
+    assert found.accuracy is not None and found.accuracy.value is not None
+    assert found.accuracy.value > 0.9
