@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 
 from misstep.engines.base import Request
