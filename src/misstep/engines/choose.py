@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from pydantic import StringConstraints
+from pydantic import AfterValidator
 
 from misstep.endpoint import Endpoint
 from misstep.engines.base import Engine
@@ -20,7 +20,20 @@ from misstep.models import Model, is_full_fine_tune
 LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
 KIND = f"{LOCAL}|ray(:{LOCAL})?"
 KINDS = "auto, openvino, transformers, vllm, vllm:GPUS, ray or ray:ENGINE"
-Kind = Annotated[str, StringConstraints(pattern=f"^(?:{KIND})$")]
+
+
+def known(kind: str) -> str:
+    """The name of an engine, as it is.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if not re.fullmatch(KIND, kind):
+        raise ValueError(f"expected {KINDS}")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(known)]
 """In a recipe: a local engine, or one in every machine of a Ray cluster."""
 
 
@@ -51,8 +64,10 @@ def choose(
     Raises:
         InputError: there is no such engine, it is not installed, or it cannot read the model.
     """
-    if not re.fullmatch(KIND, kind):
-        raise InputError(f"engine {kind}: expected {KINDS}, found {kind!r}.")
+    try:
+        known(kind)
+    except ValueError as error:
+        raise InputError(f"engine {kind}: {error}.") from error
     if model.endpoint is not None:
         return _endpoint(model.endpoint)
     name, _, inner = kind.partition(":")
