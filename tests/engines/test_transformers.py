@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,11 +52,12 @@ def test_a_shared_beginning_changes_no_answer(
     asked = requests(temperature)
     computed: list[int] = []
     inner = engine._computed
-    monkeypatch.setattr(
-        engine,
-        "_computed",
-        lambda ids, rows: (computed.append(ids.shape[1]), inner(ids, rows))[1],
-    )
+
+    def watched(beginning: Any, rows: int) -> Any:
+        computed.append(beginning.shape[1])
+        return inner(beginning, rows)
+
+    monkeypatch.setattr(engine, "_computed", watched)
     together = engine.generate(asked)
     # Each alone shares nothing, and pads nothing.
     alone = [engine.generate([request])[0] for request in asked]

@@ -224,7 +224,7 @@ def reached(
     return torch.tensor(limits, device=ids.device) <= ids.shape[1]
 
 
-def shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+def shared_beginning(prompts: Sequence[list[int]]) -> int:
     """How many tokens all begin with; each keeps one at least to itself."""
     # What the first and the last in order share, all between them share.
     first, last = min(prompts), max(prompts)
