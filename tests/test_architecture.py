@@ -23,8 +23,8 @@ PACKAGE = Path(misstep.__file__).parent
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 HEAVY = (
-    "torch transformers trl peft numpy scipy openvino openvino_genai openai datasets pyarrow "
-    "jinja2"
+    "torch transformers trl peft numpy scipy openvino openvino_genai openai ray vllm datasets "
+    "pyarrow jinja2"
 )
 
 LAYERS = [
@@ -54,6 +54,9 @@ LAYERS = [
     "misstep.training*",
     "misstep.engines.base",
     "misstep.engines.pace",
+    "misstep.engines.keeper",
+    "misstep.engines.server",
+    "misstep.engines.openai",
     "misstep.engines*",
     "misstep.judges.base",
     "misstep.judges.asking",

@@ -41,6 +41,19 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_what_a_run_costs_is_counted_from_its_recipe() -> None:
+    script, recipe, run = (
+        "benchmarks/cost.py",
+        "recipes/quickstart.yaml",
+        "docs/results/quickstart",
+    )
+    command = [sys.executable, script, recipe, "--run", run]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    assert shown.stdout.count("\n") > 5
+    assert shown.stdout in page
+
+
 def test_every_method_has_a_page_and_every_page_a_method() -> None:
     titles = {p.stem: p.read_text(encoding="utf-8").splitlines()[0] for p in METHOD_PAGES}
     assert titles.pop("README") == "# Methods"

@@ -6,12 +6,13 @@ no model; nothing here loads or runs anything.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
 from misstep.documents import KeyPath, check, read_yaml, suggestion
+from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.methods.base import MixSettings
 from misstep.methods.registry import METHODS
@@ -86,7 +87,7 @@ class RunConfig(Settings):
     an OpenAI-compatible server answers for, `openai:MODEL@URL`, which cannot be trained."""
     adapter: str | None = None
     """A PEFT folder; the run starts from the model with this adapter in it."""
-    engine: Literal["auto", "openvino", "transformers"] = "auto"
+    engine: Kind = "auto"
     """Of models whose weights are here."""
     judge: str = "self"
     """The model that a policy's rubric is put to, named as `model` is; `self` is the model as

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from misstep.documents import check, read_yaml, suggestion
+from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.judge_card import CARD, is_trained_judge
 from misstep.judges.choose import RULES
@@ -40,7 +41,7 @@ class JudgeConfig(Settings):
     model: str | None = None
     """`smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
     `openai:MODEL@URL`, which is no guard's."""
-    engine: Literal["auto", "openvino", "transformers"] = "auto"
+    engine: Kind = "auto"
     votes: Annotated[int, Field(ge=1)] = 1
     """How often a model is asked; verdicts need more than half of the votes."""
 

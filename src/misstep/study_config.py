@@ -6,12 +6,13 @@ Knows no model; nothing here loads or runs anything.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
 from misstep.config import read_recipe
 from misstep.documents import check
+from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.sources import Source
 from misstep.stages.base import Settings
@@ -36,7 +37,7 @@ class StudyConfig(Settings):
     models: Annotated[tuple[str, ...], Field(min_length=1)]
     """Each `smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
     `openai:MODEL@URL`."""
-    engine: Literal["auto", "openvino", "transformers"] = "auto"
+    engine: Kind = "auto"
     judge: str | None = None
     """The model that a policy's rubric is put to, one for all answers; a policy with a rule
     needs none. There is no `self`: a model that judges its own answers would be asked twice

@@ -173,8 +173,8 @@ def test_shared_blocks_are_whole_blocks() -> None:
 def test_unknown_engines_are_refused() -> None:
     from misstep.engines.choose import choose
 
-    with pytest.raises(InputError, match="expected auto, openvino or transformers"):
-        choose("vllm", locate(EMBEDDED))
+    with pytest.raises(InputError, match="expected auto, openvino, transformers, vllm"):
+        choose("vlm", locate(EMBEDDED))
 
 
 def test_what_openvino_cannot_read_is_said(tmp_path: Path) -> None:

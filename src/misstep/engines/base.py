@@ -7,7 +7,7 @@ and backend by content: it is part of the cache key, so stale weights cannot ans
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 from misstep.records import Message, Record
@@ -50,6 +50,21 @@ class Engine(ABC):
         Raises:
             EngineError: the backend could not answer.
         """
+
+    def stream(
+        self, requests: Sequence[Request], batch: int
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        """Answer in parts, each ready to be kept: completions with their requests' places.
+
+        An engine whose answers do not depend on their neighbours may give each as it comes.
+        Others answer batches of fixed size: what is left of them after an interruption forms
+        the same batches again.
+
+        Raises:
+            EngineError: the backend could not answer; the parts before are whole.
+        """
+        for start in range(0, len(requests), batch):
+            yield list(enumerate(self.generate(requests[start : start + batch]), start))
 
     def close(self) -> None:  # noqa: B027  (an engine that holds nothing has nothing to do)
         """Give back the memory that the model holds; the engine cannot be used afterwards."""

@@ -3,9 +3,13 @@
 This module knows the names of the engines and what each needs; it loads none until asked to.
 """
 
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, NamedTuple
+
+from pydantic import AfterValidator
 
 from misstep.endpoint import Endpoint
 from misstep.engines.base import Engine
@@ -13,7 +17,24 @@ from misstep.errors import InputError
 from misstep.guard import Guard
 from misstep.models import Model, is_full_fine_tune
 
-Kind = Literal["auto", "openvino", "transformers"]
+LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
+KIND = f"{LOCAL}|ray(:{LOCAL})?"
+KINDS = "auto, openvino, transformers, vllm, vllm:GPUS, ray or ray:ENGINE"
+
+
+def known(kind: str) -> str:
+    """The name of an engine, as it is.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if not re.fullmatch(KIND, kind):
+        raise ValueError(f"expected {KINDS}")
+    return kind
+
+
+Kind = Annotated[str, AfterValidator(known)]
+"""In a recipe: a local engine, or one in every machine of a Ray cluster."""
 
 
 class Chosen(NamedTuple):
@@ -29,13 +50,13 @@ class Chosen(NamedTuple):
 def choose(
     kind: str, model: Model, adapter: Path | None = None, scratch: Path | None = None
 ) -> Chosen:
-    """Choose the engine that was asked for; `auto` takes OpenVINO where it can serve the model.
+    """Choose the engine that was asked for; `auto` takes the fastest that can serve the model.
 
     A model behind an endpoint is answered for by its endpoint, whatever was asked for: the
     choice is about models whose weights are here.
 
     Args:
-        kind: auto, openvino or transformers.
+        kind: a local engine, or `ray` and the one inside; see `KINDS`.
         model: the weights.
         adapter: a PEFT folder or a full fine-tune.
         scratch: a folder for merged weights; the engine's own temporary one where left out.
@@ -43,27 +64,33 @@ def choose(
     Raises:
         InputError: there is no such engine, it is not installed, or it cannot read the model.
     """
-    if kind not in ("auto", "openvino", "transformers"):
-        raise InputError(
-            f"engine {kind}: expected auto, openvino or transformers, found {kind!r}."
-        )
+    try:
+        known(kind)
+    except ValueError as error:
+        raise InputError(f"engine {kind}: {error}.") from error
     if model.endpoint is not None:
         return _endpoint(model.endpoint)
-    obstacle = _obstacle(model, adapter) if kind == "auto" else None
-    if kind == "openvino" or (kind == "auto" and obstacle is None):
+    name, _, inner = kind.partition(":")
+    if name == "ray":
+        return _on_ray(inner or "auto", model, adapter)
+    reason = "the recipe asks for it"
+    if name == "auto":
+        name, reason = _fastest(model, adapter)
+    if name == "vllm":
+        return _vllm(model, adapter, int(inner) if inner else None, reason)
+    if name == "openvino":
         from misstep.engines import openvino
 
-        why = "this is a CPU and the model is a GGUF that it reads"
         return Chosen(
             openvino.identity(model, adapter),
-            f"openvino, because {_why(kind, why)}",
+            f"openvino, because {reason}",
             lambda: openvino.OpenVinoEngine(model, adapter, scratch),
         )
     from misstep.engines import transformers
 
     return Chosen(
         transformers.identity(model, adapter),
-        f"transformers, because {_why(kind, obstacle or '')}",
+        f"transformers, because {reason}",
         lambda: transformers.TransformersEngine(model, adapter),
     )
 
@@ -84,6 +111,34 @@ def choose_labels(model: Model, guard: Guard) -> Chosen:
     )
 
 
+def _vllm(model: Model, adapter: Path | None, gpus: int | None, reason: str) -> Chosen:
+    from misstep.engines import vllm
+
+    identity = vllm.identity(model, adapter, split := gpus or vllm.gpus_needed(model))
+    over = f" over {split} GPUs" if split > 1 else ""
+    return Chosen(
+        identity,
+        f"vllm{over}, because {reason}",
+        lambda: vllm.VllmEngine(model, adapter, split),
+    )
+
+
+def _on_ray(inner: str, model: Model, adapter: Path | None) -> Chosen:
+    """The engine that a machine of the cluster chooses, on as many as there are."""
+    from misstep.engines import ray
+
+    name, _, gpus = inner.partition(":")
+    share = ray.share(int(gpus or 1))
+    # A machine gives its engine as many GPUs as Ray lends it, and no more.
+    local = partial(choose, f"{name}:{gpus or 1}" if name == "vllm" else name, model, adapter)
+    identity, why = ray.ask(local, share)
+    return Chosen(
+        identity,
+        f"ray, {share.actors} times {why}",
+        lambda: ray.RayEngine(local, identity, share),
+    )
+
+
 def _endpoint(endpoint: Endpoint) -> Chosen:
     from misstep.engines import openai
 
@@ -94,20 +149,30 @@ def _endpoint(endpoint: Endpoint) -> Chosen:
     )
 
 
-def _why(kind: str, reason: str) -> str:
-    return reason if kind == "auto" else "the recipe asks for it"
-
-
-def _obstacle(model: Model, adapter: Path | None) -> str | None:
-    """Why OpenVINO is not the choice here, or None."""
-    from importlib.util import find_spec
-
+def _fastest(model: Model, adapter: Path | None) -> tuple[str, str]:
+    """The engine to take where none is asked for, and the reason."""
     import torch
+
+    if not torch.cuda.is_available():
+        obstacle = _openvino_obstacle(model, adapter)
+        if obstacle is None:
+            return "openvino", "this is a CPU and the model is a GGUF that it reads"
+        return "transformers", obstacle
+    from misstep.engines import vllm
+
+    if vllm.find_program() is None:
+        return "transformers", "there is a GPU, and vLLM is not installed"
+    if reason := vllm.reads(model):
+        return "transformers", f"there is a GPU, but vLLM cannot read the model: {reason}"
+    return "vllm", "there is a GPU and vLLM is installed"
+
+
+def _openvino_obstacle(model: Model, adapter: Path | None) -> str | None:
+    """Why OpenVINO is not the choice on this CPU, or None."""
+    from importlib.util import find_spec
 
     from misstep.engines.openvino import OpenVinoEngine
 
-    if torch.cuda.is_available():
-        return "there is a GPU"
     if find_spec("openvino_genai") is None:
         return "OpenVINO GenAI is not installed"
     if adapter is not None and is_full_fine_tune(adapter):

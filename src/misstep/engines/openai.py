@@ -19,6 +19,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
@@ -26,7 +27,7 @@ from pydantic import BaseModel, Field, ValidationError
 from misstep.endpoint import OPENAI, Endpoint, refused_key
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.pace import Pace
-from misstep.errors import EngineError
+from misstep.errors import EngineError, MissingExtra
 
 MOST_AT_ONCE = 64
 """Requests under way at most, whatever the endpoint bears."""
@@ -72,13 +73,17 @@ class Fault(NamedTuple):
 class OpenAIEngine(Engine):
     """Answers from an endpoint, many requests at once."""
 
-    def __init__(self, endpoint: Endpoint, patience: Patience | None = None) -> None:
+    def __init__(
+        self, endpoint: Endpoint, patience: Patience | None = None, pace: Pace | None = None
+    ) -> None:
+        if find_spec("openai") is None:
+            raise MissingExtra("openai", "openai")
         from openai import DefaultHttpxClient, OpenAI
 
         self.identity = identity(endpoint)
         self.endpoint = endpoint
         self.patience = patience or Patience()
-        self.pace = Pace(MOST_AT_ONCE)
+        self.pace = pace or Pace(MOST_AT_ONCE)
         # Tries are counted here: the pace must hear of those that failed.
         self._client = OpenAI(
             base_url=endpoint.url,
@@ -100,7 +105,7 @@ class OpenAIEngine(Engine):
             EngineError: no request can succeed; of a failure of one the completion tells.
         """
         self._end.clear()
-        with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+        with ThreadPoolExecutor(self.pace.most) as pool:
             answers = [pool.submit(self._answer, request) for request in requests]
             try:
                 # The first to raise is looked for, so that the others stop at once.
@@ -181,10 +186,7 @@ class OpenAIEngine(Engine):
         if self._end.is_set():
             return Fault("", "broken")
         try:
-            raw = self._client.chat.completions.with_raw_response.create(
-                **self._arguments(request)
-            )
-            return read(raw.content)
+            return self._ask(request)
         except APIStatusError as error:
             return self._status_fault(error)
         except APITimeoutError:
@@ -193,6 +195,11 @@ class OpenAIEngine(Engine):
             return Fault(f"the connection failed ({error.__cause__ or error})", "broken")
         except OpenAIError as error:
             return Fault(self._clean(str(error)), "broken")
+
+    def _ask(self, request: Request) -> Completion | Fault:
+        """One call; whatever the client raises is told apart by who calls this."""
+        raw = self._client.chat.completions.with_raw_response.create(**self._arguments(request))
+        return read(raw.content)
 
     def _strip(self, request: Any) -> None:
         """Take off what the client adds from the environment: it may be another host's."""

@@ -1,0 +1,211 @@
+"""vLLM: its own server in its own process, for as long as the engine is open.
+
+Prompts go there as token ids, rendered here as for training, and answers come back as token ids
+that are decoded here: the server's chat template, sampling defaults and stop tokens are not
+used. An adapter is served beside the base weights, not merged, as in training; prompt
+beginnings are kept in the server's cache. What one request gives may change in rounding with
+what shares its batch. This module knows vLLM's command line and protocol (read in 0.33.0).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from misstep.endpoint import Endpoint
+from misstep.engines.base import Completion, Request
+from misstep.engines.openai import Fault, OpenAIEngine
+from misstep.engines.pace import Pace
+from misstep.engines.server import PORT, Server
+from misstep.errors import EngineError, MissingExtra, ModelError
+from misstep.models import WEIGHTS, Model, adapter_digest, is_full_fine_tune, weights_dtype
+from misstep.rendering import Renderer
+
+BASE, TRAINED = "base", "trained"
+"""What the server calls the model without and with the adapter."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""That vLLM has room for in an adapter."""
+AT_ONCE = 256
+"""Requests that the server is given; it queues and batches them itself."""
+
+
+class VllmEngine(OpenAIEngine):
+    """Answers from a vLLM server that lives as long as the engine does."""
+
+    def __init__(self, model: Model, adapter: Path | None = None, gpus: int = 1) -> None:
+        named = identity(model, adapter, gpus)
+        self.renderer = Renderer.for_model(model)
+        self._rendering = threading.Lock()
+        self._server = Server(
+            command(program(), model, adapter, gpus),
+            os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
+        )
+        lora = adapter is not None and not is_full_fine_tune(adapter)
+        endpoint = Endpoint(TRAINED if lora else BASE, f"{self._server.url}/v1")
+        super().__init__(endpoint, pace=Pace(AT_ONCE, AT_ONCE))
+        self.identity = named
+
+    def close(self) -> None:
+        """Stop the server."""
+        super().close()
+        self._server.stop()
+
+    def _send(self, request: Request) -> Completion | Fault:
+        found = super()._send(request)
+        if isinstance(found, Fault) and (death := self._server.death):
+            return Fault(death, "hopeless")
+        return found
+
+    def _ask(self, request: Request) -> Completion | Fault:
+        with self._rendering:  # A tokenizer serves one thread at a time.
+            prompt = self.renderer.prompt(request.messages)
+        raw = self._client.completions.with_raw_response.create(
+            model=self.endpoint.model,
+            prompt=prompt,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            # From the whole request: equal seeds must not give all prompts the same dice.
+            seed=int(request.id[:8], 16),
+            extra_body={
+                "return_token_ids": True,
+                "stop_token_ids": list(self.renderer.stop_ids),
+                # The model's own list of ends; ours is the one above.
+                "ignore_eos": True,
+            },
+        )
+        return self._read(raw.content)
+
+    def _read(self, content: bytes) -> Completion | Fault:
+        try:
+            ids = _Answer.model_validate_json(content).choices[0].token_ids
+        except ValidationError:
+            return Fault(f"expected an answer with token ids, found {content[:80]!r}", "broken")
+        with self._rendering:
+            text = self.renderer.decode(ids)
+        ended = bool(ids) and ids[-1] in self.renderer.stop_ids
+        return Completion(text=text, tokens=len(ids), truncated=not ended)
+
+
+class _Choice(BaseModel):
+    token_ids: list[int]
+
+
+class _Answer(BaseModel):
+    choices: list[_Choice] = Field(min_length=1)
+
+
+def reads(model: Model) -> str | None:
+    """Why vLLM cannot read this model, or None where it can."""
+    return "it is a GGUF file" if model.is_gguf else None
+
+
+def find_program() -> str | None:
+    """Where the `vllm` command is: beside this Python, or on the path."""
+    beside = Path(sys.executable).with_name("vllm")
+    return str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm")
+
+
+def program() -> str:
+    """The `vllm` command.
+
+    Raises:
+        MissingExtra: there is none.
+    """
+    found = find_program()
+    if found is None:
+        raise MissingExtra("vLLM", "vllm")
+    return found
+
+
+def command(vllm: str, model: Model, adapter: Path | None, gpus: int) -> list[str]:
+    """The command line of the server; the port is left open."""
+    full = adapter is not None and is_full_fine_tune(adapter)
+    weights = adapter if full else model.files
+    line = [
+        *(vllm, "serve", str(weights), "--tokenizer", str(model.files)),
+        *("--host", "127.0.0.1", "--port", PORT, "--served-model-name", BASE),
+        # Without it the model's own repetition penalty and top-k would apply.
+        *("--generation-config", "vllm", "--enable-prefix-caching"),
+        *("--dtype", _precision(), "--tensor-parallel-size", str(gpus)),
+    ]
+    if adapter is None or full:
+        return line
+    lora = ["--enable-lora", "--max-lora-rank", str(_rank(adapter))]
+    return [*line, *lora, "--lora-modules", f"{TRAINED}={adapter}"]
+
+
+def _rank(adapter: Path) -> int:
+    """The smallest rank that vLLM has room for and the adapter fits into."""
+    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if rank > RANKS[-1]:
+        raise ModelError(
+            f"{adapter}: expected an adapter of rank {RANKS[-1]} at most, which is vLLM's "
+            f"limit, found {rank}. Use the `transformers` engine."
+        )
+    return next(room for room in RANKS if room >= rank)
+
+
+def gpus_needed(model: Model) -> int:
+    """The smallest power of two of GPUs of which the weights fill at most half."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 1
+    room = torch.cuda.get_device_properties(0).total_memory / 2
+    size = sum(file.stat().st_size for file in model.files.glob(WEIGHTS))
+    gpus = 1
+    while gpus * room < size and 2 * gpus <= torch.cuda.device_count():
+        gpus *= 2
+    return gpus
+
+
+def _precision() -> str:
+    return str(weights_dtype()).removeprefix("torch.")
+
+
+@lru_cache
+def release(vllm: str) -> str:
+    """The version that a `vllm` command says it is.
+
+    Raises:
+        EngineError: it does not run.
+    """
+    try:
+        shown = subprocess.run(
+            [vllm, "--version"], capture_output=True, text=True, timeout=300, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-3:]
+        raise EngineError(
+            f"{vllm} --version: expected a version, found an error: {' / '.join(said)}. "
+            "Install vLLM anew, or use the `transformers` engine."
+        ) from error
+    return (shown.stdout.strip().splitlines() or ["unknown"])[-1]
+
+
+def identity(model: Model, adapter: Path | None, gpus: int) -> str:
+    """What an engine for this model will be called; starts no server.
+
+    Raises:
+        MissingExtra: vLLM is not installed.
+        ModelError: it cannot read this model.
+    """
+    if reason := reads(model):
+        raise ModelError(
+            f"model {model.name}: vLLM cannot read it, because {reason}. Name a folder of "
+            "safetensors or a Hub id, or use the `transformers` engine."
+        )
+    trained = adapter_digest(adapter) if adapter else "base"
+    if adapter is not None and not is_full_fine_tune(adapter):
+        _rank(adapter)
+    split = f"tp{gpus}" if gpus > 1 else "one"
+    return f"vllm {release(program())}:{model.digest}:{trained}:{_precision()}-{split}"
