@@ -8,9 +8,9 @@ answer, so that answering and analysing are on one scale and no rater is needed.
 
 The verdict is read by rule: from the words that the policy's gate knows, else from the first
 sentence that says of the response, or the answer, that it is right or wrong. Words can deceive
-a rule: an analysis that repeats a request which names the fault counts as one that finds it, and
-one in other words, or in another language than English, is undecided. docs/compare.md says how
-often the rule agrees with a reader.
+a rule: an analysis that repeats a request which names the fault counts as one that finds it,
+and one in other words, or in another language than English, is undecided. docs/concepts.md says
+how often the rule agrees with a reader.
 """
 
 import re
@@ -28,7 +28,7 @@ QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”')
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 SUBJECT = r"\b(?:the|this|that|your|my) (?:\w+ )?(?:response|answer|statement)\b"
 OF_SUBJECT = rf"{SUBJECT}(?:(?!inserted text|question|request).){{0,60}}?"
-"""Up to a verdict on the response, with no other thing between that it could be a verdict on."""
+"""Up to a verdict on the response, with nothing else between that it could be a verdict on."""
 WRONG = re.compile(
     rf"{OF_SUBJECT}\b(?:wrong|incorrect\w*|inaccurate|irrelevant|unrelated|incomplete|invalid|"
     r"inappropriate|nonsens\w+|unhelpful|mislead\w+|mistake|"
