@@ -52,7 +52,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class JudgeTraining(Settings):
-    """How a judge is trained; of few settings that were tried, on dev parts of Safe-RLHFmini."""
+    """How a judge is trained; few settings were tried, on dev parts of Safe-RLHFmini."""
 
     held_out: Share = 0.15
     """The share of the questions that only measure the judge."""
