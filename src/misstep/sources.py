@@ -159,13 +159,14 @@ def check_source(source: Source) -> None:
 
 def source_digest(source: Source) -> str:
     """Names a source by its content and by how it is read."""
-    from hashlib import sha256
+    from hashlib import file_digest
 
     settings = source.model_dump(mode="json")
     if source.suite is not None:
         return digest([settings, suite_digest(source.suite)])
     if source.is_file:
-        return digest([settings, sha256(Path(str(source.path)).read_bytes()).hexdigest()])
+        with Path(str(source.path)).open("rb") as file:
+            return digest([settings, file_digest(file, "sha256").hexdigest()])
     return digest(settings)
 
 
