@@ -167,14 +167,14 @@ def _judge_of_mistakes(config: RunConfig, otherwise: Model) -> JudgeInputs | Non
     return found
 
 
-def load_tests(config: RunConfig) -> dict[str, list[Prompt]]:
+def load_tests(config: RunConfig) -> dict[str, Sequence[Prompt]]:
     """The test sets of a recipe, once all is there that their judges need.
 
     Raises:
         InputError: the data are wrong, or what a judge needs is not installed.
     """
     found = {k: load_prompts(s, config.seed) for k, s in config.evaluate.tests.items()}
-    check_instructions([prompt for prompts in found.values() for prompt in prompts])
+    check_instructions(prompt for prompts in found.values() for prompt in prompts)
     for name in config.evaluate.reference_loss:
         if not any(prompt.reference for prompt in found[name]):
             raise RecipeError(

@@ -196,11 +196,13 @@ def _inputs(data: Path, model: Model) -> Inputs:
         adapter=None,
         analyst=model,
         judge=model,
+        of_mistakes=None,
+        judges={},
         prompts=prompts,
         given=[],
         ordinary=[],
         tests={"again": prompts},
-        check=None,
+        checks=(),
     )
 
 
