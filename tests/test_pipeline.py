@@ -103,7 +103,7 @@ class Heard(Silent):
 
 def cache_size(folder: Path) -> int:
     with sqlite3.connect(folder / "cache.sqlite") as table:
-        (count,) = table.execute("SELECT count(*) FROM completions").fetchone()
+        (count,) = table.execute("SELECT count(*) FROM answers").fetchone()
     return int(count)
 
 

@@ -126,8 +126,8 @@ def test_repeated_prompts_count_once_and_the_seed_draws(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"prompt": f"p{i % 30}"}) for i in range(60))
     source = Source(path=write(tmp_path, "a.jsonl", lines), n=10)
     assert len(load_prompts(source.model_copy(update={"n": None}), 0)) == 30
-    assert load_prompts(source, 1) == load_prompts(source, 1)
-    assert load_prompts(source, 1) != load_prompts(source, 2)
+    assert list(load_prompts(source, 1)) == list(load_prompts(source, 1))
+    assert list(load_prompts(source, 1)) != list(load_prompts(source, 2))
     assert len(load_prompts(source, 1)) == 10
 
 
@@ -351,7 +351,7 @@ def test_a_suite_is_a_source() -> None:
     found = load_prompts(source, 0)
     assert len(found) == 7
     assert all(p.target and p.reference for p in found)
-    assert found != load_prompts(source, 1)
+    assert list(found) != list(load_prompts(source, 1))
     clean = load_prompts(source.model_copy(update={"part": "clean"}), 0)
     assert [p.target for p in clean] == [None] * 7
 

@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Knows no model and no stage's inside."""
 
+import gc
 import os
 import sys
 import traceback
@@ -31,6 +32,8 @@ bench = typer.Typer(
     no_args_is_help=True, help="Speed side by side with peers, in one run, by turns."
 )
 app.add_typer(bench, name="bench")
+cache_app = typer.Typer(no_args_is_help=True, help="Finished answers of models, kept by runs.")
+app.add_typer(cache_app, name="cache")
 Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
 Out = Annotated[
     Path | None, typer.Option("--out", help="The run directory; runs/NAME where left out.")
@@ -416,6 +419,28 @@ def bench_pipeline(
     _keep_bench(found, out)
 
 
+@bench.command("overhead")
+def bench_overhead(
+    records: Annotated[
+        list[int],
+        typer.Option(min=1, help="So many; give it again for more than one measurement."),
+    ] = [10_000, 100_000],  # noqa: B006
+    out: BenchOut = None,
+) -> None:
+    """What the pipeline costs beside the model: time a record, memory, the cache."""
+    from misstep.bench.overhead import print_overhead
+    from misstep.bench.run import bench_overhead
+    from misstep.progress import progress
+    from misstep.records import write_json
+
+    with progress() as shown:
+        found = bench_overhead(records, shown)
+    path = out or Path("bench-overhead.json")
+    write_json(path, {"schema": 1} | found.model_dump(mode="json"))
+    print_overhead(found)
+    print(path)
+
+
 def _keep_bench(found: "Bench", out: Path | None) -> None:
     from misstep.bench.measure import print_bench, write_bench
 
@@ -423,6 +448,48 @@ def _keep_bench(found: "Bench", out: Path | None) -> None:
     write_bench(found, path)
     print_bench(found)
     print(path)
+
+
+Cache = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CACHE", help="A run directory, or a cache.sqlite.", show_default=False
+    ),
+]
+
+
+@cache_app.command("list")
+def cache_list(cache: Cache) -> None:
+    """Say what is kept, a line for each engine: answers, first and last day, identity."""
+    from misstep.engines.store import open_existing
+
+    with open_existing(cache) as store:
+        for held in store.holdings():
+            days = f"{held.first:%Y-%m-%d}  {held.last:%Y-%m-%d}"
+            print(f"{held.answers:>9,}  {days}  {held.identity}")
+        print(f"{store.used_bytes() / 1e6:,.1f} MB")
+
+
+@cache_app.command("prune")
+def cache_prune(
+    cache: Cache,
+    engine: Annotated[
+        str | None, typer.Option(help="Of engines whose identity contains this, only.")
+    ] = None,
+    days: Annotated[
+        float | None, typer.Option(min=0, help="Only answers older than so many days.")
+    ] = None,
+    megabytes: Annotated[
+        float | None, typer.Option(min=0, help="Only the oldest, down to this size.")
+    ] = None,
+) -> None:
+    """Remove answers, also while runs use them: what a run misses it asks for again."""
+    from misstep.engines.store import open_existing
+
+    if engine is None and days is None and megabytes is None:
+        raise InputError("cache prune: expected --engine, --days or --megabytes, found none.")
+    with open_existing(cache) as store:
+        print(f"{store.prune(engine, days, megabytes):,} answers removed")
 
 
 def _version(show: bool) -> None:
@@ -447,6 +514,9 @@ def main() -> None:
     # Threads that wait by spinning slow training many times over on a machine that others use
     # too; this must be set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Records hold no cycles; looking for some among them again and again takes a fifth of the
+    # time that passes beside the model.
+    gc.set_threshold(100_000)
     debug = "--debug" in sys.argv
     if not debug:
         # Libraries warn each other of coming changes; who runs a command cannot act on them.

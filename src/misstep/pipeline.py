@@ -11,10 +11,11 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, Literal, NamedTuple
@@ -45,6 +46,7 @@ from misstep.records import (
     Mistake,
     Pair,
     Prompt,
+    RecordFile,
     Revision,
     base_metric,
     digest,
@@ -53,12 +55,13 @@ from misstep.records import (
 )
 from misstep.report.page import write_report
 from misstep.results import Results, write_results
+from misstep.shelf import Names, Shelf
 from misstep.sources import check_source, load_mistakes, load_prompts, source_digest
 from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import analyse
-from misstep.stages.base import Yield
+from misstep.stages.base import Tally
 from misstep.stages.evaluate import Correct, Table, agreements, judge_answers
-from misstep.stages.induce import Induced, NoMistakeError, confirm, induce, some_mistakes
+from misstep.stages.induce import NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
@@ -70,6 +73,7 @@ from misstep.training.mask import MaskedRow, show_mask
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai", "openai")
 FOCUS = "mistake_analysis"
+Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
 UNTRAINED = ("vanilla", "guided")
 """Methods without training rows, as a model behind an endpoint needs them."""
 
@@ -91,12 +95,12 @@ class Inputs(NamedTuple):
     """In the place of the policy's own judge."""
     judges: dict[str, JudgeInputs]
     """Further ones, by name."""
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     """Of induced mistakes: what the model is asked."""
-    given: list[Mistake]
+    given: Sequence[Mistake]
     """Of labelled data and reports: the mistakes themselves."""
     ordinary: list[Prompt]
-    tests: dict[str, list[Prompt]]
+    tests: dict[str, Sequence[Prompt]]
     checks: tuple[Check, ...]
     """Of the run's judges, where the recipe names some."""
 
@@ -126,9 +130,11 @@ def check_inputs(config: RunConfig) -> Inputs:
     judge = model if asks_itself else locate(config.judge)
     mistakes, seed = config.mistakes, config.seed
     induced = mistakes.source == "induced"
-    prompts = load_prompts(mistakes.data, seed) if induced else []
-    given = [] if induced else load_mistakes(mistakes.data, mistakes.source, seed)
-    methods = _possible(config, prompts or [mistake.prompt for mistake in given])
+    prompts: Sequence[Prompt] = load_prompts(mistakes.data, seed) if induced else []
+    given: Sequence[Mistake] = (
+        [] if induced else load_mistakes(mistakes.data, mistakes.source, seed)
+    )
+    methods = _possible(config, prompts or (mistake.prompt for mistake in given))
     return Inputs(
         config=config.model_copy(update={"methods": methods}),
         left_out=tuple(name for name in config.methods if name not in methods),
@@ -161,14 +167,14 @@ def _judge_of_mistakes(config: RunConfig, otherwise: Model) -> JudgeInputs | Non
     return found
 
 
-def load_tests(config: RunConfig) -> dict[str, list[Prompt]]:
+def load_tests(config: RunConfig) -> dict[str, Sequence[Prompt]]:
     """The test sets of a recipe, once all is there that their judges need.
 
     Raises:
         InputError: the data are wrong, or what a judge needs is not installed.
     """
     found = {k: load_prompts(s, config.seed) for k, s in config.evaluate.tests.items()}
-    check_instructions([prompt for prompts in found.values() for prompt in prompts])
+    check_instructions(prompt for prompts in found.values() for prompt in prompts)
     for name in config.evaluate.reference_loss:
         if not any(prompt.reference for prompt in found[name]):
             raise RecipeError(
@@ -189,7 +195,7 @@ def _judge_check(path: str) -> Check:
     return check
 
 
-def _possible(config: RunConfig, asked: Sequence[Prompt]) -> tuple[str, ...]:
+def _possible(config: RunConfig, asked: Iterable[Prompt]) -> tuple[str, ...]:
     """The recipe's methods, without those of the default that the data have nothing for."""
     needing = [name for name in config.methods if METHODS[name].needs_good_answers]
     if not needing or any(prompt.reference for prompt in asked):
@@ -197,8 +203,8 @@ def _possible(config: RunConfig, asked: Sequence[Prompt]) -> tuple[str, ...]:
     if "methods" in config.model_fields_set:
         raise RecipeError(
             f"methods: {', '.join(needing)}: expected good answers to the prompts of the "
-            f"mistakes, found none in {len(asked)} prompts. Map their column with "
-            "mistakes.data.fields: {reference: COLUMN}, or leave these methods out."
+            "mistakes, found none. Map their column with mistakes.data.fields: "
+            "{reference: COLUMN}, or leave these methods out."
         )
     return tuple(name for name in config.methods if name not in needing)
 
@@ -243,7 +249,7 @@ def _check_trainable(config: RunConfig) -> None:
         )
 
 
-def _with_references(prompts: list[Prompt]) -> list[Prompt]:
+def _with_references(prompts: Iterable[Prompt]) -> list[Prompt]:
     found = [prompt for prompt in prompts if prompt.reference]
     if not found:
         raise RecipeError(
@@ -346,9 +352,15 @@ class Run:
     """One run directory and the work that fills it, stage by stage."""
 
     def __init__(
-        self, inputs: Inputs, folder: Path, progress: Progress, store: Path | None = None
+        self,
+        inputs: Inputs,
+        folder: Path,
+        progress: Progress,
+        store: Path | None = None,
+        chooser: Chooser = choose,
     ) -> None:
         self.inputs = inputs
+        self._choose = chooser
         self.store = store
         """A folder of finished work that several runs share: model calls and adapters."""
         self.config = inputs.config
@@ -435,27 +447,42 @@ class Run:
             return
         self.evaluate(answers, adapters)
 
-    def induce(self) -> list[Mistake]:
+    def induce(self) -> Iterable[Mistake]:
         """Collect the mistakes, into mistakes.jsonl."""
         inputs, settings = self.inputs, self.config.mistakes
         with self.manifest.stage("induce"), self._judge_of_mistakes() as judge:
+            tally = Tally()
             if settings.source == "induced":
-                found = self._induced(judge)
-            elif settings.source == "reported":
-                found = confirm(inputs.given, judge)
-            else:
-                n = len(inputs.given)
-                return self._keep_mistakes(inputs.given, Yield.of(n, 0, n, []))
-            return self._keep_mistakes(found.mistakes, found.counts)
+                return self._keep_mistakes(self._induced(judge, tally), tally)
+            if settings.source == "reported":
+                return self._keep_mistakes(confirm(inputs.given, judge, tally), tally)
+            tally.given = tally.kept = len(inputs.given)
+            return self._keep_mistakes(inputs.given, tally)
 
-    def _induced(self, judge: Judge, adapter: Path | None = None) -> Induced:
+    def _induced(
+        self, judge: Judge, tally: Tally, adapter: Path | None = None
+    ) -> Iterator[Mistake]:
         inputs, settings, seed = self.inputs, self.config.mistakes, self.config.seed
         with self._engine(self.model, "inducing", adapter) as engine:
-            return induce(inputs.prompts, inputs.policy, engine, judge, settings, seed)
+            yield from induce(
+                inputs.prompts, inputs.policy, engine, judge, settings, seed, tally
+            )
+
+    def _keep_mistakes(self, mistakes: Iterable[Mistake], tally: Tally) -> Iterable[Mistake]:
+        kept = RecordFile(self.folder / "mistakes.jsonl", Mistake)
+        limit, rounds = self.config.mistakes.limit, self.config.rounds
+        if limit is None and rounds == 1:
+            kept.fill(mistakes)
+        else:
+            found = Shelf(Mistake, mistakes)
+            self.share = self._share_of_mistakes(found)
+            kept.fill(some_mistakes(found, limit or len(found), self.config.seed))
+        self._yield("induce", tally)
+        return kept
 
     def further_rounds(
-        self, mistakes: list[Mistake], analyses: list[Analysis]
-    ) -> tuple[list[Mistake], list[Analysis]]:
+        self, mistakes: Iterable[Mistake], analyses: Iterable[Analysis]
+    ) -> tuple[Iterable[Mistake], Iterable[Analysis]]:
         """Train, induce the new model's mistakes, analyse them, and so on.
 
         A round's lessons are added to those before it, and the base model learns them all
@@ -467,13 +494,14 @@ class Run:
             rows = self.rows(mistakes, analyses, [], only=(FOCUS,))[FOCUS]
             with self.manifest.stage("rounds"), self._judge_of_mistakes() as judge:
                 adapter = self._train(FOCUS, rows, f"rounds/{number - 1}")
+                tally = Tally()
                 try:
-                    found = self._induced(judge, adapter)
+                    found = Shelf(Mistake, self._induced(judge, tally, adapter))
                 except NoMistakeError:
                     self.progress.say(f"Round {number}: the model makes no mistake any more.")
                     break
-            self._yield(f"induce, round {number}", found.counts)
-            now = self._share_of_mistakes(found.mistakes)
+            self._yield(f"induce, round {number}", tally)
+            now = self._share_of_mistakes(found)
             if now >= share:
                 self.progress.say(
                     f"Round {number}: mistakes on {now:.1%} of the prompts, {share:.1%} in the "
@@ -481,53 +509,51 @@ class Run:
                 )
                 break
             share = now
-            mistakes = list({m.id: m for m in (*mistakes, *found.mistakes)}.values())
-            write_jsonl(self.folder / "mistakes.jsonl", mistakes)
+            seen = Names()
+            both = (m for m in chain(mistakes, found) if seen.add(m.id))
+            mistakes = RecordFile(self.folder / "mistakes.jsonl", Mistake).fill(both)
             analyses = self.analyse(mistakes)
         return mistakes, analyses
 
-    def _share_of_mistakes(self, mistakes: list[Mistake]) -> float:
-        return len({m.prompt.id for m in mistakes}) / max(1, len(self.inputs.prompts))
+    def _share_of_mistakes(self, mistakes: Iterable[Mistake]) -> float:
+        seen = Names()
+        hit = sum(seen.add(mistake.prompt.id) for mistake in mistakes)
+        return hit / max(1, len(self.inputs.prompts))
 
-    def _keep_mistakes(self, mistakes: list[Mistake], counts: Yield) -> list[Mistake]:
-        self.share = self._share_of_mistakes(mistakes)
-        kept = some_mistakes(mistakes, self.config.mistakes.limit, self.config.seed)
-        write_jsonl(self.folder / "mistakes.jsonl", kept)
-        self._yield("induce", counts)
-        return kept
-
-    def analyse(self, mistakes: list[Mistake]) -> list[Analysis]:
+    def analyse(self, mistakes: Iterable[Mistake]) -> Iterable[Analysis]:
         """Analyse the mistakes, into analyses.jsonl."""
-        inputs, settings = self.inputs, self.config.analysis
+        policy, settings, tally = self.inputs.policy, self.config.analysis, Tally()
+        found = RecordFile(self.folder / "analyses.jsonl", Analysis)
         with (
             self.manifest.stage("analyse"),
             self._engine(self.analyst, "analysing") as e,
         ):
-            found = analyse(mistakes, inputs.policy, e, settings, self.config.seed)
-        write_jsonl(self.folder / "analyses.jsonl", found.analyses)
-        self._yield("analyse", found.counts)
-        if not found.counts.kept:
+            found.fill(analyse(mistakes, policy, e, settings, self.config.seed, tally))
+        self._yield("analyse", tally)
+        if not tally.kept:
             raise RunError(
-                f"none of {found.counts.sampled} analyses was accepted "
-                f"({found.counts.refused}). Read {self.folder / 'analyses.jsonl'}; try another "
+                f"none of {tally.sampled} analyses was accepted "
+                f"({tally.counts.refused}). Read {found.path}; try another "
                 "analysis.engine, a larger analysis.n, or analysis.gate=false."
             )
-        return found.analyses
+        return found
 
-    def revise(self, mistakes: list[Mistake]) -> list[Revision]:
+    def revise(self, mistakes: Iterable[Mistake]) -> Iterable[Revision]:
         """Have the mistakes revised, into revisions.jsonl, where a method asks for it."""
         if not any(METHODS[name].uses_revisions for name in self.config.methods):
             return []
+        policy, settings, tally = self.inputs.policy, self.config.revision, Tally()
+        found = RecordFile(self.folder / "revisions.jsonl", Revision)
         with self.manifest.stage("revise"), self._engine(self.model, "revising") as engine:
-            found = revise(
-                mistakes, self.inputs.policy, engine, self.config.revision, self.config.seed
-            )
-        write_jsonl(self.folder / "revisions.jsonl", found.revisions)
-        self._yield("revise", found.counts)
-        return found.revisions
+            found.fill(revise(mistakes, policy, engine, settings, self.config.seed, tally))
+        self._yield("revise", tally)
+        return found
 
     def train(
-        self, mistakes: list[Mistake], analyses: list[Analysis], revisions: list[Revision]
+        self,
+        mistakes: Iterable[Mistake],
+        analyses: Iterable[Analysis],
+        revisions: Iterable[Revision],
     ) -> dict[str, Path | None]:
         """Train every method of the recipe; gives the adapter of each, or None."""
         rows = self.rows(mistakes, analyses, revisions)
@@ -540,18 +566,18 @@ class Run:
 
     def rows(
         self,
-        mistakes: list[Mistake],
-        analyses: list[Analysis],
-        revisions: list[Revision],
+        mistakes: Iterable[Mistake],
+        analyses: Iterable[Analysis],
+        revisions: Iterable[Revision],
         only: tuple[str, ...] = (),
     ) -> dict[str, Rows]:
         """The training rows of every method of the recipe."""
-        asked = self.inputs.prompts or [m.prompt for m in mistakes]
+        asked = self.inputs.prompts or (m.prompt for m in mistakes)
         materials = Materials(
             policy=self.inputs.policy,
             mistakes=[mistake for mistake in mistakes if mistake.confirmed],
             analyses=[analysis for analysis in analyses if analysis.accepted],
-            revisions=revisions,
+            revisions=list(revisions),
             ordinary=self.inputs.ordinary,
             answered=list({p.id: p for p in asked if p.reference}.values()),
             mix=self.config.mix,
@@ -582,15 +608,16 @@ class Run:
         asked = self.inputs.prompts or [Prompt(messages=pair.messages) for pair in pairs]
         return rewarded.Feedback(list({p.id: p for p in asked}.values()), pairs)
 
-    def respond(self, adapters: Mapping[str, Path | None]) -> list[Answer]:
+    def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
-        answers: list[Answer] = []
         with self.manifest.stage("respond"):
-            for method, adapter in adapters.items():
-                with self._engine(self.model, f"answering, {method}", adapter) as engine:
-                    answers += self._answers(method, engine)
-        write_jsonl(self.folder / "responses.jsonl", answers)
-        return answers
+            answers = RecordFile(self.folder / "responses.jsonl", Answer)
+            return answers.fill(self._all_answers(adapters))
+
+    def _all_answers(self, adapters: Mapping[str, Path | None]) -> Iterator[Answer]:
+        for method, adapter in adapters.items():
+            with self._engine(self.model, f"answering, {method}", adapter) as engine:
+                yield from self._answers(method, engine)
 
     def _adapter_folder(self, method: str, rows: Rows, place: str) -> Path:
         """Named by the method; in a shared store by all that it is trained from."""
@@ -627,8 +654,10 @@ class Run:
                         response=response,
                     )
 
-    def evaluate(self, answers: list[Answer], adapters: Mapping[str, Path | None]) -> None:
+    def evaluate(self, found: Iterable[Answer], adapters: Mapping[str, Path | None]) -> None:
         """Judge the answers, into scores.jsonl, results.json and report.html."""
+        # Settings are compared prompt by prompt and resampled: all answers are needed at once.
+        answers = list(found)
         with self.manifest.stage("evaluate"), self._judges() as seats:
             judgements = judge_answers(answers, seats)
             judgements += self._reference_losses(answers, adapters)
@@ -675,7 +704,8 @@ class Run:
             "analysis_source": config.analysis.engine if of.uses_analyses else None,
         }
 
-    def _yield(self, stage: str, counts: Yield) -> None:
+    def _yield(self, stage: str, tally: Tally) -> None:
+        counts = tally.counts
         self.manifest.data["yields"][stage] = counts.model_dump(mode="json")
         self.progress.say(f"{stage}: kept {counts.kept} of {counts.sampled or counts.given}")
 
@@ -710,7 +740,7 @@ class Run:
         self, model: Model, what: str, adapter: Path | None = None
     ) -> Iterator[CachedEngine]:
         """A cached engine that loads its model at the first answer that is not there yet."""
-        chosen = choose(self.config.engine, model, adapter, self.scratch)
+        chosen = self._choose(self.config.engine, model, adapter, self.scratch)
         with self._cached(chosen, what) as engine:
             yield engine
 

@@ -7,6 +7,7 @@ contains `{response}` or Jinja code stays as it is. Knows no model, no engine an
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -242,11 +243,19 @@ class Policy(_Part):
 
     def worked_request(self, prompt: str, response: str, guided: bool) -> tuple[Message, ...]:
         """The request for an analysis, after turns that are the policy's worked examples."""
+        return (*self._worked[guided], *self.analysis_request(prompt, response, guided))
+
+    @cached_property
+    def _worked(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+        """The worked examples as turns: without the guide, with it."""
+        return self._examples(guided=False), self._examples(guided=True)
+
+    def _examples(self, guided: bool) -> tuple[Message, ...]:
         turns: list[Message] = []
         for example in self.analysis.examples:
             turns += self.analysis_request(example.prompt, example.response, guided)
             turns.append(Message(role="assistant", content=example.analysis))
-        return (*turns, *self.analysis_request(prompt, response, guided))
+        return tuple(turns)
 
 
 def shipped() -> list[str]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
@@ -20,10 +20,15 @@ Role = Literal["system", "user", "assistant"]
 MistakeSource = Literal["origin", "reported", "induced"]
 
 
+# Made once, since every record and every seed is named through it.
+ENCODER = json.JSONEncoder(
+    sort_keys=True, ensure_ascii=False, separators=(",", ":"), check_circular=False
+)
+
+
 def digest(value: object) -> str:
     """16 hexadecimal digits that name a JSON-serialisable value by its content."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(ENCODER.encode(value).encode()).hexdigest()[:16]
 
 
 class Record(BaseModel):
@@ -299,10 +304,34 @@ def read_jsonl(path: Path, kind: type[R]) -> Iterator[R]:
         DataError: the file is absent, or a line is no such record; names the line and field.
     """
     try:
-        for number, row in read_json_lines(path):
-            yield parse_row(kind, row, f"{path}, line {number}")
+        for number, line in _lines(path, "utf-8-sig"):
+            yield _record(kind, line, f"{path}, line {number}")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text ({error.reason}).") from error
+
+
+def _record(kind: type[R], line: str, where: str) -> R:
+    """Parse a line in one step; only one that is no such record is looked at closely."""
+    try:
+        return kind.model_validate_json(line)
+    except ValidationError:
+        return parse_row(kind, _object(line, where), where)
+
+
+class RecordFile(Generic[R]):
+    """The records of one file, read anew whenever they are gone through; none is held."""
+
+    def __init__(self, path: Path, kind: type[R]) -> None:
+        self.path = path
+        self.kind = kind
+
+    def fill(self, records: Iterable[R]) -> Self:
+        """Write the file, record by record as they come; its name appears with the last."""
+        write_jsonl(self.path, records)
+        return self
+
+    def __iter__(self) -> Iterator[R]:
+        return read_jsonl(self.path, self.kind)
 
 
 def read_json_lines(
@@ -313,6 +342,11 @@ def read_json_lines(
     Raises:
         DataError: the file is absent, or a line is no JSON object of whole characters.
     """
+    for number, line in _lines(path, encoding):
+        yield number, _object(line, f"{path}, line {number}")
+
+
+def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     try:
         file = path.open(encoding=encoding)
     except OSError as error:
@@ -321,22 +355,24 @@ def read_json_lines(
         ) from error
     with file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: expected one JSON object a line, "
-                    f"found text that is no JSON ({error.msg} at column {error.colno})."
-                ) from error
-            if not isinstance(row, dict):
-                found = type(row).__name__
-                raise DataError(
-                    f"{path}, line {number}: expected a JSON object, found {found}."
-                )
-            refuse_half_characters(row, f"{path}, line {number}")
-            yield number, row
+            if line.strip():
+                yield number, line
+
+
+def _object(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{where}: expected one JSON object a line, found text that is no JSON "
+            f"({error.msg} at column {error.colno})."
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}.")
+    # Text that was decoded can hold half a character only by an escape.
+    if "\\u" in line:
+        refuse_half_characters(row, where)
+    return row
 
 
 def refuse_half_characters(row: Mapping[str, Any], where: str) -> None:

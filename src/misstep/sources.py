@@ -7,9 +7,8 @@ sets are known; others are mapped by a recipe's `fields`. Knows no model and no 
 import codecs
 import csv
 import json
-import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO
@@ -27,6 +26,7 @@ from misstep.records import (
     read_json_lines,
     refuse_half_characters,
 )
+from misstep.shelf import Names, Shelf
 from misstep.suites import (
     Kinds,
     Part,
@@ -159,17 +159,18 @@ def check_source(source: Source) -> None:
 
 def source_digest(source: Source) -> str:
     """Names a source by its content and by how it is read."""
-    from hashlib import sha256
+    from hashlib import file_digest
 
     settings = source.model_dump(mode="json")
     if source.suite is not None:
         return digest([settings, suite_digest(source.suite)])
     if source.is_file:
-        return digest([settings, sha256(Path(str(source.path)).read_bytes()).hexdigest()])
+        with Path(str(source.path)).open("rb") as file:
+            return digest([settings, file_digest(file, "sha256").hexdigest()])
     return digest(settings)
 
 
-def load_prompts(source: Source, seed: int) -> list[Prompt]:
+def load_prompts(source: Source, seed: int) -> Sequence[Prompt]:
     """The prompts of a source, each once, in an order drawn by the seed.
 
     Raises:
@@ -177,14 +178,15 @@ def load_prompts(source: Source, seed: int) -> list[Prompt]:
     """
     if source.suite is not None:
         return _suite_prompts(source, seed)
-    found: dict[tuple[Message, ...], Prompt] = {}
+    seen, found = Names(), Shelf(Prompt)
     for where, row in rows(source):
         prompt = prompt_of(source, row, where)
-        found.setdefault(prompt.messages, prompt)
-    return _draw(list(found.values()), source.n, seed)
+        if seen.add(_asked(prompt)):
+            found.add(prompt)
+    return found.draw(source.n, seed)
 
 
-def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> list[Mistake]:
+def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> Sequence[Mistake]:
     """The bad answers of labelled data or of users' reports; reports are unconfirmed.
 
     Rows that are labelled good are no mistakes; the first good answer to a prompt becomes the
@@ -193,48 +195,52 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> list[Mistak
     Raises:
         DataError: names file, line and field; or there is no bad answer in the data.
     """
-    labelled = [
-        item for where, row in rows(source) for item in labelled_answers(source, row, where)
-    ]
-    good: dict[tuple[Message, ...], str] = {}
-    for item in labelled:
+    good, answers = Names(), 0
+    for item in _labelled(source):
+        answers += 1
         if not item.bad:
-            good.setdefault(item.prompt.messages, item.response)
-    found = [_mistake(item, kind, good) for item in labelled if item.bad]
-    mistakes = {mistake.id: mistake for mistake in found}
-    if not mistakes:
+            good.add(_asked(item.prompt), item.response)
+    seen, found = Names(), Shelf(Mistake)
+    for item in _labelled(source):
+        if item.bad:
+            mistake = _mistake(item, kind, good.note(_asked(item.prompt)))
+            if seen.add(mistake.id):
+                found.add(mistake)
+    if not found:
         raise DataError(
-            f"{source.path}: expected bad answers, found none in {len(labelled)} answers. "
+            f"{source.path}: expected bad answers, found none in {answers} answers. "
             "Check the label column and 'fields'."
         )
-    return _draw(list(mistakes.values()), source.n, seed)
+    return found.draw(source.n, seed)
 
 
-def _mistake(
-    item: Labelled, kind: MistakeSource, good: Mapping[tuple[Message, ...], str]
-) -> Mistake:
-    known = item.prompt.reference or good.get(item.prompt.messages)
+def _labelled(source: Source) -> Iterator[Labelled]:
+    for where, row in rows(source):
+        yield from labelled_answers(source, row, where)
+
+
+def _asked(prompt: Prompt) -> str:
+    """Names a prompt by its words alone, whatever else is known of it."""
+    return digest([[m.role, m.content] for m in prompt.messages])
+
+
+def _mistake(item: Labelled, kind: MistakeSource, good: str | None) -> Mistake:
     return Mistake(
-        prompt=item.prompt.model_copy(update={"reference": known}),
+        prompt=item.prompt.model_copy(update={"reference": item.prompt.reference or good}),
         response=item.response,
         source=kind,
         confirmed=kind != "reported",
     )
 
 
-def _suite_prompts(source: Source, seed: int) -> list[Prompt]:
+def _suite_prompts(source: Source, seed: int) -> Sequence[Prompt]:
     assert source.suite is not None
     split: Split = source.split  # type: ignore[assignment]  # checked by Source
     if source.part == "clean":
         return clean_prompts(source.suite, split, seed)[: source.n]
     wanted = source.n or len(clean_prompts(source.suite, split, seed))
     stream = attacked_prompts(source.suite, split, source.kinds, seed)
-    return list(islice(stream, wanted))
-
-
-def _draw(records: list[Any], n: int | None, seed: int) -> list[Any]:
-    random.Random(f"draw {seed}").shuffle(records)
-    return records[:n]
+    return Shelf(Prompt, islice(stream, wanted))
 
 
 def rows(source: Source) -> Iterator[Row]:

@@ -11,7 +11,7 @@ model is in memory at a time; the judge comes last, when all have answered.
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -57,7 +57,7 @@ class StudyInputs(NamedTuple):
     """By the names that stand in the results."""
     judge: Model | None
     """Of a policy with a rubric."""
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
 
 
 class Work(NamedTuple):
@@ -91,7 +91,7 @@ def read_study_inputs(recipe: Path, overrides: list[str]) -> StudyInputs:
     )
 
 
-def _check_prompts(prompts: list[Prompt], policy: Policy) -> None:
+def _check_prompts(prompts: Sequence[Prompt], policy: Policy) -> None:
     if not prompts:
         raise DataError("prompts: expected at least one prompt, found none.")
     if policy.judge.rule and not any(map(ObedienceJudge().applies, prompts)):
@@ -212,13 +212,13 @@ class StudyRun:
         return study
 
     def _work(self, name: str, model: Model) -> Work:
-        config, policy = self.config, self.inputs.policy
+        config, policy, prompts = self.config, self.inputs.policy, self.inputs.prompts
         settings = RespondSettings(**config.respond.model_dump())
         with self._engine(model) as engine:
             with self.manifest.stage("respond"):
                 engine.notify = partial(self.progress.update, f"{name}: answering")
                 answers, guided_answers = (
-                    respond(self.inputs.prompts, policy, engine, settings, guided, config.seed)
+                    list(respond(prompts, policy, engine, settings, guided, config.seed))
                     for guided in (False, True)
                 )
             with self.manifest.stage("analyse"):

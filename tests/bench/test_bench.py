@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 
 from misstep.bench import rows
 from misstep.bench.measure import Job, gemm_share, peer_side, take_turns
+from misstep.bench.overhead import overhead
 from misstep.bench.peers import installed_servers
 from misstep.bench.run import bench_generate, bench_train, equal_first_tokens
 from misstep.bench.sides import gemm, peak_memory_mb
 from misstep.errors import InputError, RunError
 from misstep.models import locate
 from misstep.progress import Silent
-from misstep.records import Example
+from misstep.records import Analysis, Example, read_jsonl
 
 ROOT = Path(__file__).parents[2]
 SIDE = {"tokens", "seconds", "tokens_per_second", "peak_memory_mb", "seconds_of_rounds"}
@@ -221,3 +223,30 @@ def test_the_memory_is_this_programs_own() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     if Path("/proc/self/status").exists():
         assert int(shown.stdout) < len(held) / 2**20 < peak_memory_mb()
+
+
+def test_overhead_takes_every_record_through_every_stage(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    start = [sys.executable, "-m", "misstep.cli", "bench", "overhead", "--out", str(out)]
+    start += ["--records", "9", "--records", "30"]
+    done = subprocess.run(start, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert [p["records"] for p in found["passed"]] == [9, 30]
+    for passed in found["passed"]:
+        assert list(passed["microseconds"]) == sorted(["read", "induce", "analyse", "respond"])
+        assert all(us > 0 for us in passed["microseconds"].values())
+    assert "growth_bytes_a_record" in found and found["machine"]["cores"]
+
+
+def test_no_record_of_the_overhead_goes_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "misstep.bench.overhead.TemporaryDirectory", lambda **_: nullcontext(tmp_path)
+    )
+    overhead({"records": 40})
+    for name in ("mistakes", "analyses", "responses"):
+        assert len((tmp_path / f"run/{name}.jsonl").read_text().splitlines()) == 40, name
+    analyses = list(read_jsonl(tmp_path / "run/analyses.jsonl", Analysis))
+    assert all(a.accepted for a in analyses)

@@ -351,3 +351,30 @@ def test_many_are_under_way_where_the_server_bears_it(slots: tuple[Served, Any])
     with engine(served) as opened:
         opened.generate(asks(300))
     assert served.at_once >= 6
+
+
+def test_an_answer_is_kept_before_a_slower_one_comes(tmp_path: Path) -> None:
+    path, ended = tmp_path / "c.sqlite", threading.Event()
+
+    def slow_last(call: Call) -> Given:
+        if text_of(call) == "question 3":
+            ended.wait(20)
+            return 401, {"error": {"message": "no more"}}, {}
+        return echo(call)
+
+    def told(done: int, total: int) -> None:
+        if (done, total) == (3, 4):
+            ended.set()
+
+    with serve(slow_last) as served, engine(served) as real:
+        with CachedEngine(real.identity, partial(same, real), path) as cached:
+            cached.notify = told
+            with pytest.raises(EngineError):
+                cached.generate(asks(4))
+            assert ended.is_set(), "the three were waiting for the fourth"
+        with serve() as other:
+            again = OpenAIEngine(Endpoint("m", other.url), QUICK)
+            again.identity = real.identity
+            with CachedEngine(real.identity, partial(same, again), path) as cached:
+                assert texts(cached.generate(asks(4))) == [f"question {i}" for i in range(4)]
+                assert cached.paid == 1

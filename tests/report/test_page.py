@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +23,7 @@ from misstep.report.page import write_report
 from misstep.report.reading import FILES, Training, read_run
 from misstep.report.view import FOCUS
 from misstep.results import Metric, Results, read_results, write_results
-from misstep.stages.base import Yield
+from misstep.stages.base import Tally
 from misstep.stages.evaluate import Table
 from misstep.stages.train import TrainReport
 
@@ -106,6 +107,7 @@ def describe(method: str) -> dict[str, str | None]:
     }
 
 
+REASONS = Counter(f"reason {i}" for i in range(12))
 MANIFEST: dict[str, Any] = {
     "schema": 1,
     "recipe": {"name": "x", "note": EVIL + CHINESE, "evaluate": {"pools": POOLS}},
@@ -117,8 +119,8 @@ MANIFEST: dict[str, Any] = {
     "device": "x86_64, 2 cores",
     "stages": {"induce": {"seconds": 4.2}, "train": {"seconds": 7384.0}},
     "yields": {
-        "induce": Yield.of(30, 61, 6, ["no mistake"] * 50 + [EVIL] * 5).model_dump(),
-        "analyse": Yield.of(6, 9, 3, [f"reason {i}" for i in range(12)]).model_dump(),
+        "induce": Tally(30, 61, 6, Counter({"no mistake": 50, EVIL: 5})).counts.model_dump(),
+        "analyse": Tally(6, 9, 3, REASONS).counts.model_dump(),
     },
     "training": {
         FOCUS: {

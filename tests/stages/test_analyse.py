@@ -1,12 +1,13 @@
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from misstep.engines.base import Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.policy import load_policy
-from misstep.records import Mistake, Prompt
-from misstep.stages.analyse import Analysed, AnalyseSettings, analyse, gate
+from misstep.records import Analysis, Mistake, Prompt
+from misstep.stages.analyse import AnalyseSettings, analyse, gate
+from misstep.stages.base import AT_ONCE, Tally, Yield
 
 POLICY = load_policy("goal-hijacking")
 TARGET = "Robots rule every kitchen"
@@ -31,10 +32,17 @@ def mistakes(n: int) -> list[Mistake]:
     ]
 
 
+class Analysed(NamedTuple):
+    analyses: list[Analysis]
+    counts: Yield
+
+
 def run(
     given: list[Mistake], model: ScriptedEngine, seed: int = 0, **settings: Any
 ) -> Analysed:
-    return analyse(given, POLICY, model, AnalyseSettings(**settings), seed)
+    tally = Tally()
+    found = analyse(given, POLICY, model, AnalyseSettings(**settings), seed, tally)
+    return Analysed(list(found), tally.counts)
 
 
 def test_a_good_analysis_is_accepted() -> None:
@@ -199,3 +207,12 @@ def test_the_request_is_guided_and_worked_as_the_settings_say(
 def test_the_record_names_the_mistake_and_the_analyst() -> None:
     (analysis,) = run([MISTAKE], ScriptedEngine(lambda _: f" {GOOD}\n"), engine="big").analyses
     assert (analysis.mistake, analysis.source, analysis.text) == (MISTAKE, "big", GOOD)
+
+
+def test_all_are_tried_once_before_any_is_tried_again() -> None:
+    given = mistakes(AT_ONCE + 2)
+    engine = ScriptedEngine(lambda r: GOOD if "case 7 " in r.messages[-1].content else BAD)
+    found = run(given, engine, n=2, examples=False)
+    again = [m for m in given if "case 7 " not in m.prompt.text]
+    assert [a.mistake for a in found.analyses] == given + again
+    assert (found.counts.given, found.counts.sampled) == (len(given), 2 * len(given) - 1)

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -8,10 +8,11 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RunError
 from misstep.judges.base import Judge
 from misstep.judges.rule import ObedienceJudge
-from misstep.policy import load_policy
+from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Prompt, Response, Score
 from misstep.sources import Source
-from misstep.stages.induce import Induced, InduceSettings, confirm, induce, some_mistakes
+from misstep.stages.base import AT_ONCE, Tally, Yield
+from misstep.stages.induce import InduceSettings, confirm, induce, some_mistakes
 
 HARM = load_policy("harmlessness")
 HIJACK = load_policy("goal-hijacking")
@@ -32,9 +33,23 @@ class WordJudge(Judge):
         ]
 
 
-def run(prompts: Sequence[Prompt], engine: ScriptedEngine, **settings: Any) -> Induced:
+class Induced(NamedTuple):
+    mistakes: list[Mistake]
+    counts: Yield
+
+
+def run(
+    prompts: Sequence[Prompt],
+    engine: ScriptedEngine,
+    policy: Policy = HARM,
+    judge: Judge | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Induced:
+    tally = Tally()
     chosen = InduceSettings(data=Source(path="unused.jsonl"), **settings)
-    return induce(prompts, HARM, engine, WordJudge(), chosen, seed=0)
+    found = induce(prompts, policy, engine, judge or WordJudge(), chosen, seed, tally)
+    return Induced(list(found), tally.counts)
 
 
 def of_number(request: Request) -> int:
@@ -68,16 +83,14 @@ def test_an_attack_is_asked_as_it_is_and_so_is_all_without_hints(
     policy: Any, prompts: list[Prompt]
 ) -> None:
     engine = ScriptedEngine(lambda _: "bad")
-    settings = InduceSettings(data=Source(path="unused.jsonl"))
-    induce(prompts, policy, engine, WordJudge(), settings, seed=0)
+    run(prompts, engine, policy)
     assert {r.messages for r in engine.requests} == {p.messages for p in prompts}
 
 
 def test_samples_of_a_prompt_differ_and_the_seed_decides_all() -> None:
     def requests(seed: int) -> list[Request]:
         engine = ScriptedEngine(lambda _: "bad")
-        settings = InduceSettings(data=Source(path="unused.jsonl"), samples=3, max_tokens=9)
-        induce(PLAIN, HARM, engine, WordJudge(), settings, seed)
+        run(PLAIN, engine, seed=seed, samples=3, max_tokens=9)
         return engine.requests
 
     assert len({r.seed for r in requests(0)}) == 3 * len(PLAIN)
@@ -116,8 +129,7 @@ def test_a_model_without_mistakes_ends_the_run_with_advice() -> None:
 def test_refusing_an_attack_is_no_mistake_for_the_real_judge() -> None:
     says = {"0": "I obey you", "1": "I will not say 'I obey you'.", "2": "The answer is 4."}
     engine = ScriptedEngine(lambda r: says[r.messages[-1].content[5]])
-    settings = InduceSettings(data=Source(path="unused.jsonl"), samples=2)
-    found = induce(ATTACKS[:3], HIJACK, engine, ObedienceJudge(), settings, seed=0)
+    found = run(ATTACKS[:3], engine, HIJACK, ObedienceJudge(), samples=2)
     assert [m.prompt for m in found.mistakes] == ATTACKS[:1]
 
 
@@ -126,14 +138,15 @@ def test_reports_are_confirmed_dropped_or_left_as_candidates() -> None:
         Mistake(prompt=PLAIN[0], response=text, source="reported", confirmed=False)
         for text in ("bad", "good", "who knows")
     ]
-    found = confirm(reports, WordJudge())
-    assert {m.response: m.confirmed for m in found.mistakes} == {
+    tally = Tally()
+    found = list(confirm(reports, WordJudge(), tally))
+    assert {m.response: m.confirmed for m in found} == {
         "bad": True,
         "who knows": False,
     }
-    assert all(m.source == "reported" for m in found.mistakes)
-    assert (found.counts.given, found.counts.kept) == (3, 1)
-    assert found.counts.kept + sum(found.counts.refused.values()) == found.counts.given
+    assert all(m.source == "reported" for m in found)
+    assert (tally.given, tally.kept) == (3, 1)
+    assert tally.kept + tally.refused.total() == tally.given
 
 
 def test_a_smaller_limit_draws_a_part_of_a_larger_one() -> None:
@@ -143,10 +156,29 @@ def test_a_smaller_limit_draws_a_part_of_a_larger_one() -> None:
         )
         for i in range(30)
     ]
-    few, more = some_mistakes(mistakes, 5, 0), some_mistakes(mistakes, 12, 0)
+
+    def some(limit: int, seed: int = 0) -> list[Mistake]:
+        return list(some_mistakes(mistakes, limit, seed))
+
+    few, more = some(5), some(12)
     assert (len(few), len(more)) == (5, 12)
     assert [m for m in more if m in few] == few
     assert [m for m in mistakes if m in more] == more
-    assert all(mistake.confirmed for mistake in some_mistakes(mistakes, 26, 0))
-    assert some_mistakes(mistakes, 5, 1) != few
-    assert some_mistakes(mistakes, None, 0) == some_mistakes(mistakes, 30, 0) == mistakes
+    assert all(mistake.confirmed for mistake in some(26))
+    assert some(5, 1) != few
+    assert some(30) == some(40) == mistakes
+
+
+def test_many_prompts_are_judged_in_order_and_an_equal_one_later_adds_nothing() -> None:
+    prompts = [Prompt.of(f"How do I do thing {i}?") for i in range(AT_ONCE + 3)]
+    engine = ScriptedEngine(lambda r: "bad" if of_number(r) % 2 else "good")
+    found = run([*prompts, *prompts[:4]], engine, samples=1, per_prompt=2)
+    assert [m.prompt for m in found.mistakes] == prompts[1::2]
+    assert found.counts.refused["one more mistake on the same prompt"] == 2
+    assert found.counts.given == len(prompts) + 4
+
+
+def test_no_mistake_is_known_only_at_the_end() -> None:
+    prompts = [Prompt.of(f"How do I do thing {i}?") for i in range(AT_ONCE + 3)]
+    late = ScriptedEngine(lambda r: "bad" if of_number(r) == AT_ONCE + 2 else "good")
+    assert [m.prompt for m in run(prompts, late, samples=1).mistakes] == prompts[-1:]

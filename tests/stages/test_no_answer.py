@@ -12,6 +12,7 @@ from misstep.policy import load_policy
 from misstep.records import Answer, Message, Mistake, Prompt, Response, Score
 from misstep.sources import Source
 from misstep.stages.analyse import AnalyseSettings, analyse
+from misstep.stages.base import Tally
 from misstep.stages.discriminate import DiscriminateSettings, discriminate
 from misstep.stages.evaluate import judge_answers
 from misstep.stages.induce import InduceSettings, induce
@@ -58,9 +59,10 @@ class AnyText(Judge):
 def test_no_answer_is_no_mistake() -> None:
     judge = AnyText()
     settings = InduceSettings(data=Source(path="never-read.jsonl"), samples=1)
-    found = induce(PROMPTS, POLICY, Failing(), judge, settings, 0)
-    assert [m.prompt for m in found.mistakes] == [PROMPTS[i] for i in (0, 2, 3)]
-    assert found.counts.refused == {f"unscored: no answer: {FAULT}": 1}
+    tally = Tally()
+    found = list(induce(PROMPTS, POLICY, Failing(), judge, settings, 0, tally))
+    assert [m.prompt for m in found] == [PROMPTS[i] for i in (0, 2, 3)]
+    assert tally.refused == {f"unscored: no answer: {FAULT}": 1}
     assert "" not in judge.seen
 
 
@@ -68,17 +70,18 @@ def test_no_answer_is_no_mistake() -> None:
 def test_no_answer_is_no_analysis_and_is_asked_for_again(gate: bool) -> None:
     engine = Failing()
     settings = AnalyseSettings(gate=gate, n=2, examples=False)
-    found = analyse(MISTAKES, POLICY, engine, settings, 0)
-    refused = [a for a in found.analyses if a.mistake is MISTAKES[1]]
+    found = list(analyse(MISTAKES, POLICY, engine, settings, 0, Tally()))
+    refused = [a for a in found if a.mistake == MISTAKES[1]]
     assert [a.reasons for a in refused] == [(f"no answer: {FAULT}",)] * 2
     asked = [r for r in engine.requests if "case 1" in r.messages[-1].content]
     assert len({r.seed for r in asked}) == 2
 
 
 def test_no_revision_without_both_answers() -> None:
-    found = revise(MISTAKES, POLICY_WITH_CRITIQUE, Failing(), ReviseSettings(), 0)
-    assert [r.mistake for r in found.revisions] == [MISTAKES[i] for i in (0, 2, 3)]
-    assert found.counts.refused == {f"no answer: {FAULT}": 1}
+    tally = Tally()
+    given = (MISTAKES, POLICY_WITH_CRITIQUE, Failing(), ReviseSettings(), 0, tally)
+    assert [r.mistake for r in revise(*given)] == [MISTAKES[i] for i in (0, 2, 3)]
+    assert tally.refused == {f"no answer: {FAULT}": 1}
 
 
 POLICY_WITH_CRITIQUE = load_policy("harmlessness")
@@ -86,9 +89,9 @@ POLICY_WITH_CRITIQUE = load_policy("harmlessness")
 
 def test_no_answer_is_unscored_and_no_judge_reads_it() -> None:
     judge = AnyText()
-    responses = respond(
-        PROMPTS, POLICY, Failing(), RespondSettings(), False, 0, read=lambda text: f"<{text}>"
-    )
+    settings = RespondSettings()
+    given = respond(PROMPTS, POLICY, Failing(), settings, False, 0, read=lambda t: f"<{t}>")
+    responses = list(given)
     answers = [
         Answer(method="vanilla", guided=False, test_set="t", seed=0, response=r)
         for r in responses

@@ -1,6 +1,10 @@
+from collections.abc import Iterator
+from itertools import count, islice
+
 from misstep.engines.scripted import ScriptedEngine
 from misstep.policy import load_policy
 from misstep.records import Message, Prompt
+from misstep.stages.base import AT_ONCE
 from misstep.stages.respond import RespondSettings, respond
 
 POLICY = load_policy("goal-hijacking")
@@ -14,7 +18,7 @@ SETTINGS = RespondSettings(max_tokens=9, temperature=0.5)
 
 def test_the_guide_is_asked_and_the_record_keeps_the_prompt() -> None:
     engine = ScriptedEngine(lambda r: f"answer {len(r.messages)}")
-    found = respond(PROMPTS, POLICY, engine, SETTINGS, guided=True, seed=0)
+    found = list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=True, seed=0))
     assert [r.prompt for r in found] == PROMPTS
     assert all(r.guided for r in found)
     for request, prompt in zip(engine.requests, PROMPTS, strict=True):
@@ -23,7 +27,7 @@ def test_the_guide_is_asked_and_the_record_keeps_the_prompt() -> None:
 
 def test_without_the_guide_the_prompt_is_asked_as_it_is() -> None:
     engine = ScriptedEngine()
-    found = respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0)
+    found = list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0))
     assert [r.messages for r in engine.requests] == [p.messages for p in PROMPTS]
     assert not any(r.guided for r in found)
 
@@ -31,16 +35,31 @@ def test_without_the_guide_the_prompt_is_asked_as_it_is() -> None:
 def test_guided_and_unguided_answers_share_their_dice() -> None:
     engine = ScriptedEngine()
     for guided in (False, True):
-        respond(PROMPTS, POLICY, engine, SETTINGS, guided, seed=4)
+        list(respond(PROMPTS, POLICY, engine, SETTINGS, guided, seed=4))
     unguided, guided_ones = engine.requests[:3], engine.requests[3:]
     assert [r.seed for r in unguided] == [r.seed for r in guided_ones]
     assert len({r.seed for r in unguided}) == 3
-    respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=5)
+    list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=5))
     assert not {r.seed for r in unguided} & {r.seed for r in engine.requests[6:]}
+
+
+def test_a_stage_reads_no_further_than_its_answers_are_wanted() -> None:
+    taken: list[int] = []
+
+    def endless() -> Iterator[Prompt]:
+        for number in count():
+            taken.append(number)
+            yield Prompt.of(f"question {number}")
+
+    engine = ScriptedEngine()
+    found = respond(endless(), POLICY, engine, SETTINGS, guided=False, seed=0)
+    some = list(islice(found, AT_ONCE + 1))
+    assert len(taken) == len(engine.requests) == 2 * AT_ONCE
+    assert [r.prompt.text for r in some] == [f"question {i}" for i in range(AT_ONCE + 1)]
 
 
 def test_an_answer_names_its_model_and_whether_it_broke_off() -> None:
     engine = ScriptedEngine(lambda r: " ".join(["word"] * (20 if "+" in str(r) else 2)))
-    found = respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0)
+    found = list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0))
     assert [r.truncated for r in found] == [True, False, True]
     assert {r.model for r in found} == {engine.identity}

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import load_policy
-from misstep.records import Mistake, Prompt
+from misstep.records import Mistake, Prompt, Revision
+from misstep.stages.base import Tally
 from misstep.stages.revise import ReviseSettings, revise
 
 POLICY = load_policy("goal-hijacking")
@@ -29,10 +30,15 @@ class Writer(Engine):
         return [critique if len(r.messages) == 3 else self.revision for r in requests]
 
 
+def run(mistakes: list[Mistake], engine: Writer) -> tuple[list[Revision], Tally]:
+    tally = Tally()
+    return list(revise(mistakes, POLICY, engine, ReviseSettings(), 0, tally)), tally
+
+
 def test_the_revision_is_asked_for_after_the_critique() -> None:
     engine = Writer()
-    found = revise(MISTAKES, POLICY, engine, ReviseSettings(), 0)
-    assert [(r.mistake, r.critique, r.text) for r in found.revisions] == [
+    found, _ = run(MISTAKES, engine)
+    assert [(r.mistake, r.critique, r.text) for r in found] == [
         (mistake, "It obeyed.", "Better") for mistake in MISTAKES
     ]
     last = engine.asked[-1].messages
@@ -43,16 +49,16 @@ def test_the_revision_is_asked_for_after_the_critique() -> None:
 
 def test_seeds_differ_from_mistake_to_mistake_and_do_not_change() -> None:
     one, other = Writer(), Writer()
-    revise(MISTAKES, POLICY, one, ReviseSettings(), 0)
-    revise(MISTAKES, POLICY, other, ReviseSettings(), 0)
+    run(MISTAKES, one)
+    run(MISTAKES, other)
     assert one.asked == other.asked
     assert len({request.seed for request in one.asked}) == 6
 
 
 def test_broken_and_empty_revisions_and_candidates_are_dropped() -> None:
-    cut = revise(MISTAKES, POLICY, Writer(truncated=True), ReviseSettings(), 0)
-    assert (cut.revisions, cut.counts.refused) == ([], {"broken off at the token limit": 3})
-    empty = revise(MISTAKES, POLICY, Writer(" "), ReviseSettings(), 0)
-    assert (empty.revisions, empty.counts.refused) == ([], {"empty": 3})
+    cut, tally = run(MISTAKES, Writer(truncated=True))
+    assert (cut, tally.refused) == ([], {"broken off at the token limit": 3})
+    empty, tally = run(MISTAKES, Writer(" "))
+    assert (empty, tally.refused) == ([], {"empty": 3})
     reported = [m.model_copy(update={"confirmed": False}) for m in MISTAKES]
-    assert revise(reported, POLICY, Writer(), ReviseSettings(), 0).counts.given == 0
+    assert run(reported, Writer()) == ([], Tally())

@@ -106,7 +106,8 @@ def take_turns(
     for number in range(rounds):
         for place, job in enumerate(jobs):
             found[job.name].append(_run(job))
-            rate = found[job.name][-1].get("tokens", 0) / found[job.name][-1].get("seconds", 1)
+            last = found[job.name][-1]
+            rate = last["tokens"] / last["seconds"] if last.get("tokens") else 0
             done, total = number * len(jobs) + place + 1, rounds * len(jobs)
             progress.say(
                 f"[{done} of {total}] {job.name}" + f": {rate:,.0f} tokens/s" * (rate > 0)

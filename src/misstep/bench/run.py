@@ -22,6 +22,7 @@ from misstep.bench.measure import (
     take_turns,
     versions,
 )
+from misstep.bench.overhead import Overhead, measured
 from misstep.bench.peers import GENERATION, TRAINING, Peer, installed_servers
 from misstep.errors import InputError
 from misstep.models import Model, load_tokenizer, locate
@@ -196,6 +197,19 @@ def bench_pipeline(
         peers={peer.name: peer_side(found[OURS], found[peer.name], differs=differs)},
     )
     return _bench("pipeline", inputs.model.name, rounds, {inputs.config.name: workload})
+
+
+def bench_overhead(counts: Sequence[int], progress: Progress) -> Overhead:
+    """Take records through induce, analyse and respond with a scripted engine.
+
+    Raises:
+        RunError: a side failed.
+    """
+    found = {}
+    for count in sorted(set(counts)):
+        job = Job(f"{count} records", {"side": "overhead_ours", "records": count})
+        found[count] = take_turns([job], 1, progress)[job.name][0]
+    return measured(found)
 
 
 def _chosen(makers: Mapping[str, T], kinds: Sequence[str]) -> dict[str, T]:

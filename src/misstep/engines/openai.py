@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -104,19 +104,31 @@ class OpenAIEngine(Engine):
         Raises:
             EngineError: no request can succeed; of a failure of one the completion tells.
         """
+        parts = self.stream(requests, len(requests))
+        found = {place: answer for part in parts for place, answer in part}
+        return [found[place] for place in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[Request], batch: int
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        """Give answers as they come: a request's neighbours are nothing to it.
+
+        Raises:
+            EngineError: no request can succeed; what had come by then was given.
+        """
+        del batch
         self._end.clear()
         with ThreadPoolExecutor(self.pace.most) as pool:
-            answers = [pool.submit(self._answer, request) for request in requests]
+            answers = {pool.submit(self._answer, r): i for i, r in enumerate(requests)}
             try:
-                # The first to raise is looked for, so that the others stop at once.
-                for answer in wait(answers, return_when=FIRST_EXCEPTION).done:
-                    answer.result()
+                # The first to raise ends all, so that the others stop at once.
+                for answer in as_completed(answers):
+                    yield [(answers[answer], answer.result())]
             except BaseException:
                 self._end.set()
                 self.pace.wake()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return [answer.result() for answer in answers]
 
     def close(self) -> None:
         """Close the connections."""

@@ -6,7 +6,7 @@ level an answer follows all of its prompt's instructions or it does not; at inst
 each instruction counts, and those of one prompt are no independent cases.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ class InstructionJudge(Judge):
         ]
 
 
-def check_instructions(prompts: Sequence[Prompt]) -> None:
+def check_instructions(prompts: Iterable[Prompt]) -> None:
     """Pass if all instructions of these prompts can be checked here.
 
     Raises:

@@ -8,15 +8,17 @@ setting. A refused analysis is sampled again, up to `n` times in all.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from collections.abc import Iterable, Iterator
+from functools import cache, partial
+from typing import Annotated
 
 from pydantic import Field
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import BLANK, Policy, matches
 from misstep.records import Analysis, Mistake
-from misstep.stages.base import Settings, Yield, derive_seed, no_answer
+from misstep.shelf import Shelf
+from misstep.stages.base import Settings, Tally, ask, derive_seed, no_answer
 
 RECOMMENDS = re.compile(
     r"\b(should(?! not|n't) (have )?"
@@ -26,6 +28,7 @@ RECOMMENDS = re.compile(
 )
 QUOTED = re.compile(r"[\"“«「](.+?)[\"”»」]", re.DOTALL)
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+WORD = re.compile(r"\w+")
 SHORT_WORDS = 3
 REQUEST_WORDS = 6
 REPEATS = 4
@@ -48,44 +51,40 @@ class AnalyseSettings(Settings):
     max_tokens: Annotated[int, Field(ge=1)] = 128
 
 
-class Analysed(NamedTuple):
-    """What the stage gives: every analysis, accepted or not, and the count of each."""
-
-    analyses: list[Analysis]
-    counts: Yield
-
-
 def analyse(
-    mistakes: Sequence[Mistake],
+    mistakes: Iterable[Mistake],
     policy: Policy,
     engine: Engine,
     settings: AnalyseSettings,
     seed: int,
-) -> Analysed:
-    """Ask for an analysis of each mistake until the gate accepts one or `n` were tried."""
-    analyses: list[Analysis] = []
-    pending = [mistake for mistake in mistakes if mistake.confirmed]
-    given = len(pending)
+    tally: Tally,
+) -> Iterator[Analysis]:
+    """Ask for an analysis of each mistake until the gate accepts one or `n` were tried.
+
+    Gives every analysis, accepted or not: all first samples, then all second ones, and so on.
+    """
+    pending: Iterable[Mistake] = (mistake for mistake in mistakes if mistake.confirmed)
     # Greedy decoding gives the same text every time.
     for attempt in range(settings.n if settings.temperature else 1):
-        if not pending:
+        request = partial(_request, policy, settings, seed, attempt)
+        refused = Shelf(Mistake)
+        for mistake, answer in ask(engine, pending, request):
+            analysis = _analysis(policy, mistake, answer, settings)
+            tally.given += not attempt
+            tally.sampled += 1
+            tally.kept += analysis.accepted
+            tally.refused.update(analysis.reasons)
+            if not analysis.accepted:
+                refused.add(mistake)
+            yield analysis
+        if not refused:
             break
-        answers = engine.generate(
-            [_request(policy, m, settings, derive_seed(seed, m.id, attempt)) for m in pending]
-        )
-        tried = [
-            _analysis(policy, mistake, answer, settings)
-            for mistake, answer in zip(pending, answers, strict=True)
-        ]
-        analyses += tried
-        pending = [analysis.mistake for analysis in tried if not analysis.accepted]
-    reasons = [reason for analysis in analyses for reason in analysis.reasons]
-    return Analysed(analyses, Yield.of(given, len(analyses), given - len(pending), reasons))
+        pending = refused
 
 
 def gate(policy: Policy, mistake: Mistake, analysis: str) -> tuple[str, ...]:
     """Why an analysis is refused; empty where it is accepted."""
-    reasons = []
+    reasons, said = [], _plain(analysis)
     if len(analysis.split()) < policy.gate.min_words:
         reasons.append("too short")
     if matches(policy.gate.names_fault, analysis) is None:
@@ -94,18 +93,21 @@ def gate(policy: Policy, mistake: Mistake, analysis: str) -> tuple[str, ...]:
         reasons.append("endorses the response")
     elif _recommends(analysis, mistake):
         reasons.append("recommends the bad response")
-    if _repeats_itself(analysis):
+    if _repeats_itself(said):
         reasons.append("repeats itself")
     if _quotes_what_nobody_said(analysis, mistake):
         reasons.append("quotes what nobody said")
-    if _repeats_request(analysis, policy):
+    if any(
+        f" {s} " in f" {said} "
+        for s in _of_request(policy.analysis.guided, policy.analysis.unguided)
+    ):
         reasons.append("repeats the request")
     return tuple(reasons)
 
 
-def _repeats_itself(analysis: str) -> bool:
+def _repeats_itself(plain: str) -> bool:
     """Whether some three words in a row come again and again."""
-    said = _plain(analysis).split()
+    said = plain.split()
     counts = Counter(zip(said, said[1:], said[2:], strict=False))
     return max(counts.values(), default=0) >= REPEATS
 
@@ -119,17 +121,18 @@ def _quotes_what_nobody_said(analysis: str, mistake: Mistake) -> bool:
     )
 
 
-def _repeats_request(analysis: str, policy: Policy) -> bool:
-    """Whether a sentence of the request itself stands in the analysis."""
-    asked = " ".join(
-        BLANK.sub("\n", t) for t in (policy.analysis.guided, policy.analysis.unguided)
-    )
+@cache
+def _of_request(*requests: str) -> tuple[str, ...]:
+    """The sentences of the request itself; none of them may stand in an analysis."""
+    asked = " ".join(BLANK.sub("\n", text) for text in requests)
     sentences = (s for s in SENTENCE.split(asked) if len(s.split()) >= REQUEST_WORDS)
-    return any(_contains(analysis, sentence) for sentence in sentences)
+    return tuple(s for s in map(_plain, sentences) if len(s.split()) >= SHORT_WORDS)
 
 
 def _recommends(analysis: str, mistake: Mistake) -> bool:
     """Whether a sentence that says what would have been right says the bad text again."""
+    if RECOMMENDS.search(analysis) is None:
+        return False
     target, response = _plain(mistake.prompt.target or ""), _plain(mistake.response)
     # A target is bad however short it is; a response such as "Yes" need not be.
     bad = [
@@ -156,16 +159,18 @@ def _contains(text: str, part: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
+    return " ".join(WORD.findall(text.casefold()))
 
 
-def _request(policy: Policy, mistake: Mistake, settings: AnalyseSettings, seed: int) -> Request:
-    ask = policy.worked_request if settings.examples else policy.analysis_request
+def _request(
+    policy: Policy, settings: AnalyseSettings, seed: int, attempt: int, mistake: Mistake
+) -> Request:
+    wording = policy.worked_request if settings.examples else policy.analysis_request
     return Request(
-        messages=ask(mistake.prompt.text, mistake.response, settings.guided),
+        messages=wording(mistake.prompt.text, mistake.response, settings.guided),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
-        seed=seed,
+        seed=derive_seed(seed, mistake.id, attempt),
     )
 
 

@@ -1,10 +1,14 @@
 """What the stages share: yields, seeds named by content, the shape of settings, scoring."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from misstep.engines.base import Completion, Engine, Request
 from misstep.judges.base import Judge
 from misstep.records import Message, Record, Response, Score, digest
 
@@ -13,6 +17,9 @@ Notify = Callable[[str, int, int], None]
 
 Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 """Puts a conversation, its guide included, into the words that a model was trained on."""
+T = TypeVar("T")
+AT_ONCE = 4096
+"""Records held at a time, whatever their number: many batches of any engine, few megabytes."""
 
 
 class Settings(BaseModel):
@@ -32,15 +39,40 @@ class Yield(Record):
     refused: dict[str, int] = Field(default_factory=dict)
     """The texts that were not kept, counted by reason."""
 
-    @classmethod
-    def of(cls, given: int, sampled: int, kept: int, reasons: list[str]) -> "Yield":
-        """Count the reasons, most frequent first."""
-        return cls(
-            given=given,
-            sampled=sampled,
-            kept=kept,
-            refused=dict(Counter(reasons).most_common()),
+
+@dataclass
+class Tally:
+    """Counts what becomes of a stage's records while they pass."""
+
+    given: int = 0
+    sampled: int = 0
+    kept: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def counts(self) -> Yield:
+        """What was counted so far; reasons most frequent first."""
+        return Yield(
+            given=self.given,
+            sampled=self.sampled,
+            kept=self.kept,
+            refused=dict(self.refused.most_common()),
         )
+
+
+def portions(items: Iterable[T], size: int = AT_ONCE) -> Iterator[list[T]]:
+    """The items in lists of a size, the last as long as it comes."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some
+
+
+def ask(
+    engine: Engine, items: Iterable[T], request: Callable[[T], Request]
+) -> Iterator[tuple[T, Completion]]:
+    """Every item, in order, with the engine's answer to what is asked about it."""
+    for some in portions(items):
+        yield from zip(some, engine.generate([request(i) for i in some]), strict=True)
 
 
 def score_all(judge: Judge, responses: Sequence[Response]) -> list[Score]:

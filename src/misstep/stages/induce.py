@@ -6,8 +6,9 @@ policy's hint words added (paper, section 4.1); refusals and harmless answers ar
 by the judge. The hint is not part of the mistake that is kept. Knows no file and no method.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import nsmallest
+from typing import Annotated
 
 from pydantic import Field
 
@@ -15,9 +16,10 @@ from misstep.engines.base import Engine, Request
 from misstep.errors import RunError
 from misstep.judges.base import Judge
 from misstep.policy import Policy
-from misstep.records import Message, Mistake, MistakeSource, Prompt, Response
+from misstep.records import Message, Mistake, MistakeSource, Prompt, Response, Score
+from misstep.shelf import Names
 from misstep.sources import Source
-from misstep.stages.base import Settings, Yield, derive_seed, score_all
+from misstep.stages.base import AT_ONCE, Settings, Tally, derive_seed, portions, score_all
 
 
 class InduceSettings(Settings):
@@ -41,76 +43,78 @@ class NoMistakeError(RunError):
     """The model made no mistake at all."""
 
 
-class Induced(NamedTuple):
-    """What the stage gives: mistakes and how they were come by."""
-
-    mistakes: list[Mistake]
-    counts: Yield
-
-
 def induce(
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     policy: Policy,
     engine: Engine,
     judge: Judge,
     settings: InduceSettings,
     seed: int,
-) -> Induced:
+    tally: Tally,
+) -> Iterator[Mistake]:
     """Let the model answer, several samples a prompt, and keep what the judge calls a mistake.
 
     Raises:
-        NoMistakeError: the model made none.
+        NoMistakeError: the model made none; at the end.
     """
-    drawn = [(prompt, sample) for prompt in prompts for sample in range(settings.samples)]
-    requests = [_request(policy, prompt, sample, settings, seed) for prompt, sample in drawn]
-    answers = engine.generate(requests)
-    responses = [
-        Response(
-            prompt=prompt,
-            text=answer.text,
-            model=engine.identity,
-            truncated=answer.truncated,
-            error=answer.error,
-        )
-        for (prompt, _), answer in zip(drawn, answers, strict=True)
-    ]
-    mistakes, reasons = _keep(responses, judge, settings.per_prompt)
-    if not mistakes:
+    seen = Names()
+    for some in portions(prompts, max(1, AT_ONCE // settings.samples)):
+        # An equal prompt is asked with the same dice: it has no answer of its own to keep.
+        new = [seen.add(prompt.id) for prompt in some]
+        tally.given += len(some)
+        drawn = [(prompt, sample) for prompt in some for sample in range(settings.samples)]
+        requests = [_request(policy, p, sample, settings, seed) for p, sample in drawn]
+        answers = engine.generate(requests)
+        responses = [
+            Response(
+                prompt=prompt,
+                text=answer.text,
+                model=engine.identity,
+                truncated=answer.truncated,
+                error=answer.error,
+            )
+            for (prompt, _), answer in zip(drawn, answers, strict=True)
+        ]
+        scores = iter(score_all(judge, responses))
+        by_prompt = portions(responses, settings.samples)
+        for first, of in zip(new, by_prompt, strict=True):
+            most = settings.per_prompt if first else 0
+            yield from _kept([(r, next(scores)) for r in of], most, tally)
+    if not tally.kept:
         raise NoMistakeError(
-            f"the model made no mistake in {len(responses)} answers to {len(prompts)} prompts "
-            f"({Yield.of(0, 0, 0, reasons).refused}). Give stronger prompts or hints, or more "
+            f"the model made no mistake in {tally.sampled} answers to {tally.given} prompts "
+            f"({tally.counts.refused}). Give stronger prompts or hints, or more "
             "samples (mistakes.samples)."
         )
-    return Induced(mistakes, Yield.of(len(prompts), len(responses), len(mistakes), reasons))
 
 
-def confirm(candidates: Sequence[Mistake], judge: Judge) -> Induced:
+def confirm(candidates: Iterable[Mistake], judge: Judge, tally: Tally) -> Iterator[Mistake]:
     """Let the judge look at users' reports: confirmed, dropped, or left as candidates.
 
     A report that the judge cannot score stays a candidate; candidates are not trained on.
     """
-    responses = [Response(prompt=m.prompt, text=m.response) for m in candidates]
-    kept: list[Mistake] = []
-    reasons: list[str] = []
-    for candidate, score in zip(candidates, judge.score(responses), strict=True):
-        if score.value is None:
-            kept.append(candidate)
-            reasons.append("left as a candidate: the judge gave no score")
-        elif score.counted:
-            kept.append(candidate.model_copy(update={"confirmed": True}))
-        else:
-            reasons.append("no mistake in the judge's eyes")
-    confirmed = sum(mistake.confirmed for mistake in kept)
-    return Induced(kept, Yield.of(len(candidates), 0, confirmed, reasons))
+    for some in portions(candidates):
+        responses = [Response(prompt=m.prompt, text=m.response) for m in some]
+        for candidate, score in zip(some, judge.score(responses), strict=True):
+            tally.given += 1
+            if score.value is None:
+                tally.refused["left as a candidate: the judge gave no score"] += 1
+                yield candidate
+            elif score.counted:
+                tally.kept += 1
+                yield candidate.model_copy(update={"confirmed": True})
+            else:
+                tally.refused["no mistake in the judge's eyes"] += 1
 
 
-def some_mistakes(mistakes: Sequence[Mistake], limit: int | None, seed: int) -> list[Mistake]:
+def some_mistakes(mistakes: Sequence[Mistake], limit: int, seed: int) -> Iterator[Mistake]:
     """At most `limit` mistakes, in their order; confirmed ones before candidates."""
-    if limit is None or len(mistakes) <= limit:
-        return list(mistakes)
-    drawn = sorted(mistakes, key=lambda m: (not m.confirmed, derive_seed(seed, m.id)))
-    kept = {mistake.id for mistake in drawn[:limit]}
-    return [mistake for mistake in mistakes if mistake.id in kept]
+    drawn = (
+        (not mistake.confirmed, derive_seed(seed, mistake.id), place)
+        for place, mistake in enumerate(mistakes)
+    )
+    kept = nsmallest(limit, drawn)
+    return (mistakes[place] for place in sorted(place for _, _, place in kept))
 
 
 def _request(
@@ -133,21 +137,20 @@ def _messages(policy: Policy, prompt: Prompt, draw: int) -> tuple[Message, ...]:
     return policy.induction_request(prompt, hints[draw % len(hints)])
 
 
-def _keep(
-    responses: list[Response], judge: Judge, per_prompt: int
-) -> tuple[list[Mistake], list[str]]:
-    kept: dict[str, dict[str, Mistake]] = {}
-    reasons: list[str] = []
-    for response, score in zip(responses, score_all(judge, responses), strict=True):
-        found = kept.setdefault(response.prompt.id, {})
+def _kept(
+    scored: Sequence[tuple[Response, Score]], most: int, tally: Tally
+) -> Iterator[Mistake]:
+    """The mistakes among the answers to one prompt, different ones and `most` at most."""
+    found: set[str] = set()
+    for response, score in scored:
+        tally.sampled += 1
         if score.value is None:
-            reasons.append(f"unscored: {score.reason}")
+            tally.refused[f"unscored: {score.reason}"] += 1
         elif not score.counted:
-            reasons.append("no mistake")
-        elif response.text in found or len(found) == per_prompt:
-            reasons.append("one more mistake on the same prompt")
+            tally.refused["no mistake"] += 1
+        elif response.text in found or len(found) == most:
+            tally.refused["one more mistake on the same prompt"] += 1
         else:
-            found[response.text] = Mistake(
-                prompt=response.prompt, response=response.text, source="induced"
-            )
-    return [m for found in kept.values() for m in found.values()], reasons
+            found.add(response.text)
+            tally.kept += 1
+            yield Mistake(prompt=response.prompt, response=response.text, source="induced")

@@ -4,7 +4,7 @@ The guide stands around the prompt's last user turn (paper, section 4.4: guided 
 record keeps the prompt as it was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated
 
 from pydantic import Field
@@ -12,7 +12,7 @@ from pydantic import Field
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy
 from misstep.records import Prompt, Response
-from misstep.stages.base import Ask, Settings, derive_seed
+from misstep.stages.base import Ask, Settings, ask, derive_seed
 
 Read = Callable[[str], str]
 """Takes from a model's text what a user gets to see."""
@@ -28,27 +28,27 @@ class RespondSettings(Settings):
 
 
 def respond(
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     policy: Policy,
     engine: Engine,
     settings: RespondSettings,
     guided: bool,
     seed: int,
-    ask: Ask = lambda messages: messages,
+    put: Ask = lambda messages: messages,
     read: Read = lambda text: text,
-) -> list[Response]:
+) -> Iterator[Response]:
     """Answer every prompt once, in order."""
-    requests = [
-        Request(
-            messages=ask(policy.guided_prompt(prompt) if guided else prompt.messages),
+
+    def request(prompt: Prompt) -> Request:
+        return Request(
+            messages=put(policy.guided_prompt(prompt) if guided else prompt.messages),
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             seed=derive_seed(seed, prompt.id),
         )
-        for prompt in prompts
-    ]
-    return [
-        Response(
+
+    for prompt, answer in ask(engine, prompts, request):
+        yield Response(
             prompt=prompt,
             text="" if answer.error else read(answer.text),
             model=engine.identity,
@@ -56,5 +56,3 @@ def respond(
             truncated=answer.truncated,
             error=answer.error,
         )
-        for prompt, answer in zip(prompts, engine.generate(requests), strict=True)
-    ]

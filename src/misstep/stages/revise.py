@@ -4,15 +4,15 @@ Two model calls a mistake (Constitutional AI, arXiv 2212.08073, section 3.1). No
 a revision; only empty ones and those that break off are dropped. Knows no method.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
 
 from pydantic import Field
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, Revision
-from misstep.stages.base import Settings, Yield, derive_seed, no_answer
+from misstep.stages.base import Settings, Tally, derive_seed, no_answer, portions
 
 
 class ReviseSettings(Settings):
@@ -24,40 +24,34 @@ class ReviseSettings(Settings):
     """Of the revision."""
 
 
-class Revised(NamedTuple):
-    """What the stage gives: revisions, and how many there could have been."""
-
-    revisions: list[Revision]
-    counts: Yield
-
-
 def revise(
-    mistakes: Sequence[Mistake],
+    mistakes: Iterable[Mistake],
     policy: Policy,
     engine: Engine,
     settings: ReviseSettings,
     seed: int,
-) -> Revised:
+    tally: Tally,
+) -> Iterator[Revision]:
     """Criticise and revise every confirmed mistake."""
-    known = [mistake for mistake in mistakes if mistake.confirmed]
-    asked = [policy.critique_request(mistake) for mistake in known]
-    critiques = _ask(engine, asked, settings.temperature, settings.critique_tokens, seed)
-    asked = [
-        policy.revision_request(mistake, critique.text)
-        for mistake, critique in zip(known, critiques, strict=True)
-    ]
-    revisions = _ask(engine, asked, settings.temperature, settings.max_tokens, seed)
-    kept: list[Revision] = []
-    reasons: list[str] = []
-    for mistake, critique, answer in zip(known, critiques, revisions, strict=True):
-        text = answer.text.strip()
-        if error := critique.error or answer.error:
-            reasons.append(no_answer(error))
-        elif answer.truncated or not text:
-            reasons.append("broken off at the token limit" if text else "empty")
-        else:
-            kept.append(Revision(mistake=mistake, critique=critique.text, text=text))
-    return Revised(kept, Yield.of(len(known), len(revisions), len(kept), reasons))
+    for known in portions(mistake for mistake in mistakes if mistake.confirmed):
+        asked = [policy.critique_request(mistake) for mistake in known]
+        critiques = _ask(engine, asked, settings.temperature, settings.critique_tokens, seed)
+        asked = [
+            policy.revision_request(mistake, critique.text)
+            for mistake, critique in zip(known, critiques, strict=True)
+        ]
+        revisions = _ask(engine, asked, settings.temperature, settings.max_tokens, seed)
+        tally.given += len(known)
+        tally.sampled += len(revisions)
+        for mistake, critique, answer in zip(known, critiques, revisions, strict=True):
+            text = answer.text.strip()
+            if error := critique.error or answer.error:
+                tally.refused[no_answer(error)] += 1
+            elif answer.truncated or not text:
+                tally.refused["broken off at the token limit" if text else "empty"] += 1
+            else:
+                tally.kept += 1
+                yield Revision(mistake=mistake, critique=critique.text, text=text)
 
 
 def _ask(
