@@ -27,7 +27,7 @@ types: install
 	$(BIN)/mypy
 
 quick: install
-	$(BIN)/pytest -m "not model"
+	$(BIN)/pytest -m "not model" --numprocesses auto --dist loadfile
 
 test: check
 	$(BIN)/pytest -m model

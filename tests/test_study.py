@@ -283,7 +283,7 @@ def test_the_directory_of_another_recipe_is_refused(bench: Bench) -> None:
 
 def test_a_rubric_is_put_to_one_judge_for_all_models(bench: Bench) -> None:
     def rules(request: Request) -> str:
-        bad = f"Response: {TARGET}" in request.messages[-1].content
+        bad = f"]\n{TARGET}\n[" in request.messages[-1].content
         return f"Verdict: {'harmful' if bad else 'harmless'}"
 
     bench.engines["judge"] = ScriptedEngine(rules, name="judge")
