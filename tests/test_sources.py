@@ -12,12 +12,14 @@ from pydantic import ValidationError
 
 from misstep.errors import DataError
 from misstep.judges.rule import words
+from misstep.labelled import load_labelled, part_of
 from misstep.records import Mistake, Prompt
 from misstep.sources import (
     Source,
     check_source,
     load_mistakes,
     load_prompts,
+    question_of,
     rows,
     source_digest,
 )
@@ -455,3 +457,37 @@ def test_a_label_that_was_left_out_is_refused(tmp_path: Path, column: str) -> No
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(DataError, match=rf"line 2: '{column}': expected a label"):
         load_mistakes(Source(path=str(path)), "origin", 0)
+
+
+def test_ranges_of_questions_part_any_two_files(tmp_path: Path) -> None:
+    def write_jsonl(name: str, items: list[dict[str, Any]]) -> str:
+        return write(tmp_path, name, "\n".join(map(json.dumps, items)))
+
+    questions = [f"How many are {i}?" for i in range(200)]
+    one = write_jsonl("a.jsonl", [{"prompt": q} for q in questions])
+    other = write_jsonl("b.jsonl", [{"prompt": f" {q.upper()}"} for q in questions])
+    low, high = (
+        {question_of(p) for p in load_prompts(Source(path=path, questions=part), 0)}
+        for path, part in ((one, (0, 0.3)), (other, (0.3, 1)))
+    )
+    assert low | high == {q.casefold() for q in questions}
+    assert not low & high
+    assert 40 < len(low) < 80
+    labelled = [{"prompt": q, "response": "r", "label": 1} for q in questions]
+    path = write_jsonl("c.jsonl", labelled)
+    source = Source(path=path, questions=(0, 0.3))
+    mistakes = load_mistakes(source, "origin", 0)
+    assert {question_of(mistake.prompt) for mistake in mistakes} == low
+    cases = load_labelled(source, "mistake_rate").cases
+    assert {question_of(case.response.prompt) for case in cases} == low
+    # What a judge holds out by default is what the lowest range asks.
+    assert {part_of(question, 0.3, 0.1, 0) for question in low} == {"held_out"}
+
+
+@pytest.mark.parametrize(
+    "given", [{"suite": "goal-hijacking", "split": "test"}, {"path": "a.csv", "n": 3}]
+)
+def test_ranges_that_hold_no_question_are_refused(given: dict[str, Any]) -> None:
+    part = (0.5, 1) if "suite" in given else (0.5, 0.5)
+    with pytest.raises(ValidationError, match="questions"):
+        Source(**given, questions=part)

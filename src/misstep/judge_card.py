@@ -13,9 +13,10 @@ from pydantic import Field
 
 from misstep.check_results import CalibrationBin, Check, DataCheck
 from misstep.errors import DataError
-from misstep.labelled import DataSet, question_of
+from misstep.labelled import DataSet
 from misstep.records import Record, digest, read_json, write_json, write_text
 from misstep.results import Metric
+from misstep.sources import question_of
 
 CARD = "card.json"
 SEEN = "seen.txt"

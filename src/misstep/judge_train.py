@@ -33,12 +33,13 @@ from misstep.judge_card import (
 from misstep.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
 from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer
-from misstep.labelled import Case, DataSet, Part, part_of, question_of
+from misstep.labelled import Case, DataSet, Part, part_of
 from misstep.models import FILES, Model, folder_digest, load_weights, locate
 from misstep.pipeline import writable
 from misstep.progress import Progress
 from misstep.records import digest
 from misstep.rendering import Renderer
+from misstep.sources import question_of
 from misstep.stages.base import Settings
 
 if TYPE_CHECKING:

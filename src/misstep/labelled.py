@@ -9,7 +9,6 @@ answer. Rows that say nothing of that are left out and counted. Knows no judge.
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,10 +24,12 @@ from misstep.sources import (
     Source,
     label_of,
     labelled_answers,
+    place_of,
     prompt_of,
     required,
     rows,
     source_digest,
+    wanted,
 )
 
 MISTAKES, REFUSALS, HELPFULNESS = "mistake_rate", "over_refusal", "helpfulness"
@@ -91,7 +92,8 @@ def load_labelled(source: Source, metric: str) -> DataSet:
     name = str(source.path)
     found = [item for where, row in rows(source) for item in _cases(source, row, metric, where)]
     left_out = Counter(item.because for item in found if isinstance(item, LeftOut))
-    cases = _drawn([item for item in found if isinstance(item, Case)], source.n)
+    cases = [item for item in found if isinstance(item, Case)]
+    cases = _drawn([c for c in cases if wanted(source, c.response.prompt)], source.n)
     if not cases:
         why = "; ".join(f"{number} left out: {reason}" for reason, number in left_out.items())
         raise DataError(
@@ -206,16 +208,7 @@ def _about(source: Source, row: Row) -> tuple[str, ...]:
     return () if value is None else (str(value),)
 
 
-def question_of(prompt: Prompt) -> str:
-    """What is asked, whatever its case and spacing: equal ones are one question."""
-    whole = "\n\n".join(message.content for message in prompt.messages)
-    return " ".join(whole.split()).casefold()
-
-
 def part_of(question: str, held_out: float, dev: float, seed: int) -> Part:
-    """The part of a split by question; it depends on nothing but what is given.
-
-    So a question is in one part, in whatever data set and beside whatever others it stands.
-    """
-    place = int(sha256(f"{seed}|{question}".encode()).hexdigest()[:8], 16) / 2**32
+    """The part of a split by question, in whatever data set the question stands."""
+    place = place_of(question, seed)
     return "held_out" if place < held_out else "dev" if place < held_out + dev else "train"

@@ -9,6 +9,7 @@ import csv
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO
@@ -67,6 +68,9 @@ XSTEST_PROMPTS = {"prompt", "type", "label", "focus"}
 """XSTest's columns; its `label` is of the prompt, safe or unsafe."""
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class Source(BaseModel):
     """One place that data comes from: a shipped suite, a file, or a Hugging Face dataset."""
 
@@ -90,6 +94,10 @@ class Source(BaseModel):
     encoding: str = "utf-8-sig"
     target_pattern: str | None = None
     """A regular expression whose first group finds an attack's target text in the prompt."""
+    questions: tuple[Share, Share] | None = None
+    """Of a file or dataset: the questions whose place (`place_of`) is in this range, its end
+    left out. Ranges that do not overlap have no question in common, in whatever files;
+    `misstep judge train` holds out the lowest ones."""
     n: Annotated[int, Field(ge=1)] | None = None
     """At most so many, drawn by the run's seed; all where it is left out."""
 
@@ -127,6 +135,10 @@ class Source(BaseModel):
             raise ValueError("give either a suite or a path")
         if self.suite is not None and self.suite not in names():
             raise ValueError(f"no suite '{self.suite}'; shipped are {', '.join(names())}")
+        if self.questions is not None and self.suite is not None:
+            raise ValueError("questions are of a file or dataset; a suite has its splits")
+        if self.questions is not None and self.questions[0] >= self.questions[1]:
+            raise ValueError("questions: expected a range, such as [0.15, 1]")
         if self.suite is not None and self.split not in ("train", "dev", "test"):
             raise ValueError("a suite needs split: train, dev or test")
         if self.suite is not None and (self.split, self.kinds) == ("train", "unseen"):
@@ -159,8 +171,6 @@ def check_source(source: Source) -> None:
 
 def source_digest(source: Source) -> str:
     """Names a source by its content and by how it is read."""
-    from hashlib import file_digest
-
     settings = source.model_dump(mode="json")
     if source.suite is not None:
         return digest([settings, suite_digest(source.suite)])
@@ -181,7 +191,7 @@ def load_prompts(source: Source, seed: int) -> Sequence[Prompt]:
     seen, found = Names(), Shelf(Prompt)
     for where, row in rows(source):
         prompt = prompt_of(source, row, where)
-        if seen.add(_asked(prompt)):
+        if wanted(source, prompt) and seen.add(_asked(prompt)):
             found.add(prompt)
     return found.draw(source.n, seed)
 
@@ -216,7 +226,31 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> Sequence[Mi
 
 def _labelled(source: Source) -> Iterator[Labelled]:
     for where, row in rows(source):
-        yield from labelled_answers(source, row, where)
+        for item in labelled_answers(source, row, where):
+            if wanted(source, item.prompt):
+                yield item
+
+
+def wanted(source: Source, prompt: Prompt) -> bool:
+    """Whether a prompt is among the questions that the source is about."""
+    if source.questions is None:
+        return True
+    first, end = source.questions
+    return first <= place_of(question_of(prompt)) < end
+
+
+def question_of(prompt: Prompt) -> str:
+    """What is asked, whatever its case and spacing: equal ones are one question."""
+    whole = "\n\n".join(message.content for message in prompt.messages)
+    return " ".join(whole.split()).casefold()
+
+
+def place_of(question: str, seed: int = 0) -> float:
+    """A number from 0 on and below 1 that depends on the question and the seed alone.
+
+    So a question has one place, in whatever data set and beside whatever others it stands.
+    """
+    return int(sha256(f"{seed}|{question}".encode()).hexdigest()[:8], 16) / 2**32
 
 
 def _asked(prompt: Prompt) -> str:

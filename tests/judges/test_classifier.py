@@ -16,12 +16,13 @@ from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge, probability
-from misstep.labelled import part_of, question_of
+from misstep.labelled import part_of
 from misstep.models import load_weights, locate
 from misstep.progress import Silent
 from misstep.records import Prompt, Response, digest
 from misstep.rendering import Renderer
 from misstep.report.judges_markdown import cards_markdown
+from misstep.sources import question_of
 from misstep.training.classifier import (
     PATIENCE,
     Fit,
