@@ -162,3 +162,23 @@ def test_changed_keys_are_dotted_and_complete() -> None:
     new = {"a": {"b": 1, "c": 3}, "d": [2], "new": {"x": 1}}
     assert changed_keys(old, new) == ["a.c", "d", "gone", "new"]
     assert changed_keys(old, old) == []
+
+
+def test_sources_without_a_place_read_what_the_recipe_names(tmp_path: Path) -> None:
+    text = (
+        "policy: harmlessness\ndata: answers.csv\nmistakes: {source: origin, data: {n: 3}}\n"
+        "ordinary: {path: other.csv}\n"
+        "evaluate: {tests: {red: {n: 2}, own: {suite: goal-hijacking, split: test}}}\n"
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    found = load_recipe(path, ["data=better.csv"]).sources()
+    assert {key: source.path for key, source in found.items()} == {
+        "mistakes.data": "better.csv",
+        "ordinary": "other.csv",
+        "evaluate.tests.red": "better.csv",
+        "evaluate.tests.own": None,
+    }
+    path.write_text(text.replace("data: answers.csv\n", ""), encoding="utf-8")
+    with pytest.raises(RecipeError, match="either a suite or a path"):
+        load_recipe(path)

@@ -261,11 +261,12 @@ def test_a_trained_judge_judges_in_place_of_the_policy(
     folder = trained_judge(tmp_path, tiny_model, "mistake_rate")
     path = tmp_path / "judge.yaml"
     path.write_text(f"classifier: {folder}\n")
-    run(recipe, finished, [f"judge={path}"], Silent())
-    scores = [json.loads(line)["score"] for line in (finished / "scores.jsonl").open()]
-    names = {(s["metric"], s["judge"]) for s in scores}
     judge = read_card(folder).judge
-    assert {name for metric, name in names if metric == "mistake_rate"} == {judge}
+    for given in (path, folder):
+        run(recipe, finished, [f"judge={given}"], Silent())
+        scores = [json.loads(line)["score"] for line in (finished / "scores.jsonl").open()]
+        names = {(s["metric"], s["judge"]) for s in scores}
+        assert {name for metric, name in names if metric == "mistake_rate"} == {judge}
 
 
 def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Overrides from the command line (`--set train.epochs=2`) are checked like the fi
 no model; nothing here loads or runs anything.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from misstep.documents import KeyPath, check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
+from misstep.judge_card import is_trained_judge
 from misstep.methods.base import MixSettings
 from misstep.methods.registry import METHODS
 from misstep.sources import Source
@@ -91,13 +93,15 @@ class RunConfig(Settings):
     """Of models whose weights are here."""
     judge: str = "self"
     """The model that a policy's rubric is put to, named as `model` is; `self` is the model as
-    it is. A policy with a rule needs none. Or a judge of mistakes, a YAML file, that takes the
-    place of the policy's own."""
+    it is. A policy with a rule needs none. Or a judge of mistakes, a YAML file or the folder of
+    a trained one, that takes the place of the policy's own."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the data's draws, of sampling and of training."""
     train_seed: Annotated[int, Field(ge=0)] | None = None
     """Of the rows' draws and of training alone, so that several trainings share their mistakes
     and analyses; `seed` where left out."""
+    data: str | None = None
+    """Where every source reads that names neither a suite nor a path."""
     mistakes: InduceSettings
     analysis: AnalyseSettings = AnalyseSettings()
     revision: ReviseSettings = ReviseSettings()
@@ -113,6 +117,24 @@ class RunConfig(Settings):
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = MAIN_JOB
     respond: RespondSettings = RespondSettings()
     evaluate: EvaluateSettings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_place(cls, given: Any) -> Any:
+        """Give the sources without a place of their own the recipe's."""
+        if isinstance(given, dict) and isinstance(place := given.get("data"), str):
+            given = copy.deepcopy(given)
+            evaluate, mistakes = given.get("evaluate"), given.get("mistakes")
+            tests = evaluate.get("tests") if isinstance(evaluate, dict) else None
+            found = [
+                given.get("ordinary"),
+                mistakes.get("data") if isinstance(mistakes, dict) else None,
+                *(tests.values() if isinstance(tests, dict) else ()),
+            ]
+            for source in found:
+                if isinstance(source, dict) and not {"suite", "path"} & set(source):
+                    source["path"] = place
+        return given
 
     @field_validator("methods")
     @classmethod
@@ -135,7 +157,8 @@ class RunConfig(Settings):
     @property
     def judge_file(self) -> str | None:
         """The file of a judge in the place of the policy's own."""
-        return self.judge if self.judge.endswith((".yaml", ".yml")) else None
+        is_file = self.judge.endswith((".yaml", ".yml")) or is_trained_judge(self.judge)
+        return self.judge if is_file else None
 
     @property
     def training_seed(self) -> int:
