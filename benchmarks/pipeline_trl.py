@@ -158,7 +158,7 @@ def induce(model: Model, lm: Any, inputs: Inputs) -> list[Mistake]:
             text = response.text
             of.append(Mistake(prompt=response.prompt, response=text, source="induced"))
     found = [mistake for of in kept.values() for mistake in of]
-    return some_mistakes(found, settings.limit, inputs.config.seed)
+    return list(some_mistakes(found, settings.limit or len(found), inputs.config.seed))
 
 
 def analyse(

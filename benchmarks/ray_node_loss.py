@@ -24,29 +24,35 @@ from misstep.engines.scripted import ScriptedEngine, echo
 from misstep.policy import load_policy
 from misstep.records import Analysis, Mistake, Prompt
 from misstep.stages.analyse import AnalyseSettings, analyse
+from misstep.stages.base import Tally
 
 NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 
 class Watched(Engine):
-    """Another engine, in batches; something happens when half of the answers are there."""
+    """Another engine, in batches; something happens when so many answers are there.
 
-    def __init__(self, inner: Engine, batch: int, half_way: Callable[[], None]) -> None:
+    A stage asks for its records in portions, so the count goes on from call to call.
+    """
+
+    def __init__(
+        self, inner: Engine, batch: int, when: float, then: Callable[[], None]
+    ) -> None:
         self.identity = inner.identity
         self.inner = inner
         self.batch = batch
-        self.half_way = half_way
+        self.when = when
+        self.then = then
         self.received = 0
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         answers: dict[int, Completion] = {}
-        half = len(requests) / 2
         for part in self.inner.stream(requests, self.batch):
             before = self.received
             self.received += len(part)
             answers.update(part)
-            if before < half <= self.received:
-                self.half_way()
+            if before < self.when <= self.received:
+                self.then()
         return [answers[place] for place in range(len(requests))]
 
 
@@ -71,7 +77,8 @@ def analysed(engine: Engine, records: int) -> list[Analysis]:
         for i in range(records)
     ]
     settings = AnalyseSettings(n=1, gate=False, examples=False)
-    return analyse(mistakes, load_policy("goal-hijacking"), engine, settings, 0).analyses
+    policy = load_policy("goal-hijacking")
+    return list(analyse(mistakes, policy, engine, settings, 0, Tally()))
 
 
 def lose_a_node(records: int, batch: int, seconds: float) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def lose_a_node(records: int, batch: int, seconds: float) -> dict[str, Any]:
             killed.append(time.monotonic() - started)
             cluster.remove_node(lost, allow_graceful=False)
 
-        watched = Watched(fleet, batch, kill)
+        watched = Watched(fleet, batch, records / 2, kill)
         started = time.monotonic()
         found = analysed(watched, records)
         taken = time.monotonic() - started
