@@ -47,6 +47,7 @@ LAYERS = [
     "misstep.judge_card",
     "misstep.ratings",
     "misstep.gguf_header",
+    "misstep.unpacked",
     "misstep.endpoint",
     "misstep.models",
     "misstep.rendering",

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from misstep.endpoint import FORM, PREFIX, Endpoint, check_endpoint, parse_endpoint
 from misstep.errors import ModelError
 from misstep.gguf_header import is_gguf
+from misstep.unpacked import unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -128,9 +129,9 @@ def load_weights(model: Model, adapter: Path | None = None) -> "PreTrainedModel"
     """
     if adapter is not None and not is_full_fine_tune(adapter):
         return _with_adapter(load_weights(model), adapter)
-    source = adapter if adapter is not None else model.files
-    loaded = _from_pretrained(source, is_file=adapter is None and model.is_gguf)
-    return loaded.eval()
+    if adapter is None and model.is_gguf:
+        return _from_gguf(model).eval()
+    return _from_pretrained(adapter if adapter is not None else model.files).eval()
 
 
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
@@ -309,25 +310,36 @@ def _snapshot(name: str) -> Path:
         raise _unreachable(name, error) from error
 
 
-def _from_pretrained(source: Path, is_file: bool) -> "PreTrainedModel":
-    from transformers import AutoModelForCausalLM, GgufConfig
+def _from_gguf(model: Model) -> "PreTrainedModel":
+    from transformers import GgufConfig
 
-    where: dict[str, Any] = {}
-    if is_file:
+    def read() -> "PreTrainedModel":
         # Without `dequantize` the matrices would stay packed, and training needs them plain.
-        where = {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
+        packed = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+        return _from_pretrained(file.parent, packed)
+
+    file = model.files
+    with no_progress_bars():
+        found = unpacked(model.digest, weights_dtype(), read)
+    return _from_pretrained(found) if isinstance(found, Path) else found
+
+
+def _from_pretrained(folder: Path, packed: dict[str, Any] | None = None) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
     try:
         # The bar over a GGUF's tensors has no switch; log messages keep their own handle.
         with no_progress_bars(), redirect_stderr(io.StringIO()):
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                source.parent if is_file else source,
+                folder,
                 dtype=weights_dtype(),
-                use_safetensors=None if is_file else True,
+                use_safetensors=None if packed else True,
                 trust_remote_code=False,
-                **where,
+                **(packed or {}),
             )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"model {source}: transformers cannot load it: {error}") from error
+        file = folder / packed["gguf_file"] if packed else folder
+        raise ModelError(f"model {file}: transformers cannot load it: {error}") from error
     return model
 
 

@@ -1,0 +1,69 @@
+"""GGUF weights as safetensors, unpacked once for this user.
+
+transformers reads a GGUF in Python, which takes seconds for the smallest models and minutes
+for others; a copy in safetensors loads at once. Copies lie in the user's cache folder, named
+by the file's content and by what unpacked it, and may be deleted at any time. This module
+knows folders and transformers' models; what a model is, and how it is read, its caller knows.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+SHARE_OF_DISK = 0.1
+"""Of the free space, what one copy may take."""
+
+
+def unpacked(
+    digest: str, dtype: "torch.dtype", read: Callable[[], "PreTrainedModel"]
+) -> "Path | PreTrainedModel":
+    """The folder of a model's copy, made where it is not there; the model where none fits.
+
+    `read` reads the packed file. A copy that cannot be written, or that would take more than
+    `SHARE_OF_DISK`, is not made.
+    """
+    name = f"{digest}-{str(dtype).removeprefix('torch.')}-{version('transformers')}"
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    model = read()
+    try:
+        return _written(model, folder)
+    except OSError:
+        return model
+
+
+def cache_folder() -> Path:
+    """Where copies lie: below XDG_CACHE_HOME, else below ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "misstep" / "unpacked"
+
+
+def _written(model: "PreTrainedModel", folder: Path) -> Path:
+    """Write a copy, whole or not at all: several processes may do so at once.
+
+    Raises:
+        OSError: it does not fit, or the folder cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(weights.nbytes for weights in model.state_dict().values())
+    if needed > SHARE_OF_DISK * shutil.disk_usage(folder.parent).free:
+        raise OSError(f"{folder}: a copy of {needed:,} bytes does not fit")
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    try:
+        model.save_pretrained(temporary)
+        temporary.replace(folder)
+    except OSError:
+        if not folder.is_dir():  # Else another process has written the same.
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
