@@ -9,6 +9,7 @@ from scipy import stats as scipy_stats
 from misstep import stats
 from misstep.stats import (
     Interval,
+    _crossed_variance,
     clustered_rate,
     corrected_rate,
     crossed_difference,
@@ -208,45 +209,69 @@ def test_holm_refuses_what_is_no_p() -> None:
 
 def test_a_table_of_equal_lines_has_the_spread_of_its_prompts() -> None:
     line = [1.0] * 30 + [0.0] * 70
-    once, thrice = (crossed_mean([line] * n, 0) for n in (1, 3))
+    once, thrice = (crossed_mean([line] * n) for n in (1, 3))
     assert once.value == thrice.value == 0.3
-    assert thrice.low == pytest.approx(wilson(30, 100).low, abs=0.02)
-    assert thrice.high == pytest.approx(wilson(30, 100).high, abs=0.02)
-    assert thrice.high - thrice.low == pytest.approx(once.high - once.low, abs=0.02)
+    assert thrice.low == pytest.approx(wilson(30, 100).low, abs=0.005)
+    assert thrice.high == pytest.approx(wilson(30, 100).high, abs=0.005)
+    assert thrice == pytest.approx(once, abs=0.005)
 
 
-def test_the_spread_of_few_seeds_is_not_underrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "RESAMPLES", 1000)
-    rng = np.random.default_rng(5)
-    held = 0
-    for trial in range(300):
-        rates = np.clip(0.5 + 0.1 * rng.standard_normal(3), 0, 1)
-        table = [(rng.random(200) < rate).astype(float).tolist() for rate in rates]
-        found = crossed_mean(table, trial)
-        held += found.low <= 0.5 <= found.high
-    # Of these 0.85; lines drawn as often as there are lines hold 0.78. Three seeds stay few.
-    assert held / 300 > 0.81
+@pytest.mark.parametrize("between", [0.0, 0.02, 0.1])
+@pytest.mark.parametrize("lines", [3, 5])
+def test_intervals_over_seeds_and_prompts_hold_95_percent(lines: int, between: float) -> None:
+    rng, rounds = np.random.default_rng(5), 600
+    rates, differences, rejected = 0, 0, 0
+    for _ in range(rounds):
+        likely = rng.beta(1.0, 1.5, size=150)
+        one, other = (
+            [
+                (rng.random(150) < np.clip(likely + between * move, 0, 1))
+                .astype(float)
+                .tolist()
+                for move in rng.standard_normal(lines)
+            ]
+            for _ in range(2)
+        )
+        found, difference = crossed_mean(one), crossed_difference(one, other)
+        rates += found.low <= 0.4 <= found.high
+        differences += difference.low <= 0 <= difference.high
+        rejected += difference.p < 0.05
+    assert 0.925 < rates / rounds < 0.985
+    assert 0.925 < differences / rounds < 0.985
+    assert rejected == rounds - differences
+
+
+def test_the_variance_of_a_table_is_that_of_both_effects() -> None:
+    # Lines differ by 2, columns by 4, and nothing else does: the variance of the mean is
+    # 2/2 (of two lines) + 8/2 (of two columns), by hand.
+    variance, freedom = _crossed_variance(np.array([[0.0, 4.0], [2.0, 6.0]]))
+    assert variance == pytest.approx(2 / 2 + 8 / 2)
+    assert freedom == pytest.approx(20**2 / (16**2 + 4**2))
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
-    same = crossed_mean([[1.0] * 50 + [0.0] * 50] * 3, 0)
-    apart = crossed_mean(
-        [[1.0] * n + [0.0] * (100 - n) for n in (10, 50, 90)],
-        0,
-    )
+    same = crossed_mean([[1.0] * 50 + [0.0] * 50] * 3)
+    apart = crossed_mean([[1.0] * n + [0.0] * (100 - n) for n in (10, 50, 90)])
     assert apart.value == same.value
     assert apart.high - apart.low > 2 * (same.high - same.low)
 
 
+def test_a_mean_of_grades_may_lie_outside_0_to_1() -> None:
+    found = crossed_mean([[3.0, 5.0, 7.0, 9.0] * 10] * 3)
+    assert found.value == 6.0
+    half = 2.02 * math.sqrt(np.var([3, 5, 7, 9] * 10, ddof=1) / 40)
+    assert (found.low, found.high) == pytest.approx((6 - half, 6 + half), abs=0.01)
+
+
 def test_a_difference_of_tables_is_paired() -> None:
     a = [[1.0, 0.0, 1.0, 0.0] * 20] * 2
-    assert crossed_difference(a, a, 0)[:4] == (0.0, 0.0, 0.0, 1.0)
-    found = crossed_difference(a, [[0.0] * 80] * 2, 0)
+    assert crossed_difference(a, a)[:4] == (0.0, 0.0, 0.0, 1.0)
+    found = crossed_difference(a, [[0.0] * 80] * 2)
     assert found.difference == 0.5
     assert 0.38 < found.low < 0.5 < found.high < 0.62
     assert found.p < 0.001
     with pytest.raises(ValueError, match="one shape"):
-        crossed_difference(a, [[0.0] * 79] * 2, 0)
+        crossed_difference(a, [[0.0] * 79] * 2)
 
 
 def test_the_mean_of_two_proportions_by_hand() -> None:

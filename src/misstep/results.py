@@ -246,7 +246,7 @@ def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: in
         return Pooled(**of, value=None, low=None, high=None, n=0, unscored=unscored, by_seed={})
     (lines,) = table
     if len(lines) > 1:
-        interval = crossed_mean(lines, seed)
+        interval = crossed_mean(lines)
     elif _binary(lines[0]):
         interval = wilson(int(sum(lines[0])), len(lines[0]))
     else:
@@ -271,7 +271,7 @@ def compare_pooled(
         return None
     left, right = tables
     if len(seeds) > 1:
-        found = crossed_difference(left, right, seed)
+        found = crossed_difference(left, right)
     elif _binary(left[0] + right[0]):
         found = paired_binary([bool(v) for v in left[0]], [bool(v) for v in right[0]])
     else:
