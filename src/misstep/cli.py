@@ -212,7 +212,7 @@ def judge_train(
             "--set",
             metavar="KEY=VALUE",
             help="held_out, dev, seed, epochs, learning_rate, batch_size, max_tokens, layers "
-            "or trained_layers.",
+            "or rank.",
         ),
     ] = [],  # noqa: B006
 ) -> None:

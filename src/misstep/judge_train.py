@@ -43,10 +43,10 @@ from misstep.sources import question_of
 from misstep.stages.base import Settings
 
 if TYPE_CHECKING:
-    from misstep.training.classifier import Labelled
+    from misstep.training.label_loss import Labelled
 
 PARTS: tuple[Part, ...] = ("train", "dev", "held_out")
-LIBRARIES = ("torch", "transformers")
+LIBRARIES = ("torch", "transformers", "peft")
 TOGETHER = "all held-out questions"
 """How the data sets together are called on a card."""
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -61,14 +61,14 @@ class JudgeTraining(Settings):
     """The share that decides when to stop, and the temperature."""
     seed: Annotated[int, Field(ge=0)] = 0
     epochs: Annotated[float, Field(gt=0)] = 3
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     batch_size: Annotated[int, Field(ge=1)] = 16
     max_tokens: Annotated[int, Field(ge=16)] = 256
     """Of prompt and answer together."""
     layers: Annotated[float, Field(gt=0, le=1)] = 2 / 3
     """The share of the model's layers that is kept, from below."""
-    trained_layers: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """The share of these that is trained, from above."""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Of the adapter that is trained."""
 
 
 class TrainInputs(NamedTuple):
@@ -174,7 +174,8 @@ class Rows(NamedTuple):
 
 
 def _rows(inputs: TrainInputs, cases: Parted, part: Part) -> Rows:
-    from misstep.training.classifier import Labelled, read_texts
+    from misstep.training.classifier import read_texts
+    from misstep.training.label_loss import Labelled
 
     renderer, rows, cut = Renderer.for_model(inputs.model), [], 0
     for case in (case for of in cases.values() for case in of[part]):
@@ -212,27 +213,26 @@ def _trained(
     folder: Path,
     progress: Progress,
 ) -> Training:
+    from misstep.stages.train import micro_tokens
     from misstep.training import classifier
 
     settings, started, (train, dev) = inputs.settings, time.monotonic(), rows
     renderer = Renderer.for_model(inputs.model)
-    model = classifier.lower_layers(
-        load_weights(inputs.model),
-        renderer.pad,
-        settings.layers,
-        settings.trained_layers,
-        settings.seed,
-    )
+    lm = load_weights(inputs.model)
+    classifier.keep_lower_layers(lm, settings.layers)
     began = time.monotonic()
-    losses = classifier.fit(
-        model,
+    model, losses = classifier.fit(
+        lm,
+        renderer.pad,
         train.rows,
         dev.rows,
         classifier.Fit(
             epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             batch_size=settings.batch_size,
+            rank=settings.rank,
             seed=settings.seed,
+            micro_tokens=micro_tokens(),
             checkpoints=folder / "checkpoints",
             notify=lambda done, total: progress.update("training steps", done, total),
         ),

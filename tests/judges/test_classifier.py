@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 
 from misstep.check_results import read_check
 from misstep.errors import InputError
@@ -26,14 +27,16 @@ from misstep.sources import question_of
 from misstep.training.classifier import (
     PATIENCE,
     Fit,
-    Labelled,
-    balance,
     calibration,
     fit,
-    lower_layers,
+    keep_lower_layers,
     read_texts,
 )
+from misstep.training.kernels import fast_layers
+from misstep.training.label_loss import Labelled, LabelLoss, balance
+from misstep.training.loss import mean_loss
 from misstep.training.scoring import Scorer
+from misstep.training.weights import adapted
 
 SETTINGS = ["epochs=6", "learning_rate=0.01", "held_out=0.25", "dev=0.2", "max_tokens=48"]
 
@@ -254,30 +257,60 @@ def test_both_labels_weigh_the_same() -> None:
     assert 9 * high == pytest.approx(3 * low) == pytest.approx(12 / 2)
 
 
-def test_the_upper_layers_learn_and_are_left_as_they_were_best(
+def some_rows(renderer: Renderer) -> list[Labelled]:
+    texts = [("zz zz", True), ("all well", False), ("z", True)] * 5
+    return [
+        Labelled(read_texts(renderer, f"{i}", t, 40).ids, k) for i, (t, k) in enumerate(texts)
+    ]
+
+
+def test_the_loss_is_that_of_the_labels_alone(tiny_model: Path) -> None:
+    found = locate(str(tiny_model))
+    rows = some_rows(Renderer.for_model(found))
+    lm = load_weights(found)
+    loss = LabelLoss(adapted(lm, 4, 8, 0), lm, (0.5, 2.0))
+    loss.score.weight.data *= 9
+    expected = 0.0
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        with torch.no_grad():
+            hidden = lm.get_decoder()(input_ids=ids).last_hidden_state[0, -1]
+            odds = float(loss.score(hidden))
+        expected += 2.0 * math.log1p(math.exp(-odds)) if row.label else 0.0
+        expected += 0.0 if row.label else 0.5 * math.log1p(math.exp(odds))
+    plain = mean_loss(loss, [row.row for row in rows], 4096)
+    assert plain == pytest.approx(expected / len(rows), rel=0.02)
+    with fast_layers(loss):
+        fast = mean_loss(loss, [row.row for row in rows], 256)
+    assert fast == pytest.approx(plain, rel=0.02)
+
+
+def test_the_model_is_left_as_it_was_best_and_written_so(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     found = locate(str(tiny_model))
     renderer = Renderer.for_model(found)
-    model = lower_layers(load_weights(found), renderer.pad, 1.0, 0.5, seed=0)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    texts = [("zz zz", True), ("all well", False)] * 8
-    rows = [
-        Labelled(read_texts(renderer, f"{i}", t, 40).ids, k) for i, (t, k) in enumerate(texts)
-    ]
+    rows = some_rows(renderer)
     # The dev part says the contrary, so each step makes it worse.
     dev = [Labelled(row.ids, not row.label) for row in rows[:6]]
-    how = Fit(9, 0.01, 4, 0, tmp_path / "checkpoints", lambda *_: None)
-    losses = [at.loss for at in fit(model, rows, dev, how)]
+    how = Fit(9, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
+    model, measured = fit(load_weights(found), renderer.pad, rows, dev, how)
+    losses = [at.loss for at in measured]
     assert losses[0] == min(losses) and len(losses) == 1 + PATIENCE
-    changed = {n for n, value in model.state_dict().items() if not value.equal(before[n])}
-    trained = ("model.layers.1.", "model.norm", "score")
-    assert changed and all(name.startswith(trained) for name in changed)
     odds = Scorer(model.eval(), renderer.pad, 4096)([row.ids for row in dev])
+    low, high = balance([row.label for row in rows])
     lost = [
-        math.log1p(math.exp(-x if row.label else x)) for x, row in zip(odds, dev, strict=True)
+        high * math.log1p(math.exp(-x)) if row.label else low * math.log1p(math.exp(x))
+        for x, row in zip(odds, dev, strict=True)
     ]
     assert fmean(lost) == pytest.approx(losses[0], rel=0.05)
+
+
+def test_upper_layers_are_left_out(tiny_model: Path) -> None:
+    lm = load_weights(locate(str(tiny_model)))
+    kept = lm.model.layers[0]
+    keep_lower_layers(lm, 0.5)
+    assert list(lm.model.layers) == [kept] and lm.config.num_hidden_layers == 1
 
 
 @pytest.mark.model

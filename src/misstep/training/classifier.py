@@ -1,9 +1,8 @@
 """A classifier made of the lower layers of a language model, trained by transformers' Trainer.
 
 It reads a prompt and an answer and gives the log-odds of yes. The upper layers, which only
-choose words, are left out; the lowest ones stay as they are, so that no gradient is computed
-for them; those between are trained in fp32, or by autocast where the processor has bf16. What
-is written is an ordinary sequence classifier of transformers with one output.
+choose words, are left out; an adapter on those that stay is trained with the head and then
+merged. What is written is an ordinary sequence classifier of transformers with one output.
 
 This module knows torch, transformers and tokens; it knows no record and no judge.
 """
@@ -19,20 +18,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
 from misstep.errors import ModelError, TrainingError
 from misstep.models import no_progress_bars, weights_dtype
 from misstep.rendering import Renderer
+from misstep.training.kernels import fast_layers
+from misstep.training.label_loss import Labelled, LabelLoss, balance
+from misstep.training.loss import mean_loss
+from misstep.training.rows import Row, in_order
 from misstep.training.scoring import ScoreHead, classifier
-from misstep.training.trainer import Steps
+from misstep.training.trainer import CompletionTrainer, Steps, trained
+from misstep.training.weights import adapted
 
 PATIENCE = 2
 """Measurements on the dev part without a gain, after which training stops."""
@@ -47,13 +49,6 @@ class Texts(NamedTuple):
 
     ids: tuple[int, ...]
     cut: bool
-
-
-class Labelled(NamedTuple):
-    """Tokens and their label."""
-
-    ids: tuple[int, ...]
-    label: bool
 
 
 class Calibration(NamedTuple):
@@ -77,7 +72,10 @@ class Fit:
     epochs: float
     learning_rate: float
     batch_size: int
+    rank: int
     seed: int
+    micro_tokens: int
+    """Tokens that are computed at once."""
     checkpoints: Path
     """A folder for the while."""
     notify: Callable[[int, int], None]
@@ -97,11 +95,11 @@ def read_texts(renderer: Renderer, prompt: str, answer: str, most: int) -> Texts
     return Texts(tuple(ids), len(ids) < len(asked) + len(answered) + 1)
 
 
-def lower_layers(lm: Any, pad: int, kept: float, trained: float, seed: int) -> Any:
-    """A classifier of a language model's lower layers: that share is kept, that one trained.
+def keep_lower_layers(lm: Any, share: float) -> None:
+    """Take a language model's upper layers away, in place.
 
     Raises:
-        ModelError: transformers has no classifier of this kind, or the layers are not found.
+        ModelError: the layers are not found.
     """
     body, config = lm.get_decoder(), lm.config.get_text_config()
     layers = getattr(body, "layers", None)
@@ -110,111 +108,101 @@ def lower_layers(lm: Any, pad: int, kept: float, trained: float, seed: int) -> A
             f"no classifier can be made of {config.model_type} models: expected a list of "
             "layers in the model's body. Use a model of another family, such as Llama or Qwen."
         )
-    count = max(1, round(kept * len(layers)))
+    count = max(1, round(share * len(layers)))
     body.layers = layers[:count]
     config.num_hidden_layers = count
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:count]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = classifier(lm, pad)
-    body.requires_grad_(False)
-    # In fp32, since the optimiser's steps are too small for bf16 to hold.
-    for part in (*body.layers[count - max(1, round(trained * count)) :], body.norm):
-        part.float().requires_grad_(True)
-    return model
 
 
 def fit(
-    model: Any, train: Sequence[Labelled], dev: Sequence[Labelled], how: Fit
-) -> list[Measurement]:
-    """Train, leave the model as it was best on the dev part, and give its losses there.
+    lm: Any, pad: int, train: Sequence[Labelled], dev: Sequence[Labelled], how: Fit
+) -> tuple[Any, list[Measurement]]:
+    """A classifier as it was best on the dev part, and its losses there; consumes the model.
 
     Raises:
         TrainingError: a loss is no finite number.
+        ModelError: transformers has no classifier of this kind.
     """
-    weights = balance([row.label for row in train])
+    model = adapted(lm, how.rank, 2 * how.rank, how.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        loss = LabelLoss(model, lm, balance([row.label for row in train]))
+    order = in_order([row.row for row in train], how.epochs, how.seed)
     steps = math.ceil(len(train) / how.batch_size)
-    trainer = Trainer(
-        model=model,
-        args=_arguments(how, max(1, round(EVERY * steps))),
-        train_dataset=_rows(train),
-        eval_dataset=_rows(dev),
-        data_collator=lambda rows: _collate(rows, model.config.pad_token_id),
-        compute_loss_func=lambda out, labels, **_: _loss(out.logits[:, 0], labels, weights),
-        callbacks=[EarlyStoppingCallback(PATIENCE), Steps(how.notify)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    with no_progress_bars():
-        trainer.train()
-    # Or the model would go on computing by autocast.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    shutil.rmtree(how.checkpoints, ignore_errors=True)
-    history = trainer.state.log_history
-    found = [
-        Measurement(round(entry["epoch"], 3), round(entry["eval_loss"], 5))
-        for entry in history
-        if "eval_loss" in entry
-    ]
-    if not all(math.isfinite(measured.loss) for measured in found):
-        raise TrainingError(
-            f"training a judge: the loss on the dev part is {found[-1].loss}, expected a "
-            "finite number. Lower learning_rate."
+    watch = Watch(loss, [row.row for row in dev], how.micro_tokens, steps)
+    with fast_layers(loss):
+        trainer = CompletionTrainer(
+            loss,
+            _arguments(how),
+            order,
+            batch_size=how.batch_size,
+            micro_tokens=how.micro_tokens,
+            callbacks=[watch, Steps(how.notify)],
         )
-    return found
+        with no_progress_bars():
+            trainer.train()
+    shutil.rmtree(how.checkpoints, ignore_errors=True)
+    watch.restore()
+    made = classifier(model.merge_and_unload(), pad)
+    made.score.load_state_dict(loss.score.state_dict())
+    return made, watch.found
 
 
-def _arguments(how: Fit, steps: int) -> TrainingArguments:
-    on_gpu = torch.cuda.is_available()
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Measures on the dev part, keeps the best weights, and stops where nothing is gained."""
+
+    def __init__(
+        self, loss: LabelLoss, dev: Sequence[Row], micro_tokens: int, steps: int
+    ) -> None:
+        self.loss, self.dev, self.micro_tokens = loss, dev, micro_tokens
+        self.steps = steps
+        """Of an epoch."""
+        self.found: list[Measurement] = []
+        self._best: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Every so many steps, and after the last."""
+        every = max(1, round(EVERY * self.steps))
+        if state.global_step % every and state.global_step < state.max_steps:
+            return
+        lost = mean_loss(self.loss, self.dev, self.micro_tokens)
+        if not math.isfinite(lost):
+            raise TrainingError(
+                f"training a judge: the loss on the dev part is {lost}, expected a finite "
+                "number. Lower learning_rate."
+            )
+        epoch = round(state.global_step / self.steps, 3)
+        self.found.append(Measurement(epoch, round(lost, 5)))
+        losses = [measured.loss for measured in self.found]
+        best = losses.index(min(losses))
+        if best == len(losses) - 1:
+            self._best = {n: p.detach().clone() for n, p in trained(self.loss).items()}
+        control.should_training_stop |= len(losses) - 1 - best >= PATIENCE
+
+    def restore(self) -> None:
+        """Give the loss its best weights back."""
+        with torch.no_grad():
+            for name, parameter in trained(self.loss).items():
+                parameter.copy_(self._best[name])
+
+
+def _arguments(how: Fit) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(how.checkpoints),
-        num_train_epochs=how.epochs,
-        per_device_train_batch_size=how.batch_size,
-        per_device_eval_batch_size=how.batch_size,
+        # The rows come in the order of all epochs, so for Trainer there is one.
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
         learning_rate=how.learning_rate,
         warmup_steps=0.06,
-        weight_decay=0.01,
-        # The trained layers are in fp32, and each is cast once a step.
-        bf16=weights_dtype() == torch.bfloat16,
-        use_cpu=not on_gpu,
-        eval_strategy="steps",
-        eval_steps=steps,
-        save_strategy="steps",
-        save_steps=steps,
-        save_total_limit=1,
-        save_only_model=True,
-        load_best_model_at_end=True,
-        train_sampling_strategy="group_by_length",
-        label_names=["labels"],
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
         seed=how.seed,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-
-
-def _rows(rows: Sequence[Labelled]) -> list[dict[str, Any]]:
-    return [{"input_ids": row.ids, "label": float(row.label)} for row in rows]
-
-
-def _collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Tensor]:
-    """Without an attention mask: what stands behind a causal model's last token is not seen."""
-    width = max(len(row["input_ids"]) for row in rows)
-    filled = [[*row["input_ids"], *[pad] * (width - len(row["input_ids"]))] for row in rows]
-    labels = [row["label"] for row in rows]
-    return {"input_ids": torch.tensor(filled), "labels": torch.tensor(labels)}
-
-
-def balance(labels: Sequence[bool]) -> tuple[float, float]:
-    """What a case labelled 0, and one labelled 1, counts: both labels the same in all."""
-    ones = sum(labels)
-    return len(labels) / (2 * (len(labels) - ones)), len(labels) / (2 * ones)
-
-
-def _loss(logits: Tensor, labels: Tensor, weights: tuple[float, float]) -> Tensor:
-    each = torch.where(labels > 0.5, weights[1], weights[0])
-    return nn.functional.binary_cross_entropy_with_logits(logits.float(), labels, each)
 
 
 def calibration(odds: Sequence[float], labels: Sequence[bool]) -> Calibration:

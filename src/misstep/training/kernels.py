@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from misstep.training import sharing
+from misstep.training.label_loss import LabelLoss
 from misstep.training.loss import CompletionLoss
 
 
 @contextmanager
 def fast_layers(
-    loss: CompletionLoss, checkpointing: bool = False, compiled: bool = False
+    loss: CompletionLoss | LabelLoss, checkpointing: bool = False, compiled: bool = False
 ) -> Iterator[None]:
     """Train faster, or in less memory, inside this context; afterwards all is as before."""
     from peft.tuners.lora import Linear

@@ -2,10 +2,10 @@
 
 One step takes `batch_size` rows whatever their length and however many processes there are;
 each splits its share into micro-batches, and the loss is the mean over all completion tokens of
-the step, or over its pairs. A checkpoint counts only with its marker, written last, so a killed
-process leaves none that is torn. It holds what is trained as safetensors, and optimiser,
-scheduler and random state, which Trainer reads with `weights_only`: nothing in it can execute
-code. DeepSpeed's own checkpoints can, so under it there are none.
+the step, or over its labels or pairs. A checkpoint counts only with its marker, written last,
+so a killed process leaves none that is torn. It holds what is trained as safetensors, and
+optimiser, scheduler and random state, which Trainer reads with `weights_only`: nothing in it
+can execute code. DeepSpeed's own checkpoints can, so under it there are none.
 
 This module knows Trainer; it knows no record, no recipe and no folder but the checkpoints'.
 """
@@ -28,6 +28,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from misstep.errors import TrainingError
 from misstep.records import write_text
+from misstep.training.label_loss import LabelLoss
 from misstep.training.loss import CompletionLoss, MicroBatch
 from misstep.training.preference import PreferenceLoss
 from misstep.training.processes import like, whole
@@ -38,11 +39,11 @@ WEIGHTS = "trained.safetensors"
 
 
 class CompletionTrainer(Trainer):  # type: ignore[misc]
-    """Trains a loss on its rows, or on its pairs, in the order in which they are given."""
+    """Trains a loss on its rows, labels or pairs, in the order in which they are given."""
 
     def __init__(
         self,
-        model: CompletionLoss | PreferenceLoss,
+        model: CompletionLoss | LabelLoss | PreferenceLoss,
         args: TrainingArguments,
         rows: Sequence[Row] | Sequence[PairRow],
         batch_size: int,

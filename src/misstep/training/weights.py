@@ -14,6 +14,11 @@ from misstep.training.loss import CompletionLoss
 
 
 def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
+    """The loss on completions of a model with a LoRA adapter."""
+    return CompletionLoss(adapted(lm, rank, alpha, seed), lm)
+
+
+def adapted(lm: Any, rank: int, alpha: float, seed: int) -> Any:
     """The model with a LoRA adapter in fp32 on every linear layer but the head."""
     from peft import get_peft_model
 
@@ -22,8 +27,7 @@ def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
         torch.manual_seed(seed)
         # PEFT asks transformers for something by its former name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        adapted = get_peft_model(lm, config, autocast_adapter_dtype=True)
-    return CompletionLoss(adapted, lm)
+        return get_peft_model(lm, config, autocast_adapter_dtype=True)
 
 
 def lora_config(rank: int, alpha: float, **options: Any) -> Any:

@@ -1,0 +1,73 @@
+"""The loss of labels: a row's last token is a label, and a head of one number guesses it.
+
+What stands before it is read as any row is, so all that makes training on completions fast
+serves here too: no padding, beginnings that rows share, fused adapters. Under causal attention
+no token sees the label.
+
+This module knows torch and rows; it knows no adapter, optimiser or record.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from misstep.training.loss import MicroBatch, collate
+from misstep.training.rows import Row
+from misstep.training.scoring import ScoreHead
+
+
+class Labelled(NamedTuple):
+    """Tokens and their label."""
+
+    ids: tuple[int, ...]
+    label: bool
+
+    @property
+    def row(self) -> Row:
+        """With the label in the place of what follows."""
+        return Row((*self.ids, int(self.label)), len(self.ids), "labelled")
+
+
+class LabelLoss(nn.Module):  # type: ignore[misc]
+    """A language model's body and a head; the forward pass gives the summed loss of labels."""
+
+    def __init__(self, model: Any, lm: Any, weights: tuple[float, float]) -> None:
+        super().__init__()
+        self.model = model
+        """What is trained beside the head: PEFT's wrapper around the language model."""
+        # In a tuple, so that its parameters are not registered a second time.
+        self._lm = (lm,)
+        self.score = ScoreHead(lm.config.get_text_config().hidden_size)
+        self.weights = weights
+        """What a row labelled 0 counts, and one labelled 1."""
+        self.collate: Callable[[Sequence[Row]], MicroBatch] = collate
+        """How rows become a micro-batch that this model reads."""
+
+    @property
+    def lm(self) -> Any:
+        """The language model itself, with the adapter's layers in it."""
+        return self._lm[0]
+
+    def count(self, rows: Sequence[Row]) -> int:
+        """What the loss is a mean over: rows."""
+        return len(rows)
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, targets: Tensor, owners: Tensor, **layout: Tensor
+    ) -> Tensor:
+        """The cross-entropy summed over the rows, in fp32."""
+        del owners
+        body = self.lm.get_decoder()(input_ids=ids, use_cache=False, **layout)
+        odds = self.score(body.last_hidden_state.flatten(0, 1)[positions])[:, 0]
+        each = torch.where(targets > 0, self.weights[1], self.weights[0])
+        return nn.functional.binary_cross_entropy_with_logits(
+            odds, targets.float(), each, reduction="sum"
+        )
+
+
+def balance(labels: Sequence[bool]) -> tuple[float, float]:
+    """What a row labelled 0, and one labelled 1, counts: both labels the same in all."""
+    ones = sum(labels)
+    return len(labels) / (2 * (len(labels) - ones)), len(labels) / (2 * ones)
