@@ -125,9 +125,7 @@ def fit(
         ModelError: transformers has no classifier of this kind.
     """
     model = adapted(lm, how.rank, 2 * how.rank, how.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(how.seed)
-        loss = LabelLoss(model, lm, balance([row.label for row in train]))
+    loss = LabelLoss(model, lm, balance([row.label for row in train]))
     order = in_order([row.row for row in train], how.epochs, how.seed)
     steps = math.ceil(len(train) / how.batch_size)
     watch = Watch(loss, [row.row for row in dev], how.micro_tokens, steps)

@@ -40,6 +40,8 @@ class LabelLoss(nn.Module):  # type: ignore[misc]
         # In a tuple, so that its parameters are not registered a second time.
         self._lm = (lm,)
         self.score = ScoreHead(lm.config.get_text_config().hidden_size)
+        # At random, a model whose states are large would begin far from even odds.
+        nn.init.zeros_(self.score.weight)
         self.weights = weights
         """What a row labelled 0 counts, and one labelled 1."""
         self.collate: Callable[[Sequence[Row]], MicroBatch] = collate
