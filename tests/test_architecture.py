@@ -38,6 +38,7 @@ LAYERS = [
     "misstep.guard",
     "misstep.suites",
     "misstep.sources",
+    "misstep.preferred",
     "misstep.labelled",
     "misstep.stats",
     "misstep.agreement",

@@ -19,9 +19,9 @@ from misstep.judge_card import read_card
 from misstep.judge_check import check_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
-from misstep.pipeline import read_inputs, run
+from misstep.pipeline import Run, read_inputs, run
 from misstep.progress import Silent
-from misstep.records import Mistake, Response, Score, read_jsonl
+from misstep.records import Message, Mistake, Pair, Response, Score, read_jsonl
 from misstep.report.markdown import markdown_page
 
 QUESTIONS = [
@@ -451,3 +451,18 @@ def test_an_endpoint_serves_and_analyses(recipe: Path, tmp_path: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert results["model"] == name
     assert {row["method"] for row in results["rows"]} == {"vanilla", "guided"}
+
+
+def test_pairs_on_helpfulness_leave_harmlessness_to_the_mistakes(
+    recipe: Path, tmp_path: Path
+) -> None:
+    mistaken = Pair(messages=(Message(role="user", content="q"),), chosen="no", rejected="yes")
+    plain = Run(read_inputs(recipe, []), tmp_path / "plain", Silent())._feedback([mistaken])
+    assert plain.pairs == [mistaken] and not plain.harmless
+    given = write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "x", "rejected": "y"}]
+    )
+    inputs = read_inputs(recipe, [f"helpful_pairs={{path: {given}}}"])
+    safe = Run(inputs, tmp_path / "safe", Silent())._feedback([mistaken])
+    assert [pair.chosen for pair in safe.pairs] == ["x"] and safe.harmless == [mistaken]
+    assert safe.prompts == plain.prompts

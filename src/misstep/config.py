@@ -112,6 +112,9 @@ class RunConfig(Settings):
     train: TrainSettings = TrainSettings()
     reinforce: ReinforceSettings = ReinforceSettings()
     """Of `rlhf`, which trains for a reward."""
+    helpful_pairs: Source | None = None
+    """Of `rlhf`: pairs on helpfulness alone. The reward model is then made of these, and a
+    second one, of harmlessness, of the mistakes, as in Safe-RLHF."""
     rounds: Annotated[int, Field(ge=1)] = 1
     """Of inducing, analysing and training; a further one takes the new model's mistakes."""
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = MAIN_JOB
@@ -128,6 +131,7 @@ class RunConfig(Settings):
             tests = evaluate.get("tests") if isinstance(evaluate, dict) else None
             found = [
                 given.get("ordinary"),
+                given.get("helpful_pairs"),
                 mistakes.get("data") if isinstance(mistakes, dict) else None,
                 *(tests.values() if isinstance(tests, dict) else ()),
             ]
@@ -168,7 +172,13 @@ class RunConfig(Settings):
     def sources(self) -> dict[str, Source]:
         """Every place that the run reads data from, by its key."""
         tests = {f"evaluate.tests.{k}": v for k, v in self.evaluate.tests.items()}
-        return {"mistakes.data": self.mistakes.data, "ordinary": self.ordinary, **tests}
+        pairs = {} if self.helpful_pairs is None else {"helpful_pairs": self.helpful_pairs}
+        return {
+            "mistakes.data": self.mistakes.data,
+            "ordinary": self.ordinary,
+            **pairs,
+            **tests,
+        }
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

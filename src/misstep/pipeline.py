@@ -37,6 +37,7 @@ from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
 from misstep.models import Model, locate
 from misstep.policy import Policy, load_policy
+from misstep.preferred import load_preferred
 from misstep.progress import Progress
 from misstep.records import (
     Analysis,
@@ -103,6 +104,8 @@ class Inputs(NamedTuple):
     tests: dict[str, Sequence[Prompt]]
     checks: tuple[Check, ...]
     """Of the run's judges, where the recipe names some."""
+    helpful: Sequence[Pair] = ()
+    """On helpfulness alone, for RLHF; without them mistakes and good answers are its pairs."""
 
 
 def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
@@ -152,6 +155,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
         tests=load_tests(config),
         checks=tuple(map(_judge_check, config.evaluate.judge_check)),
+        helpful=load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else (),
     )
 
 
@@ -606,7 +610,8 @@ class Run:
         """The pairs, and the prompts that mistakes were collected on, whether made or not."""
         pairs = [row for row in rows if isinstance(row, Pair)]
         asked = self.inputs.prompts or [Prompt(messages=pair.messages) for pair in pairs]
-        return rewarded.Feedback(list({p.id: p for p in asked}.values()), pairs)
+        prompts, helpful = list({p.id: p for p in asked}.values()), self.inputs.helpful
+        return rewarded.Feedback(prompts, helpful or pairs, pairs if helpful else ())
 
     def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
