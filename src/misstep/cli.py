@@ -309,8 +309,17 @@ def report(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the run's numbers as Markdown instead.")
     ] = False,
+    picture: Annotated[
+        bool,
+        typer.Option("--picture", help="Write a comparison's picture as picture.svg instead."),
+    ] = False,
 ) -> None:
     """Write what a directory holds as one self-contained HTML page."""
+    if picture:
+        from misstep.report.compared import write_picture
+
+        print(write_picture(folder))
+        return
     if (folder / "study.json").is_file():
         _report_study(folder, markdown)
         return

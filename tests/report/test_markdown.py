@@ -1,10 +1,13 @@
 """The pages of docs/results say what the committed files beside them say."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from misstep.errors import DataError
+from misstep.report.compared import write_picture
 from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
 from misstep.report.study_markdown import study_markdown
@@ -14,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
 
 CARDS = [path for path in (ROOT / "docs/results").glob("judges") if path.is_dir()]
+PICTURES = sorted((ROOT / "docs/results").glob("*/picture.svg"))
 STUDIES = sorted(path.parent for path in (ROOT / "docs/results").glob("*/study.json"))
 
 
@@ -23,6 +27,26 @@ def test_a_results_page_is_made_from_its_results(run: Path) -> None:
     assert markdown_page(run) in page, (
         f"make it anew: misstep report --markdown docs/results/{run.name}"
     )
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.parent.name)
+def test_a_picture_is_drawn_from_its_results(picture: Path, tmp_path: Path) -> None:
+    shutil.copy(picture.with_name("results.json"), tmp_path)
+    drawn = write_picture(tmp_path).read_text(encoding="utf-8")
+    assert picture.read_text(encoding="utf-8") == drawn, (
+        f"make it anew: misstep report --picture docs/results/{picture.parent.name}"
+    )
+    page = picture.parent.with_suffix(".md").read_text(encoding="utf-8")
+    assert f"({picture.parent.name}/picture.svg)" in page
+    points = {p.setting.name for p in read_results(tmp_path / "results.json").pooled}
+    assert points and all(f">{name}</text>" in drawn for name in points)
+
+
+def test_without_harm_and_help_there_is_nothing_to_draw(tmp_path: Path) -> None:
+    results = ROOT / "docs/results/xsafety/results.json"
+    shutil.copy(results, tmp_path)
+    with pytest.raises(DataError, match="found none to draw"):
+        write_picture(tmp_path)
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from misstep.errors import DataError
 from misstep.records import base_metric
 from misstep.report import words
 from misstep.report.pictures import Scale, scale
@@ -68,6 +69,23 @@ def write_comparison(folder: Path) -> Path:
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     content = _content(results, manifest)
     return write_page(folder / "report.html", "compared.html.j2", content)
+
+
+def write_picture(folder: Path) -> Path:
+    """Write harm against helpfulness as picture.svg and return its path.
+
+    Raises:
+        DataError: results.json is absent or unreadable, or has no such two rates.
+    """
+    found = scatter(read_results(folder / "results.json").pooled)
+    if found is None:
+        raise DataError(
+            f"{folder}: expected a comparison with a mistake rate and helpfulness on ordinary "
+            "tasks, found none to draw."
+        )
+    height = max(460, 18 * len(found.points) + 50)
+    content = {"scatter": found, "height": height}
+    return write_page(folder / "picture.svg", "picture.svg.j2", content)
 
 
 def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
