@@ -311,14 +311,15 @@ def report(
     ] = False,
     picture: Annotated[
         bool,
-        typer.Option("--picture", help="Write a comparison's picture as picture.svg instead."),
+        typer.Option(
+            "--picture",
+            help="Write the picture of a comparison or study as picture.svg instead.",
+        ),
     ] = False,
 ) -> None:
     """Write what a directory holds as one self-contained HTML page."""
     if picture:
-        from misstep.report.compared import write_picture
-
-        print(write_picture(folder))
+        print(_write_picture(folder))
         return
     if (folder / "study.json").is_file():
         _report_study(folder, markdown)
@@ -341,6 +342,16 @@ def report(
     from misstep.report.page import write_report
 
     print(write_report(folder))
+
+
+def _write_picture(folder: Path) -> Path:
+    if (folder / "study.json").is_file():
+        from misstep.report.study import write_study_picture
+
+        return write_study_picture(folder)
+    from misstep.report.compared import write_picture
+
+    return write_picture(folder)
 
 
 def _report_study(folder: Path, markdown: bool) -> None:

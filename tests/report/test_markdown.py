@@ -10,8 +10,10 @@ from misstep.errors import DataError
 from misstep.report.compared import write_picture
 from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
+from misstep.report.study import write_study_picture
 from misstep.report.study_markdown import study_markdown
 from misstep.results import read_results
+from misstep.study_results import read_study
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
@@ -31,15 +33,23 @@ def test_a_results_page_is_made_from_its_results(run: Path) -> None:
 
 @pytest.mark.parametrize("picture", PICTURES, ids=lambda picture: picture.parent.name)
 def test_a_picture_is_drawn_from_its_results(picture: Path, tmp_path: Path) -> None:
-    shutil.copy(picture.with_name("results.json"), tmp_path)
-    drawn = write_picture(tmp_path).read_text(encoding="utf-8")
-    assert picture.read_text(encoding="utf-8") == drawn, (
-        f"make it anew: misstep report --picture docs/results/{picture.parent.name}"
+    folder = picture.parent
+    is_study = folder in STUDIES
+    name, draw = (
+        ("study.json", write_study_picture) if is_study else ("results.json", write_picture)
     )
-    page = picture.parent.with_suffix(".md").read_text(encoding="utf-8")
-    assert f"({picture.parent.name}/picture.svg)" in page
-    points = {p.setting.name for p in read_results(tmp_path / "results.json").pooled}
-    assert points and all(f">{name}</text>" in drawn for name in points)
+    shutil.copy(folder / name, tmp_path)
+    drawn = draw(tmp_path).read_text(encoding="utf-8")
+    assert picture.read_text(encoding="utf-8") == drawn, (
+        f"make it anew: misstep report --picture docs/results/{folder.name}"
+    )
+    assert f"({folder.name}/picture.svg)" in folder.with_suffix(".md").read_text("utf-8")
+    shown = (
+        {model.model for model in read_study(tmp_path / name).models}
+        if is_study
+        else {p.setting.name for p in read_results(tmp_path / name).pooled}
+    )
+    assert shown and all(f">{title}" in drawn for title in shown)
 
 
 def test_without_harm_and_help_there_is_nothing_to_draw(tmp_path: Path) -> None:

@@ -1,62 +1,29 @@
 """A comparison as a page: one table over all seeds, harm against helpfulness, differences.
 
 Made from results.json and manifest.json alone. The picture is plain SVG, whose places are
-computed here; compared.html.j2 draws them.
+computed here and drawn by scatter.svg.j2.
 """
 
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from misstep.errors import DataError
 from misstep.records import base_metric
 from misstep.report import words
-from misstep.report.pictures import Scale, scale
+from misstep.report.pictures import scale
+from misstep.report.scatter import COLOURS, RADIUS, Scatter, from_below, point, write_svg
 from misstep.report.template import write_page
 from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS, rate
 from misstep.results import (
     Comparison,
     Corrected,
-    Metric,
     Pooled,
     Results,
     Setting,
     read_results,
 )
-
-COLOURS = (
-    *("#4c566a", "#9aa0ac", "#b58900", "#2a78b5", "#7a5195", "#bc5090"),
-    *("#1b998b", "#8c6d46", "#d1495b", "#e4572e", "#2e8b57", "#5b6ee1"),
-)
-"""Of the methods, in the order of the table."""
-RADIUS = 6.0
-
-
-class Point(NamedTuple):
-    """A setting in the picture; places are percentages."""
-
-    title: str
-    colour: str
-    guided: bool
-    x: float
-    y: float
-    left: float
-    right: float
-    low: float
-    high: float
-    radius: float
-    """Grows with over-refusal, where that was measured."""
-
-
-class Scatter(NamedTuple):
-    """Harm from left to right, helpfulness from below."""
-
-    harm: str
-    helpful: str
-    across: list[tuple[float, str]]
-    up: list[tuple[float, str]]
-    points: list[Point]
 
 
 def write_comparison(folder: Path) -> Path:
@@ -83,9 +50,7 @@ def write_picture(folder: Path) -> Path:
             f"{folder}: expected a comparison with a mistake rate and helpfulness on ordinary "
             "tasks, found none to draw."
         )
-    height = max(460, 18 * len(found.points) + 50)
-    content = {"scatter": found, "height": height}
-    return write_page(folder / "picture.svg", "picture.svg.j2", content)
+    return write_svg(found, folder)
 
 
 def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -168,16 +133,24 @@ def scatter(pooled: Sequence[Pooled]) -> Scatter | None:
     }
     x, y, size = by_setting.values()
     both = [s for s in x if s in y and x[s].n and y[s].n]
-    across = scale(max(x[s].high or 0 for s in both), lambda v: f"{100 * v:g}%")
-    up = scale(max(y[s].high or 0 for s in both), lambda v: f"{100 * v:g}%")
+    across, up = (
+        scale(max(of[s].high or 0 for s in both), lambda v: f"{100 * v:g}%") for of in (x, y)
+    )
     methods = list(dict.fromkeys((s.method, s.variant) for s in both))
-    points = [
-        _point(s, COLOURS[methods.index((s.method, s.variant)) % len(COLOURS)], places, size)
-        for s in both
-        for places in [(_places(x[s], across), _places(y[s], up))]
-    ]
-    flipped = [(100 - place, text) for place, text in up.ticks]
-    return Scatter(harm, helpful, across.ticks, flipped, points)
+    points = []
+    for s in both:
+        colour = COLOURS[methods.index((s.method, s.variant)) % len(COLOURS)]
+        refused = (size[s].value if s in size else None) or 0.0
+        found = point(s.name, colour, s.guided, (x[s], y[s]), (across, up))
+        points.append(found._replace(radius=round(RADIUS * (1 + 2 * refused), 1)))
+    return Scatter(
+        across_title=f"mistake rate on {harm} (left is better)",
+        up_title=f"helpfulness on {helpful} (up is better)",
+        across=across.ticks,
+        up=from_below(up),
+        points=points,
+        note="Filled: guided. Larger: refuses more.",
+    )
 
 
 def _largest(pooled: Iterable[Pooled], metric: str) -> str | None:
@@ -190,29 +163,3 @@ def _largest(pooled: Iterable[Pooled], metric: str) -> str | None:
     ]
     best = max(found, key=lambda p: p.n, default=None)
     return best.test_set if best and best.n else None
-
-
-def _places(metric: Metric, axis: Scale) -> tuple[float, float, float]:
-    return tuple(axis.at(v or 0.0) for v in (metric.value, metric.low, metric.high))  # type: ignore[return-value]
-
-
-def _point(
-    setting: Setting,
-    colour: str,
-    places: tuple[tuple[float, float, float], tuple[float, float, float]],
-    size: dict[Setting, Pooled],
-) -> Point:
-    (x, left, right), (y, low, high) = places
-    refused = size[setting].value if setting in size else None
-    return Point(
-        title=setting.name,
-        colour=colour,
-        guided=setting.guided,
-        x=x,
-        y=100 - y,
-        left=left,
-        right=right,
-        low=100 - low,
-        high=100 - high,
-        radius=round(RADIUS * (1 + 2 * (refused or 0.0)), 1),
-    )

@@ -16,7 +16,8 @@ import yaml
 from misstep.errors import DataError
 from misstep.records import read_jsonl
 from misstep.report import words
-from misstep.report.pictures import Panel, Strip, marks, rate_scale
+from misstep.report.pictures import Panel, Strip, marks, rate_scale, scale
+from misstep.report.scatter import COLOURS, Scatter, from_below, point, write_svg
 from misstep.report.template import write_page
 from misstep.results import Metric
 from misstep.stages.discriminate import Discrimination
@@ -113,6 +114,51 @@ def write_study_report(folder: Path) -> Path:
     }
     filters = {"way": lambda name: TITLES[name]}
     return write_page(folder / "study.html", "study.html.j2", content, filters)
+
+
+def write_study_picture(folder: Path) -> Path:
+    """Write what analyses tell apart as picture.svg and return its path.
+
+    Raises:
+        DataError: study.json is absent or unreadable, or no analysis has a verdict.
+    """
+    found = told_apart(read_study(folder / "study.json"))
+    if not found.points:
+        raise DataError(f"{folder}: expected analyses with a verdict, found none to draw.")
+    return write_svg(found, folder)
+
+
+def told_apart(study: Study) -> Scatter:
+    """Mistakes called mistakes against right answers called mistakes."""
+    axis = scale(1.0, lambda v: f"{100 * v:g}%")
+    points = []
+    for number, model in enumerate(study.models):
+        for role, task, guided in WAYS:
+            if task != "analysing":
+                continue
+            right, found = (
+                model.metric(task, guided, name) for name in ("specificity", "sensitivity")
+            )
+            if right.value is None or found.value is None:
+                continue
+            place = (_complement(right), found)
+            title = f"{model.model}, {role}"
+            colour = COLOURS[number % len(COLOURS)]
+            points.append(point(title, colour, guided, place, (axis, axis)))
+    return Scatter(
+        across_title="right answers called mistakes (left is better)",
+        up_title="mistakes called mistakes (up is better)",
+        across=axis.ticks,
+        up=from_below(axis),
+        points=points,
+        note="Filled: guided. Dashed: chance.",
+        chance=True,
+    )
+
+
+def _complement(rate: Metric) -> Metric:
+    value, low, high = (None if v is None else 1 - v for v in (rate.value, rate.high, rate.low))
+    return rate.model_copy(update={"value": value, "low": low, "high": high})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
