@@ -30,7 +30,7 @@ quick: install
 	$(BIN)/pytest -m "not model" --numprocesses auto --dist loadfile
 
 test: check
-	$(BIN)/pytest -m model
+	$(BIN)/pytest -m model --numprocesses auto --dist loadfile
 
 clean:
 	rm -rf .venv runs build dist src/*.egg-info
