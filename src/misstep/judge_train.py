@@ -60,7 +60,7 @@ class JudgeTraining(Settings):
     dev: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share that decides when to stop, and the temperature."""
     seed: Annotated[int, Field(ge=0)] = 0
-    epochs: Annotated[float, Field(gt=0)] = 3
+    epochs: Annotated[float, Field(gt=0)] = 2
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     batch_size: Annotated[int, Field(ge=1)] = 16
     max_tokens: Annotated[int, Field(ge=16)] = 256
