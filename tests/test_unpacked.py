@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from misstep.models import _from_pretrained, load_weights, locate
@@ -63,12 +64,13 @@ def test_a_copy_that_would_fill_the_disk_is_not_made(
     assert unpacked("abc", torch.bfloat16, lambda: model) is model
 
 
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
 def test_what_breaks_off_leaves_nothing(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def full_disk(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
-        raise OSError("No space left on device")
+        raise error("No space left on device")
 
     monkeypatch.setattr(model, "save_pretrained", full_disk)
     assert unpacked("abc", torch.bfloat16, lambda: model) is model

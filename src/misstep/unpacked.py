@@ -30,6 +30,8 @@ def unpacked(
     `read` reads the packed file. A copy that cannot be written, or that would take more than
     `SHARE_OF_DISK`, is not made.
     """
+    from safetensors import SafetensorError
+
     name = f"{digest}-{str(dtype).removeprefix('torch.')}-{version('transformers')}"
     folder = cache_folder() / name
     if folder.is_dir():
@@ -37,7 +39,7 @@ def unpacked(
     model = read()
     try:
         return _written(model, folder)
-    except OSError:
+    except (OSError, SafetensorError):  # The latter where a disk is full.
         return model
 
 

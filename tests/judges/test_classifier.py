@@ -225,7 +225,7 @@ def test_no_probability_is_certain_and_none_overflows() -> None:
         (["epochs=0"], "greater than 0"),
     ],
 )
-def test_wrong_settings_are_lostbefore_anything_loads(
+def test_wrong_settings_are_refused_before_anything_loads(
     settings: list[str], why: str, tmp_path: Path, tiny_model: Path
 ) -> None:
     with pytest.raises(InputError, match=why):
