@@ -274,6 +274,12 @@ def test_a_difference_of_tables_is_paired() -> None:
         crossed_difference(a, [[0.0] * 79] * 2)
 
 
+@pytest.mark.parametrize(("prompts", "p"), [(1, 1.0), (4, 1 / 8), (8, 1 / 128)])
+def test_few_prompts_show_little_however_alike(prompts: int, p: float) -> None:
+    found = crossed_difference([[1.0] * prompts] * 3, [[0.0] * prompts] * 3)
+    assert found.p == p
+
+
 def test_the_mean_of_two_proportions_by_hand() -> None:
     found = mean_of_two(stats.Interval(0.5, 0.2, 0.8, 10), stats.Interval(0.9, 0.5, 0.94, 20))
     # Arms of 0.3 and 0.4 below, of 0.3 and 0.04 above; half of what they are together.

@@ -1,5 +1,7 @@
 """Copies of GGUF weights: made once, equal to what was packed, and never half there."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from misstep.models import _from_pretrained, load_weights, locate
-from misstep.unpacked import cache_folder, unpacked
+from misstep.unpacked import UNFINISHED, cache_folder, unpacked
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +77,19 @@ def test_what_breaks_off_leaves_nothing(
     monkeypatch.setattr(model, "save_pretrained", full_disk)
     assert unpacked("abc", torch.bfloat16, lambda: model) is model
     assert not list(cache_folder().iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_and_what_one_writes_now_is_not(
+    model: PreTrainedModel,
+) -> None:
+    old, new = (cache_folder() / f"{UNFINISHED}{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+    days_ago = time.time() - 2 * 86_400
+    os.utime(old, (days_ago, days_ago))
+    unpacked("abc", torch.bfloat16, lambda: model)
+    assert not old.exists()
+    assert new.exists()
 
 
 def test_a_copy_that_another_process_made_meanwhile_is_used(model: PreTrainedModel) -> None:

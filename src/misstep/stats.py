@@ -225,6 +225,8 @@ def crossed_difference(
     error = math.sqrt(variance)
     half = float(t.ppf(0.975, freedom)) * error
     p = float(2 * t.sf(abs(value) / error, freedom)) if error else 0.0
+    # No exchange of signs could give less: few prompts show little, however alike they are.
+    p = max(p, 2.0 ** (1 - n))
     return Difference(value, value - half, value + half, p, CROSSED, n)
 
 

@@ -9,6 +9,7 @@ knows folders and transformers' models; what a model is, and how it is read, its
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 SHARE_OF_DISK = 0.1
 """Of the free space, what one copy may take."""
+UNFINISHED = ".unfinished-"
+SECONDS_AT_MOST = 86_400
+"""No copy takes so long to write."""
 
 
 def unpacked(
@@ -59,7 +63,8 @@ def _written(model: "PreTrainedModel", folder: Path) -> Path:
     needed = sum(weights.nbytes for weights in model.state_dict().values())
     if needed > SHARE_OF_DISK * shutil.disk_usage(folder.parent).free:
         raise OSError(f"{folder}: a copy of {needed:,} bytes does not fit")
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    _clear(folder.parent)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
     try:
         model.save_pretrained(temporary)
         temporary.replace(folder)
@@ -69,3 +74,10 @@ def _written(model: "PreTrainedModel", folder: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _clear(parent: Path) -> None:
+    """Remove what processes that were killed have left."""
+    for left in parent.glob(f"{UNFINISHED}*"):
+        if time.time() - left.stat().st_mtime > SECONDS_AT_MOST:
+            shutil.rmtree(left, ignore_errors=True)
