@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
+from misstep.check_results import correction, read_check
 from misstep.engines.base import Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
 from misstep.inspect_log import import_logs
+from misstep.judge_check import check_judge
 from misstep.judges.base import seated
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.policy import load_policy
+from misstep.progress import Silent
 from misstep.records import Answer
 from misstep.results import Row, read_results
 from misstep.sources import Source, load_prompts
@@ -154,6 +157,25 @@ def test_a_sample_that_failed_is_unscored(recipe: Path, tmp_path: Path) -> None:
     for name in ("helpfulness", "over_refusal"):
         assert (before[name].n, before[name].unscored) == (8, 0)
         assert (after[name].n, after[name].unscored) == (7, 1)
+
+
+def test_further_judges_and_corrected_rates_are_as_in_a_run(
+    recipe: Path, tmp_path: Path
+) -> None:
+    labels = Path(__file__).parent / "judges/obedience_labels.jsonl"
+    given = (tmp_path / "check", None, ["label=obeyed"], Silent())
+    check = check_judge("obedience", [str(labels)], *given) / "check.json"
+    further = "evaluate:\n  judges: { again: obedience }\n  judge_check: " + f"[{check}]"
+    recipe.write_text(RECIPE.replace("evaluate:", further))
+    logs = [evaluated(recipe, tmp_path, test_set=name) for name in ("clean", "attacks")]
+    found = read_results(import_logs(logs, tmp_path / "out") / "results.json")
+    (row,) = (row for row in found.rows if row.test_set == "attacks")
+    first, second = row.metrics["mistake_rate"], row.metrics["mistake_rate@again"]
+    assert first.value == second.value
+    assert first.corrected is not None
+    wanted = correction(read_check(check))(first.model_copy(update={"corrected": None}))
+    assert first.corrected == wanted
+    assert [agreement.same.value for agreement in found.agreements] == [1.0]
 
 
 @pytest.mark.parametrize("option", [{"test_set": "atacks"}, {"method": "vanila"}])

@@ -165,6 +165,12 @@ class RunConfig(Settings):
         return self.judge if is_file else None
 
     @property
+    def asked_by_judges(self) -> str:
+        """The model that judges ask which name none; `self` is the recipe's."""
+        asks_itself = self.judge == "self" or self.judge_file is not None
+        return self.model if asks_itself else self.judge
+
+    @property
     def training_seed(self) -> int:
         """The seed of the rows' draws and of training."""
         return self.seed if self.train_seed is None else self.train_seed

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misstep.check_results import Check
 from misstep.errors import DataError, InputError
 from misstep.records import (
     Answer,
@@ -22,7 +23,7 @@ from misstep.records import (
 from misstep.report.page import write_report
 from misstep.results import Results, write_results
 from misstep.stages.base import no_answer
-from misstep.stages.evaluate import Table
+from misstep.stages.evaluate import Table, agreements, corrections
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample
@@ -44,6 +45,8 @@ class Asked(Record):
     pools: dict[str, tuple[str, ...]]
     judges: dict[str, str]
     """Metrics, and the names of the judges that give them."""
+    checks: tuple[Check, ...] = ()
+    """Of these judges, to correct their rates by."""
 
 
 class Judged(Record):
@@ -83,7 +86,10 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
             answers.append(answer)
             judgements += [Judgement.of(answer, score) for score in scores]
     folder = out or Path("runs") / f"inspect-{asked[0].name}"
-    table = Table(answers, judgements, asked[0].pools, asked[0].seed)
+    # A log of one test set knows only the judges that have something to say of it.
+    judges = {metric: name for of in asked for metric, name in of.judges.items()}
+    checked = corrections((check for of in asked for check in of.checks), judges)
+    table = Table(answers, judgements, asked[0].pools, asked[0].seed, checked)
     unknown = {"mistake_source": None, "analysis_source": None}
     write_jsonl(folder / "responses.jsonl", answers)
     write_jsonl(folder / "scores.jsonl", judgements)
@@ -92,6 +98,7 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
         model=", ".join(dict.fromkeys(str(log.eval.model) for _, log in found)),
         rows=tuple(table.rows(lambda _: dict(unknown))),
         comparisons=tuple(table.comparisons(FOCUS)),
+        agreements=tuple(agreements(answers, judgements)),
     )
     write_results(folder / "results.json", results)
     write_report(folder)

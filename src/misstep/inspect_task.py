@@ -5,7 +5,9 @@ inspect_ai imports this module. What misstep.inspect_log needs to make results o
 in the metadata of the task and of each score.
 """
 
+import atexit
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from inspect_ai import Task, task
@@ -23,19 +25,18 @@ from inspect_ai.solver import TaskState, generate
 
 from misstep.config import RunConfig, load_recipe
 from misstep.documents import suggestion
-from misstep.engines.base import Engine
-from misstep.engines.choose import choose
-from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RecipeError
 from misstep.inspect_log import KEY, Asked, Judged
-from misstep.judges.base import Judge
-from misstep.judges.choose import cost_judges, mistake_judge
+from misstep.judges.base import Judge, Seat, seated
+from misstep.judges.choose import cost_judges
+from misstep.judging import AnyJudge, JudgeInputs, opened, read_judge
 from misstep.methods.registry import METHODS
 from misstep.models import locate
-from misstep.pipeline import load_tests
+from misstep.pipeline import load_tests, read_judge_check, read_judge_of_mistakes
 from misstep.policy import Policy, load_policy
 from misstep.records import Message, Prompt, Response
 from misstep.stages.base import score_all
+from misstep.stages.evaluate import corrections
 
 TURNS = {
     "system": ChatMessageSystem,
@@ -64,7 +65,11 @@ def recipe(
     _check("method", method, list(METHODS))
     chosen = {name: of for name, of in tests.items() if test_set in ("", name)}
     prompts = [prompt for of in chosen.values() for prompt in of]
-    judges = [j for j in _judges(config, policy) if any(map(j.applies, prompts))]
+    every = _seats(config, policy)
+    checks = tuple(map(read_judge_check, config.evaluate.judge_check))
+    corrections(checks, {seat.metric: seat.judge.name for seat in every})
+    seats = [seat for seat in every if _says(seat.judge, prompts)]
+    named = {seat.metric: seat.judge.name for seat in seats}
     asked = Asked(
         name=config.name,
         policy=policy.name,
@@ -72,7 +77,8 @@ def recipe(
         guided=guided,
         seed=config.training_seed,
         pools=config.evaluate.pools,
-        judges={judge.metric: judge.name for judge in judges},
+        judges=named,
+        checks=tuple(check for check in checks if check.judge in named.values()),
     )
     return Task(
         dataset=MemoryDataset(
@@ -84,12 +90,16 @@ def recipe(
             name=test_set or config.name,
         ),
         solver=generate(),
-        scorer=[_scorer(judge, policy, asked) for judge in judges],
+        scorer=[_scorer(seat, policy, asked) for seat in seats],
         config=GenerateConfig(
             max_tokens=config.respond.max_tokens, temperature=config.respond.temperature
         ),
-        metadata={KEY: asked.model_dump(mode="json")},
+        metadata={KEY: asked.model_dump(mode="json", by_alias=True)},
     )
+
+
+def _says(judge: AnyJudge, prompts: Sequence[Prompt]) -> bool:
+    return isinstance(judge, Judge) and any(map(judge.applies, prompts))
 
 
 def _check(key: str, name: str, known: Sequence[str]) -> None:
@@ -100,20 +110,26 @@ def _check(key: str, name: str, known: Sequence[str]) -> None:
         )
 
 
-def _judges(config: RunConfig, policy: Policy) -> list[Judge]:
-    if config.judge_file is not None or config.evaluate.judges:
-        raise RecipeError(
-            "judge, evaluate.judges: expected the policy's own judge, since an inspect task "
-            "opens no judge's file; found others. Measure with them by `misstep evaluate`."
-        )
-    engine = _judging(config) if policy.judge.rubric else ScriptedEngine()
-    return [mistake_judge(policy, engine), *cost_judges()]
+def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
+    """The recipe's judges, but those that compare two answers: a task has one to each prompt.
 
+    Their models stay open as long as the process, which is inspect's.
+    """
+    further, needs_no_model = config.evaluate.judges, policy.judge.rubric is None
+    rule_alone = needs_no_model and config.judge_file is None and not further
+    model = None if rule_alone else locate(config.asked_by_judges)
+    of_policy = f"policy:{config.policy}"
+    first = read_judge_of_mistakes(config, model) or read_judge(of_policy, otherwise=model)
+    read = {name: read_judge(judge, otherwise=model) for name, judge in further.items()}
+    stack = ExitStack()
+    atexit.register(stack.close)
 
-def _judging(config: RunConfig) -> Engine:
-    """The engine that a rubric is put to; `self` is the recipe's model, not the asked one."""
-    model = locate(config.model if config.judge == "self" else config.judge)
-    return choose(config.engine, model).open()
+    def judge_of(found: JudgeInputs) -> Judge | None:
+        judge = stack.enter_context(opened(found, lambda chosen: chosen.open()))
+        return judge if isinstance(judge, Judge) else None
+
+    single = {name: judge for name, found in read.items() if (judge := judge_of(found))}
+    return seated([*filter(None, [judge_of(first)]), *cost_judges()], single)
 
 
 def _sample(policy: Policy, prompt: Prompt, asked: Asked, name: str, test_set: str) -> Sample:
@@ -133,12 +149,12 @@ def _turn(
     return TURNS[message.role](content=message.content)
 
 
-def _scorer(judge: Judge, policy: Policy, asked: Asked) -> Scorer:
-    @scorer(metrics=[mean(), stderr()], name=judge.metric)  # type: ignore[untyped-decorator]
+def _scorer(seat: Seat, policy: Policy, asked: Asked) -> Scorer:
+    @scorer(metrics=[mean(), stderr()], name=seat.metric)  # type: ignore[untyped-decorator]
     def of_judge() -> Scorer:
         async def score(state: TaskState, target: Target) -> InspectScore:
             del target
-            return _scored(judge, _response(policy, asked, state.metadata, state.output))
+            return _scored(seat, _response(policy, asked, state.metadata, state.output))
 
         return score
 
@@ -158,15 +174,22 @@ def _response(
     )
 
 
-def _scored(judge: Judge, response: Response) -> InspectScore:
+def _scored(seat: Seat, response: Response) -> InspectScore:
     """One number for inspect's own table; the log keeps all that the judge says."""
-    (found,) = score_all(judge, [response])
-    every = Judged(response=response, scores=(found, *judge.further(response, found)))
+    assert isinstance(seat.judge, Judge)
+    (found,) = score_all(seat.judge, [response])
+    every = Judged(
+        response=response,
+        scores=tuple(
+            score.model_copy(update={"metric": seat.called(score.metric)})
+            for score in (found, *seat.judge.further(response, found))
+        ),
+    )
     metadata = {KEY: every.model_dump(mode="json")}
-    if found.value is None:
+    if found.counted is None:
         return InspectScore.unscored(explanation=found.reason, metadata=metadata)
     return InspectScore(
-        value=found.value,
+        value=found.counted,
         answer=response.text,
         explanation=found.reason or None,
         metadata=metadata,

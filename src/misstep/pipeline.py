@@ -49,7 +49,6 @@ from misstep.records import (
     Prompt,
     RecordFile,
     Revision,
-    base_metric,
     digest,
     write_jsonl,
     write_text,
@@ -61,7 +60,13 @@ from misstep.sources import check_source, load_mistakes, load_prompts, source_di
 from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import analyse
 from misstep.stages.base import Tally
-from misstep.stages.evaluate import Correct, Table, agreements, judge_answers
+from misstep.stages.evaluate import (
+    Correct,
+    Table,
+    agreements,
+    corrections,
+    judge_answers,
+)
 from misstep.stages.induce import NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
 from misstep.stages.respond import respond
@@ -129,8 +134,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     for source in config.sources().values():
         check_source(source)
     model = locate(config.model)
-    asks_itself = config.judge == "self" or config.judge_file is not None
-    judge = model if asks_itself else locate(config.judge)
+    judge = locate(config.asked_by_judges)
     mistakes, seed = config.mistakes, config.seed
     induced = mistakes.source == "induced"
     prompts: Sequence[Prompt] = load_prompts(mistakes.data, seed) if induced else []
@@ -146,7 +150,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         adapter=check_adapter(config.adapter) if config.adapter else None,
         analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
         judge=judge,
-        of_mistakes=_judge_of_mistakes(config, judge),
+        of_mistakes=read_judge_of_mistakes(config, judge),
         judges={
             name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
         },
@@ -154,12 +158,17 @@ def check_inputs(config: RunConfig) -> Inputs:
         given=given,
         ordinary=_with_references(load_prompts(config.ordinary, seed)),
         tests=load_tests(config),
-        checks=tuple(map(_judge_check, config.evaluate.judge_check)),
+        checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
         helpful=load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else (),
     )
 
 
-def _judge_of_mistakes(config: RunConfig, otherwise: Model) -> JudgeInputs | None:
+def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
+    """The judge in the place of the policy's own, where the recipe names one.
+
+    Raises:
+        InputError: what is wrong with it, or it is none of mistakes.
+    """
     if config.judge_file is None:
         return None
     found = read_judge(config.judge_file, otherwise=otherwise)
@@ -189,8 +198,12 @@ def load_tests(config: RunConfig) -> dict[str, Sequence[Prompt]]:
     return found
 
 
-def _judge_check(path: str) -> Check:
-    """A check that rates can be corrected by, so that no run ends without a rate."""
+def read_judge_check(path: str) -> Check:
+    """A check that rates can be corrected by, so that no run ends without a rate.
+
+    Raises:
+        DataError: it is none.
+    """
     check = read_check(Path(path))
     try:
         correction(check)
@@ -392,26 +405,10 @@ class Run:
         self.manifest.save()
 
     def _corrections(self) -> dict[str, Correct]:
-        """Corrections by metric, of the judges that were checked.
-
-        The check of another judge is refused: its errors say nothing of this run's rates.
-        """
         if not self.inputs.checks:
             return {}
         with self._judges() as seats:
-            names = {seat.metric: seat.judge.name for seat in seats}
-        found: dict[str, Correct] = {}
-        for check in self.inputs.checks:
-            metric = next((m for m, name in names.items() if name == check.judge), "")
-            if base_metric(metric) != check.metric:
-                raise RecipeError(
-                    f"evaluate.judge_check: expected a check of one of the run's judges "
-                    f"({', '.join(f'{m}: {name}' for m, name in names.items())}), found that "
-                    f"of {check.judge} for {check.metric}. Check the run's own judge with "
-                    "`misstep judge check`, or leave the key out."
-                )
-            found[metric] = correction(check)
-        return found
+            return corrections(self.inputs.checks, {s.metric: s.judge.name for s in seats})
 
     def through(self, last: Stage) -> None:
         """Do the stages up to and including one; weights merged for serving go at the end."""

@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from itertools import combinations
 from types import MappingProxyType
 
+from misstep.check_results import Check, correction
+from misstep.errors import RecipeError
 from misstep.judges.base import Judge, PairJudge, Preference, Seat
 from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
 from misstep.results import (
@@ -96,6 +98,30 @@ def pair_scores(
         Score(response_id=one.id, metric=metric, value=v, judge=judge.name, reason=found.reason)
         for metric, v in values.items()
     ]
+
+
+def corrections(checks: Iterable[Check], judges: Mapping[str, str]) -> dict[str, Correct]:
+    """Corrections by metric, of the judges that were checked.
+
+    Args:
+        checks: of judges, each by its name.
+        judges: metrics, and the names of the judges that give them.
+
+    Raises:
+        RecipeError: a check is of another judge; its errors say nothing of these rates.
+    """
+    found: dict[str, Correct] = {}
+    for check in checks:
+        metric = next((m for m, name in judges.items() if name == check.judge), "")
+        if base_metric(metric) != check.metric:
+            raise RecipeError(
+                f"evaluate.judge_check: expected a check of one of the run's judges "
+                f"({', '.join(f'{m}: {name}' for m, name in judges.items())}), found that "
+                f"of {check.judge} for {check.metric}. Check the run's own judge with "
+                "`misstep judge check`, or leave the key out."
+            )
+        found[metric] = correction(check)
+    return found
 
 
 def agreements(
