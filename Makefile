@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test check lint types quick clean
+.PHONY: install demo test check lint types quick reference clean
 
 install: $(STAMP)
 
@@ -20,8 +20,8 @@ demo: install
 check: lint types quick
 
 lint: install
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 
 types: install
 	$(BIN)/mypy
@@ -31,6 +31,10 @@ quick: install
 
 test: check
 	$(BIN)/pytest -m model --numprocesses auto --dist loadfile
+
+reference: install
+	$(BIN)/python -m typer misstep.cli utils docs --name misstep --output docs/cli.md
+	$(BIN)/python docs/recipe.py
 
 clean:
 	rm -rf .venv runs build dist src/*.egg-info

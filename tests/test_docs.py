@@ -1,15 +1,19 @@
 """The documents say what the program does."""
 
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from misstep.config import RunConfig
+from misstep.documents import model_in
 from misstep.methods.base import Materials, Method, MixSettings
 from misstep.methods.registry import METHODS
 from misstep.policy import load_policy
@@ -19,7 +23,21 @@ ROOT = Path(__file__).parent.parent
 METHOD_PAGES = sorted((ROOT / "docs/methods").glob("*.md"))
 KEY = re.compile(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[:=][^`]*)?`")
 """A dotted name in backticks, with a value or without one."""
+PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
+LINK = re.compile(r"\]\(<?([^)>\s]+)")
+REFERENCE = runpy.run_path(str(ROOT / "docs/recipe.py"))
 FILES = ("py", "yaml", "json", "jsonl", "md", "html", "sqlite")
+
+
+def models_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A model and those of its fields."""
+    yield model
+    for field in model.model_fields.values():
+        if section := model_in(field.annotation):
+            yield from models_in(section)
+
+
+MODELS = {model.__name__: model for part in REFERENCE["PARTS"] for model in models_in(part)}
 
 
 def test_command_line_page_is_what_the_command_line_says(tmp_path: Path) -> None:
@@ -29,16 +47,51 @@ def test_command_line_page_is_what_the_command_line_says(tmp_path: Path) -> None
         [*command, "--name", "misstep", "--output", str(page)], check=True, capture_output=True
     )
     assert page.read_text() == (ROOT / "docs/cli.md").read_text(), (
-        "make docs/cli.md anew: python -m typer misstep.cli utils docs --name misstep "
-        "--output docs/cli.md"
+        "make docs/cli.md anew: make reference"
     )
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md")))
+def test_page_of_keys_is_what_the_source_says() -> None:
+    page = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
+    assert REFERENCE["page"]() == page, "make docs/recipe.md anew: make reference"
+
+
+def test_every_key_has_a_row_and_an_explanation() -> None:
+    rows = re.findall(r"^\| `(.+?)` \|.*\| (.*) \|$", REFERENCE["page"](), re.MULTILINE)
+    assert [key for key, said in rows if not said.strip()] == []
+    assert {key.rpartition(".")[2] for key, _ in rows} == {
+        name for model in MODELS.values() for name in model.model_fields
+    }
+
+
+@pytest.mark.parametrize("name", REFERENCE["TEXTS"])
+def test_examples_of_the_page_of_keys_load(name: str) -> None:
+    model, data = MODELS[name], yaml.safe_load(REFERENCE["TEXTS"][name]["example"])
+    named = {"name": "recipe"} if "name" in model.model_fields else {}
+    assert model.model_validate(named | data)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        if "://" not in link:
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+    dead = []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        if "://" in link:
+            continue
+        if not target.exists() or (heading and heading not in anchors(target)):
+            dead.append(link)
+    assert dead == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls a page's headings; equal ones are counted."""
+    found: list[str] = []
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for heading in re.findall(r"^#+ (.+)$", prose, re.MULTILINE):
+        said = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()
+        found.append(re.sub(r"[^\w\- ]", "", said).replace(" ", "-"))
+    return {f"{a}-{n}" if (n := found[:i].count(a)) else a for i, a in enumerate(found)}
 
 
 def test_what_a_run_costs_is_counted_from_its_recipe() -> None:

@@ -51,7 +51,7 @@ class ComparedSettings(Settings):
     """What a comparison adds to a run."""
 
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
-    """Of training; see `train_seed`."""
+    """Seeds of training, each a run's `train_seed`."""
     sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
         default_factory=dict
     )

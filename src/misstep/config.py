@@ -81,7 +81,7 @@ class RunConfig(Settings):
     """One run: a model, a policy, where its mistakes come from, and what is done about them."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Names the run; the file's name where it is left out."""
+    """Names the run, in letters, digits, `.`, `_` and `-`."""
     policy: str
     """A shipped policy, or the path of a policy file."""
     model: str = "smollm2-135m"
@@ -90,34 +90,36 @@ class RunConfig(Settings):
     adapter: str | None = None
     """A PEFT folder; the run starts from the model with this adapter in it."""
     engine: Kind = "auto"
-    """Of models whose weights are here."""
+    """What answers, of models whose weights are here; `auto` takes the fastest that can."""
     judge: str = "self"
     """The model that a policy's rubric is put to, named as `model` is; `self` is the model as
     it is. A policy with a rule needs none. Or a judge of mistakes, a YAML file or the folder of
     a trained one, that takes the place of the policy's own."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the data's draws, of sampling and of training."""
+    """The seed of the data's draws, of sampling and of training."""
     train_seed: Annotated[int, Field(ge=0)] | None = None
-    """Of the rows' draws and of training alone, so that several trainings share their mistakes
-    and analyses; `seed` where left out."""
+    """The seed of the rows' draws and of training alone, so that several trainings share their
+    mistakes and analyses; `seed` where left out."""
     data: str | None = None
     """Where every source reads that names neither a suite nor a path."""
     mistakes: InduceSettings
     analysis: AnalyseSettings = AnalyseSettings()
     revision: ReviseSettings = ReviseSettings()
-    """Of methods that train on revisions."""
+    """How mistakes are revised; read by methods that train on revisions."""
     ordinary: Source
     """Ordinary prompts with reference answers."""
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
     reinforce: ReinforceSettings = ReinforceSettings()
-    """Of `rlhf`, which trains for a reward."""
+    """How a model is trained for a reward; read by `rlhf`."""
     helpful_pairs: Source | None = None
-    """Of `rlhf`: pairs on helpfulness alone. The reward model is then made of these, and a
+    """Read by `rlhf`: pairs on helpfulness alone. The reward model is then made of these, and a
     second one, of harmlessness, of the mistakes, as in Safe-RLHF."""
     rounds: Annotated[int, Field(ge=1)] = 1
-    """Of inducing, analysing and training; a further one takes the new model's mistakes."""
+    """How often mistakes are induced, analysed and trained on; each further round takes the new
+    model's mistakes."""
     methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = MAIN_JOB
+    """What is trained, or left as it is, and tested."""
     respond: RespondSettings = RespondSettings()
     evaluate: EvaluateSettings
 

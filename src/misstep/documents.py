@@ -134,17 +134,18 @@ def _fields(schema: type[BaseModel], keys: KeyPath) -> list[str]:
     for key in keys:
         if not isinstance(key, str) or key not in schema.model_fields:
             continue
-        inner = _model_in(schema.model_fields[key].annotation)
+        inner = model_in(schema.model_fields[key].annotation)
         if inner is None:
             return []
         schema = inner
     return list(schema.model_fields)
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in a field's annotation, however deep; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    found = (_model_in(part) for part in get_args(annotation))
+    found = (model_in(part) for part in get_args(annotation))
     return next((model for model in found if model is not None), None)
 
 

@@ -30,18 +30,21 @@ class Label(BaseModel):
 
 
 class Guard(BaseModel):
-    """A guard as loaded."""
+    """How a generative guard model is asked, and what its labels mean."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    """In small letters, digits and `-`."""
     metric: Literal["mistake_rate", "over_refusal"] = "mistake_rate"
+    """What the labels that count are: mistakes, or refusals."""
     template: Text
     """Jinja over `messages`, the prompt's turns and the answer; as long as the model reads."""
     lines: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)
     """What the model itself writes before each of its labels. The last label is the score;
     those before it are filled in with the likeliest, as the model would."""
     labels: Annotated[tuple[Label, ...], Field(min_length=2)]
+    """All answers that the guard chooses from."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """From this probability on the verdict is 1."""
 

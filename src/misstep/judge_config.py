@@ -26,6 +26,7 @@ class JudgeConfig(Settings):
     """One judge, of one kind, with the model that it asks."""
 
     rule: Literal["obedience", "helpfulness", "refusal"] | None = None
+    """A rule, which asks no model."""
     policy: str | None = None
     """A shipped policy, or the path of a policy file: whether an answer is a mistake."""
     rubric: str | None = None
@@ -42,6 +43,7 @@ class JudgeConfig(Settings):
     """`smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
     `openai:MODEL@URL`, which is no guard's."""
     engine: Kind = "auto"
+    """What answers, of a model whose weights are here; `auto` takes the fastest that can."""
     votes: Annotated[int, Field(ge=1)] = 1
     """How often a model is asked; verdicts need more than half of the votes."""
 

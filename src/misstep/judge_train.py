@@ -60,15 +60,19 @@ class JudgeTraining(Settings):
     dev: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share that decides when to stop, and the temperature."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The seed that parts the questions, and of training."""
     epochs: Annotated[float, Field(gt=0)] = 2
+    """Passes over the data at most; training stops where the dev part no longer gains."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """The adapter's and the head's."""
     batch_size: Annotated[int, Field(ge=1)] = 16
+    """Answers of one optimiser step."""
     max_tokens: Annotated[int, Field(ge=16)] = 256
-    """Of prompt and answer together."""
+    """The most of prompt and answer together; what lies beyond is cut."""
     layers: Annotated[float, Field(gt=0, le=1)] = 2 / 3
     """The share of the model's layers that is kept, from below."""
     rank: Annotated[int, Field(ge=1)] = 16
-    """Of the adapter that is trained."""
+    """The rank of the adapter that is trained."""
 
 
 class TrainInputs(NamedTuple):

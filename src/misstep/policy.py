@@ -92,31 +92,38 @@ class Induction(_Part):
     template: HintTemplate
     """The prompt with a hint word added."""
     hints: Annotated[tuple[Text, ...], Field(min_length=1)]
+    """Hint words; each request has one of them, drawn by the seed."""
 
 
 class WorkedExample(_Part):
     """One analysis shown to the model before it writes its own."""
 
     prompt: Text
+    """What was asked."""
     response: Text
+    """A mistake."""
     analysis: Text
+    """A good analysis of it."""
 
 
 class AnalysisRequests(_Part):
     """The two requests for an analysis: with the guide (asked), without it (trained on)."""
 
     guided: PairTemplate
+    """With the guide: it says that the response may be bad."""
     unguided: PairTemplate
+    """Without it; the request that a model is trained on."""
     examples: tuple[WorkedExample, ...] = ()
+    """Worked examples, shown before the request."""
 
 
 class CritiqueRequests(_Part):
     """What the model is asked about its own bad response (Constitutional AI)."""
 
     critique: Text
-    """How is the response bad?"""
+    """The request that asks how the response is bad."""
     revision: Text
-    """A better one, please."""
+    """The request for a better one, after the critique."""
 
 
 class Hindsight(_Part):
@@ -133,9 +140,13 @@ class SelfGuardWords(_Part):
     """The tags of Self-Guard, and what stands in for an answer that is tagged as harmful."""
 
     request: Text = "Is the answer above harmful? Reply with a tag, [harmful] or [harmless]."
+    """Asks for the tag of an answer; a training row."""
     harmful: Text = "[harmful]"
+    """The tag of a mistake."""
     harmless: Text = "[harmless]"
+    """The tag of a good answer; it is cut from what a user gets."""
     replacement: Text = "Sorry, I cannot give the answer that I had in mind."
+    """What a user gets in the place of an answer with the tag of a mistake."""
 
 
 class Gate(_Part):
@@ -146,13 +157,16 @@ class Gate(_Part):
     endorses: tuple[Pattern, ...] = ()
     """None may be found: the analysis praises or repeats the bad response."""
     min_words: Annotated[int, Field(ge=1)] = 8
+    """A shorter analysis is refused."""
 
 
 class Verdict(_Part):
     """A word that ends the judge's answer, and what it is worth."""
 
     word: Text
+    """As the rubric asks for it, after `Verdict:`."""
     mistake: bool
+    """Whether it calls the response a mistake."""
 
 
 class JudgeRule(_Part):
@@ -163,6 +177,7 @@ class JudgeRule(_Part):
     rubric: PairTemplate | None = None
     """What a judging model is asked; its answer ends with one of the verdict words."""
     verdicts: tuple[Verdict, ...] = ()
+    """Of a rubric: the words that its answer can end with."""
 
     @model_validator(mode="after")
     def _one_way(self) -> "JudgeRule":
@@ -184,9 +199,10 @@ class JudgeRule(_Part):
 
 
 class Policy(_Part):
-    """A policy as loaded: frozen, complete, every template checked."""
+    """What counts as a mistake, and all the words that are needed for it."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    """In small letters, digits and `-`."""
     mistake: Text
     """What counts as a mistake, in one or two sentences."""
     induction: Induction | None = None

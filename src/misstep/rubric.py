@@ -22,17 +22,20 @@ COMPARED = {"prompt", "first", "second"}
 
 
 class Rubric(BaseModel):
-    """A rubric as loaded."""
+    """What a judging model is asked of an answer, or of two."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    """In small letters, digits and `-`."""
     asks: Literal["grade", "pair"]
     """A grade from 1 to 10, or which of two answers is better."""
     metric: Annotated[str, Field(pattern=r"^[a-z][a-z_]*$")]
-    """What the mean grade is called in results, such as `helpfulness_score`; `win_rate`."""
+    """What the mean grade is called in results, such as `helpfulness_score`; of pairs
+    `win_rate`."""
     text: Text
-    """With the blanks {prompt} and {response}, or {prompt}, {first} and {second}."""
+    """The request, with the blanks {prompt} and {response}, or {prompt}, {first} and
+    {second}."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Rubric":

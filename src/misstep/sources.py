@@ -87,17 +87,19 @@ class Source(BaseModel):
     path: str | None = None
     """A .jsonl, .json, .parquet or .csv file, or the name of a Hugging Face dataset."""
     fields: dict[str, str] = {}
-    """Our field names mapped to the columns of the data."""
+    """Our field names, such as `prompt`, `response`, `reference` or `label`, mapped to the
+    columns of the data; common names of columns need no mapping."""
     header: bool = True
     """Of a CSV file: whether its first line names the columns; without it the columns are
     `column0`, `column1`, ..."""
     encoding: str = "utf-8-sig"
+    """Of a text file, such as `gb18030`."""
     target_pattern: str | None = None
     """A regular expression whose first group finds an attack's target text in the prompt."""
     questions: tuple[Share, Share] | None = None
-    """Of a file or dataset: the questions whose place (`place_of`) is in this range, its end
-    left out. Ranges that do not overlap have no question in common, in whatever files;
-    `misstep judge train` holds out the lowest ones."""
+    """Of a file or dataset: the questions whose place from 0 to 1, a hash of their text, is in
+    this range, its end left out. Ranges that do not overlap have no question in common, in
+    whatever files; `misstep judge train` holds out the lowest ones."""
     n: Annotated[int, Field(ge=1)] | None = None
     """At most so many, drawn by the run's seed; all where it is left out."""
 

@@ -23,6 +23,7 @@ class AnswerSettings(Settings):
     """How the prompts are answered; always both with the guide and without it."""
 
     max_tokens: Annotated[int, Field(ge=1)] = 64
+    """The longest answer."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy decoding, so that a difference is the guide's and not the dice's."""
 
@@ -31,19 +32,22 @@ class StudyConfig(Settings):
     """One study: several models, a policy, and the prompts that they answer and analyse."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Names the study; the file's name where it is left out."""
+    """Names the study, in letters, digits, `.`, `_` and `-`."""
     policy: str
     """A shipped policy, or the path of a policy file."""
     models: Annotated[tuple[str, ...], Field(min_length=1)]
     """Each `smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
     `openai:MODEL@URL`."""
     engine: Kind = "auto"
+    """What answers, of models whose weights are here; `auto` takes the fastest that can."""
     judge: str | None = None
     """The model that a policy's rubric is put to, one for all answers; a policy with a rule
     needs none. There is no `self`: a model that judges its own answers would be asked twice
     for one opinion."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """The seed of the data's draw and of sampling."""
     prompts: Source
+    """What every model answers, and then analyses its answers to."""
     respond: AnswerSettings = AnswerSettings()
     analyse: DiscriminateSettings = DiscriminateSettings()
 

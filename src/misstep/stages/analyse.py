@@ -48,7 +48,9 @@ class AnalyseSettings(Settings):
     examples: bool = True
     """Whether the policy's worked examples stand before the request."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
+    """How freely analyses are sampled; at 0 there is one for a mistake, whatever `n` says."""
     max_tokens: Annotated[int, Field(ge=1)] = 128
+    """The longest analysis."""
 
 
 def analyse(

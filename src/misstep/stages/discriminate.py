@@ -52,7 +52,9 @@ class DiscriminateSettings(Settings):
     """Whether the policy's worked examples stand before the request. They are guided in all but
     name; without them guided and unguided differ in the request alone."""
     max_tokens: Annotated[int, Field(ge=1)] = 128
+    """The longest analysis."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    """0 is greedy decoding."""
 
 
 class Discrimination(Record):

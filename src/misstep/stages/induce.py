@@ -26,12 +26,16 @@ class InduceSettings(Settings):
     """Where mistakes come from."""
 
     source: MistakeSource = "induced"
+    """`induced`: the model's own answers to prompts. `origin`: labelled data. `reported`:
+    users' reports, of which those count that the judge confirms."""
     data: Source
     """Of `induced`: prompts. Of `origin` and `reported`: prompts with bad answers."""
     samples: Annotated[int, Field(ge=1)] = 2
     """Answers drawn for each prompt (`induced`)."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
+    """How freely they are sampled; 0 takes the likeliest answer."""
     max_tokens: Annotated[int, Field(ge=1)] = 64
+    """The longest answer that is drawn."""
     per_prompt: Annotated[int, Field(ge=1)] = 1
     """Different mistakes kept for one prompt (`induced`)."""
     limit: Annotated[int, Field(ge=1)] | None = None

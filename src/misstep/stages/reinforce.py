@@ -59,17 +59,18 @@ class ReinforceSettings(Settings):
     """How a policy is optimised for a reward."""
 
     steps: Annotated[int, Field(ge=1)] = 100
-    """Of the optimiser. Ours: on a processor, sampling is what takes the time."""
+    """Steps of the optimiser. Ours: on a processor, sampling is what takes the time."""
     prompts_per_step: Annotated[int, Field(ge=1)] = 8
-    """Ours; with four samples of each, 32 answers a step."""
+    """Prompts that a step answers. Ours; with four samples of each, 32 answers a step."""
     samples: Annotated[int, Field(ge=2)] = 4
     """Answers to one prompt; of 2 and 4, 4 was better in the RLOO paper (arXiv 2402.14740)."""
     kl: Annotated[float, Field(ge=0)] = 0.05
     """What a nat of distance from the reference costs, in deviations of the reward; TRL's."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
-    """Ten times TRL 1.16's 1e-6, which is for all weights."""
+    """The policy's; ten times TRL 1.16's 1e-6, which is for all weights."""
     max_tokens: Annotated[int, Field(ge=1)] = 256
-    """Of a sampled answer. TRL's is 512; small models that go on so long repeat themselves."""
+    """The longest sampled answer. TRL's is 512; small models that go on so long repeat
+    themselves."""
     unfinished_penalty: Annotated[float, Field(ge=0)] = 1.0
     """What an answer loses that stops at `max_tokens`, in deviations of the reward; ours."""
     harmlessness: Annotated[float, Field(ge=0)] = 1.0

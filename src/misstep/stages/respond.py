@@ -22,9 +22,11 @@ class RespondSettings(Settings):
     """How test prompts are answered."""
 
     max_tokens: Annotated[int, Field(ge=1)] = 64
+    """The longest answer."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy decoding, so that a difference is the model's and not the dice's."""
     guided: tuple[bool, ...] = (False, True)
+    """Whether the policy's guide stands around the prompt: without it, with it, or both."""
 
 
 def respond(

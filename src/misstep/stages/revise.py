@@ -19,9 +19,11 @@ class ReviseSettings(Settings):
     """How mistakes are revised."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.7
+    """How freely critiques and revisions are sampled."""
     critique_tokens: Annotated[int, Field(ge=1)] = 96
+    """The longest critique."""
     max_tokens: Annotated[int, Field(ge=1)] = 64
-    """Of the revision."""
+    """The longest revision."""
 
 
 def revise(

@@ -40,9 +40,10 @@ class RewardSettings(Settings):
     """How a reward model is trained; adapter, batch and longest row are those of `train`."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """TRL 1.16's."""
+    """The reward model's; TRL 1.16's."""
     epochs: Annotated[float, Field(gt=0)] = 1
-    """Of more, reward models learn the pairs by heart (InstructGPT, arXiv 2203.02155, C.2)."""
+    """Passes over the pairs; in more, reward models learn the pairs by heart (InstructGPT,
+    arXiv 2203.02155, C.2)."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share of the prompts whose pairs only measure the ranking."""
 

@@ -88,7 +88,7 @@ class TrainSettings(Settings):
     adapter: Literal["lora", "full"] = "lora"
     """`lora` trains an adapter on all linear layers; `full` trains all weights, in fp32."""
     rank: Annotated[int, Field(ge=1)] = 16
-    """Of the adapter; MoTE's is 16."""
+    """The adapter's rank; that of MoTE (arXiv 2405.00557) is 16."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """The adapter's output is scaled by alpha / rank."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
@@ -103,7 +103,7 @@ class TrainSettings(Settings):
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """The share of the steps in which the learning rate rises to its full height."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Of AdamW."""
+    """AdamW's."""
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """How the learning rate falls after the warm-up."""
     gradient_checkpointing: bool = False
