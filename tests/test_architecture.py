@@ -168,6 +168,17 @@ def test_every_module_has_a_layer() -> None:
     assert [module for module in MODULES if layer(module) < 0] == []
 
 
+def test_the_parts_in_the_concepts_are_the_layers_in_their_order() -> None:
+    page = (ROOT / "docs/concepts.md").read_text(encoding="utf-8")
+    (_, parts) = page.split("## The parts")
+    block = parts.split("```")[1].strip()
+    listed = [
+        line.split()[0].removesuffix("/").removesuffix(".py") for line in block.split("\n")
+    ]
+    tops = dict.fromkeys(name.split(".")[1].rstrip("*") for name in LAYERS if "." in name)
+    assert listed == [top for top in tops if top != "__main__"]
+
+
 def test_modules_import_from_layers_above_only() -> None:
     assert [f"{i.importer} imports {i.imported}" for i in IMPORTS if not allowed(i)] == []
 

@@ -113,6 +113,11 @@ def test_every_method_has_a_page_and_every_page_a_method() -> None:
     assert titles == {name: f"# {name}" for name in METHODS}
 
 
+def test_the_concepts_count_every_method() -> None:
+    page = (ROOT / "docs/concepts.md").read_text(encoding="utf-8")
+    assert f"There are {len(METHODS)} in all" in page
+
+
 @pytest.mark.parametrize(
     "page",
     [*METHOD_PAGES, ROOT / "docs/compare.md", ROOT / "docs/training.md"],

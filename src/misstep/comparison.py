@@ -3,7 +3,8 @@
 A comparison is a run recipe with two keys more, `seeds` and `sweep`. The seeds are those of
 training alone, so all cells of a variant share their mistakes, analyses and the answers of the
 untrained model; model calls and adapters lie in one store, and a cell that is done is passed
-through. Of several seeds an interval speaks for both: it resamples prompts and seeds.
+through. Of several seeds an interval speaks for other prompts and other seeds: both are
+crossed random effects (`stats.crossed_mean`).
 
 This module knows runs and their files; it trains and generates nothing itself.
 """
