@@ -12,12 +12,20 @@ from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
 from misstep.report.study import write_study_picture
 from misstep.report.study_markdown import study_markdown
-from misstep.results import read_results
+from misstep.report.words import gap, p_text
+from misstep.results import Comparison, adjusted, read_results
 from misstep.study_results import read_study
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
 
+CLAIM = re.compile(
+    r"([+−]?[\d.]+) points, ([+−]?[\d.]+) to ([+−]?[\d.]+), adjusted p (below )?(\d\.\d+)"
+)
+"""How the pages write a difference that they rest a claim on."""
+PROSE = {run.parent / f"{run.name}.md": [run] for run in RUNS}
+PROSE |= {ROOT / "docs/results/README.md": RUNS, ROOT / "README.md": RUNS}
+"""Pages, and the results that they speak of."""
 CARDS = [path for path in (ROOT / "docs/results").glob("judges") if path.is_dir()]
 PICTURES = sorted((ROOT / "docs/results").glob("*/picture.svg"))
 STUDIES = sorted(path.parent for path in (ROOT / "docs/results").glob("*/study.json"))
@@ -93,3 +101,28 @@ def test_every_rate_stands_in_the_page() -> None:
         assert shown
         for value in shown:
             assert re.search(rf"{100 * value:.1f}.%", page)
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_differences_in_prose_are_those_of_committed_results(page: Path) -> None:
+    found = {
+        said
+        for run in PROSE[page]
+        for comparison in adjusted(read_results(run / "results.json").comparisons)
+        for said in _both_ways(comparison)
+    }
+    text = page.read_text(encoding="utf-8").split("## What it means")[-1]
+    assert [claim for claim in CLAIM.findall(text) if claim not in found] == []
+    assert text.count("adjusted p ") == len(CLAIM.findall(text)) + text.count(
+        "each adjusted p "
+    )
+
+
+def _both_ways(c: Comparison) -> list[tuple[str, ...]]:
+    """A comparison as prose writes it, a minus b and b minus a."""
+    assert c.p_adjusted is not None
+    p = ("below ", "0.001") if c.p_adjusted < 0.001 else ("", p_text(c.p_adjusted))
+    return [
+        (gap(c.difference), gap(c.low), gap(c.high), *p),
+        (gap(-c.difference), gap(-c.high), gap(-c.low), *p),
+    ]
