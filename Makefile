@@ -35,6 +35,7 @@ test: check
 reference: install
 	$(BIN)/python -m typer misstep.cli utils docs --name misstep --output docs/cli.md
 	$(BIN)/python docs/recipe.py
+	$(BIN)/python docs/results/aims.py
 
 clean:
 	rm -rf .venv runs build dist src/*.egg-info

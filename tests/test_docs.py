@@ -24,7 +24,7 @@ METHOD_PAGES = sorted((ROOT / "docs/methods").glob("*.md"))
 KEY = re.compile(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[:=][^`]*)?`")
 """A dotted name in backticks, with a value or without one."""
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
-LINK = re.compile(r"\]\(<?([^)>\s]+)")
+LINK = re.compile(r'(?:\]\(<?|src=")([^)>"\s]+)')
 REFERENCE = runpy.run_path(str(ROOT / "docs/recipe.py"))
 FILES = ("py", "yaml", "json", "jsonl", "md", "html", "sqlite")
 

@@ -1,0 +1,182 @@
+"""Writes the table of aims into README.md: what was aimed at, and what committed files say.
+
+The aims were set before the work. Figures come from the files beside this one and from nowhere
+else. Run it as `make reference`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from misstep.methods.registry import METHODS
+from misstep.report.markdown import line, table
+from misstep.report.words import count, duration, gap, plain, points, rate
+from misstep.results import Comparison, read_results
+
+HERE = Path(__file__).parent
+START, END = "<!-- aims -->\n", "<!-- /aims -->\n"
+
+
+class Aim(NamedTuple):
+    """What was aimed at; a value is None where nothing was measured."""
+
+    what: str
+    aim: str
+    value: float | None = None
+    reached: str = ""
+    met: bool | None = None
+    why: str = ""
+    """Why it was not met, or not measured."""
+
+
+def page(old: str) -> str:
+    """The page with its table made anew."""
+    before, _, rest = old.partition(START)
+    _, _, after = rest.partition(END)
+    rows = table(["", "aimed at", "reached", "met", "why not"])
+    rows += [_row(aim) for make in (speed, mistakes, breadth, judges) for aim in make()]
+    return before + START + "\n".join(rows) + "\n" + END + after
+
+
+def _row(aim: Aim) -> str:
+    if aim.value is None:
+        return line([aim.what, aim.aim, "not measured", "–", aim.why])
+    return line(
+        [aim.what, aim.aim, aim.reached, *(("yes", "") if aim.met else ("no", aim.why))]
+    )
+
+
+def least(what: str, aim: float, value: float, say: Callable[[float], str], why: str) -> Aim:
+    """An aim to reach a number or more."""
+    return Aim(what, f"{say(aim)} or more", value, say(value), value >= aim, why)
+
+
+def most(what: str, aim: float, value: float, say: Callable[[float], str], why: str) -> Aim:
+    """An aim to reach a number or less."""
+    return Aim(what, f"{say(aim)} or less", value, say(value), value <= aim, why)
+
+
+def below(what: str, aim: float, found: Comparison, why: str) -> Aim:
+    """An aim that a difference is so low, and its whole interval below 0."""
+    said = points(aim) + " or less" if aim else "less than 0"
+    met = found.difference <= aim and found.high < 0
+    text = f"{said}, the interval below 0"
+    return Aim(what, text, found.difference, _said(found), met, why)
+
+
+def speed() -> Iterator[Aim]:
+    """Beside TRL and `model.generate`, in one run each."""
+    work = _json("bench/train.json")["workloads"]["analysis"]
+    share = work["ours"]["gemm_share"]
+    for peer, aim in (("trl-documented", 5.0), ("trl-best", 3.5)):
+        ratio = work["peers"][peer]["ratio_tokens_per_second"]
+        why = f"{rate(share * aim / ratio)} of the GEMM peak would give it"
+        yield least(f"training, tokens/s over `{peer}`", aim, ratio, _times, why)
+    yield least("training, share of the GEMM peak", 0.5, share, rate, "")
+    for peer in ("trl-documented", "trl-best"):
+        ratio = work["peers"][peer]["ratio_peak_memory"]
+        why = "libraries and weights count on both sides"
+        yield most(f"training, peak memory over `{peer}`", 0.6, ratio, _fine_times, why)
+    for name, aim in (("analysis", 6.0), ("attacks", 2.2)):
+        for peer, found in _json("bench/generate.json")["workloads"][name]["peers"].items():
+            why = "one round of 32 prompts; not repeated"
+            what = f"answers ({name}), tokens/s over `{peer}`"
+            yield least(what, aim, found["ratio_tokens_per_second"], _times, why)
+    yield Aim("a whole pipeline over the peer's script", "4 x or more", why="not run yet")
+    overhead = "a record beside the model, in each stage"
+    yield Aim(overhead, "50 µs or less", why="no run on a quiet machine is committed")
+    yield Aim("beside TRL and vLLM on a GPU", "level or better", why="no GPU was at hand")
+
+
+def mistakes() -> Iterator[Aim]:
+    """What the method does to mistakes, on the embedded model."""
+    guided, sft, base = "mistake_analysis/guided", "sft/guided", "vanilla/unguided"
+    of = "guided mistake analysis less the untrained model"
+    found = _difference("quickstart", guided, base, "mistake_rate", "attacks")
+    yield below(f"mistakes on attacks, {of}", -0.12, found, "")
+    found = _difference("quickstart", guided, base, "mistake_rate", "attacks-unseen")
+    yield below("the same, on kinds of attack that training did not see", 0, found, "")
+    found = _difference("quickstart", guided, base, "helpfulness", "clean")
+    met, what = found.difference >= -0.02, f"helpfulness on clean tasks, {of}"
+    yield Aim(what, f"{points(-0.02)} or more", found.difference, _said(found), met)
+    why = "no difference is shown: [methods-135m](methods-135m.md)"
+    for method in ("mistake_analysis", "corrected_analysis"):
+        found = _difference("methods-135m", f"{method}/guided", sft, "mistake_rate", "attacks")
+        yield below(f"mistakes, guided `{method}` less guided SFT, three seeds", 0, found, why)
+
+
+def breadth() -> Iterator[Aim]:
+    """Which runs were to be made, and in what time."""
+    demo = _json("quickstart/manifest.json")
+    most_time = "`make demo`, its stages; the aim is with installation"
+    yield most(most_time, 900, _seconds(demo["stages"]), duration, "")
+    yield most("`make demo`, peak memory in MB", 6000, demo["peak_memory_mb"], _whole, "")
+    (cell,) = _json("compare-smoke/manifest.json")["cells"].values()
+    yield most("every method once, small", 1500, _seconds(cell["stages"]), duration, "")
+    made = {row.method for row in read_results(HERE / "methods-135m/results.json").rows}
+    why = f"{' and '.join(sorted(set(METHODS) - made))}: not tuned yet"
+    yield least("methods compared at 135M, three seeds", len(METHODS), len(made), _whole, why)
+    models = len(_json("study/study.json")["models"])
+    yield least("models in the study", 3, models, _whole, "")
+    for what in ("methods at 0.5B", "five settings at 1.5B", "scenario 1", "ablations"):
+        yield Aim(what, "a committed result", why="too long for two cores so far")
+
+
+def judges() -> Iterator[Aim]:
+    """How far trained judges agree with labels that they have not seen."""
+    harm, refusal = (_json(f"judges/{name}.json") for name in ("harm", "refusal"))
+    own, why = harm["data"]["Safe-RLHFmini"], "no larger model was trained on the whole data"
+    what = "judge of harm, held-out questions"
+    yield least(f"{what}, accuracy", 0.83, own["accuracy"]["value"], rate, why)
+    yield least(f"{what}, AUC", 0.91, own["auc"]["value"], plain, why)
+    why = "it trained all weights of the kept upper layers; an adapter is trained since"
+    yield most("the same, time to train", 1800, harm["training"]["seconds"], duration, why)
+    yield Aim("a judge of harm from several sources", "75 % balanced", why="not trained yet")
+    data = refusal["data"]
+    found = data["all held-out questions"]["accuracy"]["value"]
+    yield least(
+        "judge of refusals, held-out questions (see above), accuracy", 0.96, found, rate, ""
+    )
+    found = data["refusal"]["accuracy"]["value"]
+    why = "trained on XSTest's answers alone"
+    yield least("the same on PyRIT's, unseen, accuracy", 0.9, found, rate, why)
+    yield Aim("4,000 pairs checked", "10 min or less", why="not timed yet")
+
+
+def _json(path: str) -> Any:
+    return json.loads((HERE / path).read_text(encoding="utf-8"))
+
+
+def _seconds(stages: dict[str, dict[str, float]]) -> float:
+    return sum(stage["seconds"] for stage in stages.values())
+
+
+def _difference(run: str, a: str, b: str, metric: str, test_set: str) -> Comparison:
+    (found,) = (
+        c
+        for c in read_results(HERE / run / "results.json").comparisons
+        if (c.a, c.b, c.metric, c.test_set) == (a, b, metric, test_set)
+    )
+    return found
+
+
+def _said(found: Comparison) -> str:
+    return f"{points(found.difference)} ({gap(found.low)} to {gap(found.high)})"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} x"
+
+
+def _fine_times(value: float) -> str:
+    return f"{value:.3f} x"
+
+
+def _whole(value: float) -> str:
+    return count(round(value))
+
+
+if __name__ == "__main__":
+    readme = HERE / "README.md"
+    readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
