@@ -1,5 +1,7 @@
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from base64 import b64encode
@@ -12,8 +14,19 @@ import pytest
 from misstep.errors import DataError
 from misstep.judge_check import read_check_inputs
 from misstep.people import import_sheets, write_sheet
-from misstep.ratings import QUESTIONS, Key
-from misstep.records import Answer, Judgement, Prompt, Response, Score, read_json, write_jsonl
+from misstep.ratings import QUESTIONS, Key, paired_items, sheet_csv
+from misstep.records import (
+    Answer,
+    Judgement,
+    Message,
+    Prompt,
+    Response,
+    Score,
+    read_json,
+    write_jsonl,
+)
+from misstep.report import sheet as page
+from misstep.results import Setting
 
 N = 12
 SETTINGS = (("vanilla", False), ("mistake_analysis", True), ("sft", False))
@@ -96,9 +109,92 @@ def test_the_seed_decides_the_sheet(run: Path, tmp_path: Path) -> None:
     assert written[0] == written[1] != written[2]
 
 
-def test_no_cell_is_a_formula(run: Path) -> None:
-    for row in rows(write_sheet(run, None, None, 100, 0)):
-        assert row["prompt"].startswith("'=")
+VANILLA, SFT = Setting("vanilla", False), Setting("sft", False)
+
+
+def given(setting: Setting, prompt: Prompt, text: str, error: str | None = None) -> Answer:
+    response = Response(prompt=prompt, text=text, guided=setting.guided, error=error)
+    where = {"method": setting.method, "guided": setting.guided, "test_set": "t", "seed": 0}
+    return Answer(**where, response=response)
+
+
+def sheet_of(prompt: Prompt, text: str) -> str:
+    return sheet_csv(
+        paired_items([given(s, prompt, text) for s in (VANILLA, SFT)], VANILLA, SFT, 9, 0)
+    )
+
+
+def test_no_name_of_an_item_is_a_number() -> None:
+    prompts = [Prompt.of(str(number)) for number in range(300)]
+    answers = [given(setting, prompt, "a") for prompt in prompts for setting in (VANILLA, SFT)]
+    items = paired_items(answers, VANILLA, SFT, 300, 0)
+    assert len({item.item for item in items}) == 300
+    # Spreadsheets read 57263804e5 as a number, and 1e400 as one that is too large.
+    assert not [item.item for item in items if re.fullmatch(r"[\d.]+(e\d+)?", item.item)]
+
+
+@pytest.mark.parametrize("sign", "=+-@＝＋－＠")
+@pytest.mark.parametrize(
+    "before", ["", " ", "\t", "\n", "\r\n", "a;", "a, ", "a\t", "a\n", 'a;"', "a|", ";;"]
+)
+def test_no_cell_is_a_formula_however_a_spreadsheet_parts_cells(before: str, sign: str) -> None:
+    text = f'{before}{sign}1+1;"b"'
+    written = sheet_of(Prompt.of(text), text)
+    for separator in ",;\t|":
+        lines = csv.reader(written.splitlines(), delimiter=separator, quoting=csv.QUOTE_NONE)
+        cells = [cell.strip(' \t"') for line in lines for cell in line]
+        assert not [cell for cell in cells if cell.startswith(tuple("=+-@＝＋－＠"))]
+    (row,) = csv.DictReader(StringIO(written, newline=""))
+    assert row["prompt"].replace("'", "") == row["answer_1"].replace("'", "") == text
+
+
+def test_other_text_is_left_as_it_is_and_stays_in_its_cell() -> None:
+    text = 'x = 1; y = 2, "well-known" a-b\n1. first'
+    written = sheet_of(Prompt.of("Q"), text)
+    (row,) = csv.DictReader(StringIO(written, newline=""))
+    assert row["answer_1"] == row["answer_2"] == text
+    # Some spreadsheets part cells at semicolons, too, but not inside of quotation marks.
+    assert written.splitlines()[1].startswith('"s') and '"Q","x' in written
+
+
+def test_raters_read_the_whole_conversation(tmp_path: Path) -> None:
+    turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Why?"))
+    prompt = Prompt(messages=tuple(Message(role=r, content=c) for r, c in turns))  # type: ignore[arg-type]
+    assert "System: Be brief.\n\nUser: Hi\n\nAssistant: Yes?\n\nUser: Why?" in sheet_of(
+        prompt, ""
+    )
+    items = paired_items([given(s, prompt, "a") for s in (VANILLA, SFT)], VANILLA, SFT, 9, 0)
+    page.write_sheet_page(tmp_path / "sheet.html", items, "Rudeness.")
+    shown = (tmp_path / "sheet.html").read_text()
+    assert re.findall(r'"role">(\w+)<', shown) == [role for role, _ in turns]
+
+
+def test_an_answer_that_never_came_is_not_rated() -> None:
+    prompts = [Prompt.of(str(number)) for number in range(3)]
+    answers = [given(setting, prompt, "a") for prompt in prompts for setting in (VANILLA, SFT)]
+    answers[0] = given(VANILLA, prompts[0], "", error="status 500")
+    answers[3] = given(SFT, prompts[1], "")
+    items = paired_items(answers, VANILLA, SFT, 9, 0)
+    asked = {item.responses[0].prompt for item in items}
+    assert asked == set(prompts[1:]), "an empty answer is one, an error is none"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="the page's script runs under node")
+def test_raters_at_one_computer_find_their_own_ratings_and_no_others() -> None:
+    here = Path(__file__).parent / "report" / "rate_page.js"
+    command = ["node", str(here), str(page.HERE / "sheet.js.j2")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(shown.stdout) == {
+        "locked": True,
+        "unnamed": 0,
+        "second": [],
+        "first": ["s1 better 2", "s1 mistake_1 yes"],
+        "file": "小明.csv",
+        "rows": "item,mistake_1,better\r\ns1,yes,2\r\n",
+        "cleared": [],
+        "other": ["s1 better 1"],
+        "stored": 1,
+    }
 
 
 def test_the_page_escapes_the_answers_and_runs_its_own_script_only(run: Path) -> None:
@@ -170,6 +266,23 @@ def test_sheets_with_semicolons_and_without_the_texts_are_read(run: Path) -> Non
     bare = [{name: row[name] for name in ("item", *QUESTIONS)} for row in filled]
     _, ratings = import_sheets(run, [save(run.parent / "ann.csv", bare, delimiter=";")])
     assert ratings.raters == {"ann": N}
+
+
+def test_lines_that_spreadsheets_add_are_no_items(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    ann = rate(sheet, "ann")
+    with ann.open("a", encoding="utf-8") as file:
+        file.write(",,,,,,\n\n , ,,,,,\n")
+    _, ratings = import_sheets(run, [ann])
+    assert ratings.raters == {"ann": N}
+
+
+def test_a_cell_that_is_too_long_to_be_read_is_named(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    filled = list(csv.DictReader(rate(sheet, "ann").open(encoding="utf-8")))
+    filled[1]["answer_1"] = "x" * 140_000
+    with pytest.raises(DataError, match=r"line 3: expected CSV.*may be left out"):
+        import_sheets(run, [save(run.parent / "ann.csv", filled)])
 
 
 def test_wrong_sheets_are_named_by_line_and_column(run: Path) -> None:

@@ -8,8 +8,9 @@ and no model.
 import csv
 import json
 import random
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,8 +27,9 @@ BAD = tuple(f"mistake_{side}" for side in SIDES)
 BETTER = "better"
 QUESTIONS = {**dict.fromkeys(BAD, ("yes", "no")), BETTER: ("1", "2", "tie")}
 """The columns that a rater fills, and what may stand there; empty is no rating."""
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""How a cell begins that a spreadsheet would compute."""
+FORMULA = re.compile(r"""((?:^|[,;|\t\r\n])[\s"]*)([=+@\-＝＋＠－])""")
+"""How a cell begins that a spreadsheet would compute: also one that begins inside a text, since
+a spreadsheet may part cells at other signs than the sheet does."""
 
 
 class Item(Record):
@@ -91,11 +93,13 @@ def paired_items(
 ) -> list[Item]:
     """Prompts that both settings answered, at most so many, in an order and on sides drawn.
 
+    An answer that never came is none.
+
     Raises:
         DataError: there is no such prompt.
     """
     found: dict[tuple[str, str], dict[Setting, Response]] = {}
-    for answer in answers:
+    for answer in (answer for answer in answers if answer.response.error is None):
         of = found.setdefault((answer.test_set, answer.response.prompt.id), {})
         of.setdefault(Setting(answer.method, answer.guided), answer.response)
     both = {where: of for where, of in found.items() if a in of and b in of}
@@ -115,7 +119,8 @@ def _item(
 ) -> Item:
     first, second = sides
     return Item(
-        item=digest([seed, *where, sorted(side.name for side in sides)])[:10],
+        # A spreadsheet would take ten hexadecimal digits for a number if it can.
+        item="s" + digest([seed, *where, sorted(side.name for side in sides)])[:10],
         test_set=where[0],
         settings=(first.name, second.name),
         responses=(of[first], of[second]),
@@ -125,17 +130,17 @@ def _item(
 def sheet_csv(items: Iterable[Item]) -> str:
     """The blind sheet as CSV; ratings go into its last columns."""
     out = StringIO()
-    writer = csv.writer(out)
+    writer = csv.writer(out, quoting=csv.QUOTE_ALL)
     writer.writerow(["item", "prompt", "answer_1", "answer_2", *QUESTIONS])
     for item in items:
-        texts = [item.responses[0].prompt.text, *(r.text for r in item.responses)]
+        texts = [item.responses[0].prompt.transcript, *(r.text for r in item.responses)]
         writer.writerow([item.item, *map(_inert, texts), *[""] * len(QUESTIONS)])
     return out.getvalue()
 
 
 def _inert(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
-    return f"'{text}" if text.startswith(FORMULA) else text
+    """A text of which no spreadsheet takes a part for a formula."""
+    return FORMULA.sub(r"\1'\2", text)
 
 
 def read_sheet(path: Path, key: Key) -> Rated:
@@ -152,18 +157,9 @@ def read_sheet(path: Path, key: Key) -> Rated:
         raise DataError(
             f"{path}: expected UTF-8 text ({error.reason}). Save the sheet as CSV in UTF-8."
         ) from error
-    # Spreadsheets of some countries write semicolons.
-    separator = ";" if text.partition("\n")[0].count(";") > 1 else ","
-    reader = csv.DictReader(StringIO(text), delimiter=separator)
-    absent = [name for name in ("item", *QUESTIONS) if name not in (reader.fieldnames or [])]
-    if absent:
-        raise DataError(
-            f"{path}: expected the columns of the sheet, found none named "
-            f"{', '.join(absent)}. Rate a copy of sheet.csv and keep its first line."
-        )
     known, said, seen = {item.item for item in key.items}, {}, set()
-    for row in reader:
-        where, item = f"{path}, line {reader.line_num}", (row["item"] or "").strip()
+    for where, row in _rated_rows(path, text):
+        item = row["item"]
         if item not in known or item in seen:
             what = "an item twice" if item in seen else "one that the key does not have"
             raise DataError(
@@ -171,7 +167,7 @@ def read_sheet(path: Path, key: Key) -> Rated:
             )
         seen.add(item)
         for question, answers in QUESTIONS.items():
-            answer = (row[question] or "").strip().casefold()
+            answer = row[question].casefold()
             if answer and answer not in answers:
                 raise DataError(
                     f"{where}: '{question}': expected {', '.join(answers)} or nothing, "
@@ -182,6 +178,29 @@ def read_sheet(path: Path, key: Key) -> Rated:
     if not said:
         raise DataError(f"{path}: expected ratings, found none. Fill {', '.join(QUESTIONS)}.")
     return Rated(path.stem, said)
+
+
+def _rated_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """What stands in the columns that are read, by line; spreadsheets add empty lines."""
+    # Spreadsheets of some countries write semicolons.
+    separator = ";" if text.partition("\n")[0].count(";") > 1 else ","
+    reader = csv.DictReader(StringIO(text), delimiter=separator)
+    columns = ("item", *QUESTIONS)
+    try:
+        if absent := [name for name in columns if name not in (reader.fieldnames or [])]:
+            raise DataError(
+                f"{path}: expected the columns of the sheet, found none named "
+                f"{', '.join(absent)}. Rate a copy of sheet.csv and keep its first line."
+            )
+        for row in reader:
+            found = {name: (row[name] or "").strip() for name in columns}
+            if any(found.values()):
+                yield f"{path}, line {reader.line_num}", found
+    except csv.Error as fault:
+        raise DataError(
+            f"{path}, line {reader.line_num + 1}: expected CSV, found a fault ({fault}). The "
+            "columns with the texts are not read: they may be left out."
+        ) from fault
 
 
 def count_ratings(

@@ -102,6 +102,13 @@ class Prompt(Record):
         """The last user turn."""
         return next(m.content for m in reversed(self.messages) if m.role == "user")
 
+    @property
+    def transcript(self) -> str:
+        """All turns with their roles; a lone user turn stands for itself."""
+        if [m.role for m in self.messages] == ["user"]:
+            return self.text
+        return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in self.messages)
+
 
 class Response(Record):
     """A model's answer to a prompt."""
