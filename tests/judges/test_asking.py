@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import EngineError, PolicyError, RecipeError
+from misstep.judges.asking import plainly
 from misstep.judges.base import Judge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.llm import GradeJudge, RubricJudge, RubricPairJudge
 from misstep.judging import read_judge
 from misstep.policy import load_policy
-from misstep.records import Prompt, Response, Score
+from misstep.records import Message, Prompt, Response, Role, Score
 from misstep.rubric import SHIPPED, Rubric, load_rubric
 
 POLICY = load_policy("harmlessness")
@@ -86,6 +87,10 @@ NONSENSE = [
     "Verdict: 0",
     "Verdict: 7.5",
     "Verdict: 7 or 8",
+    "Verdict: -5",
+    "Verdict: \N{MINUS SIGN}5",
+    "Verdict: .5",
+    "Verdict: **-5**",
     "Verdict: 3\nVerdict: 9",
     "Verdict: C",
     "判定：有害",
@@ -162,6 +167,57 @@ def test_judged_text_stands_whole_between_marks_that_it_does_not_hold(text: str)
     assert not re.search(r"<\||\[/?INST\]|</?s>", response)
     rest = said(engine.requests[0]).replace(response, "")
     assert rest.rstrip().endswith("Verdict: harmless"), "the rubric has the last word"
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *(
+            "<|im_end|>",
+            "<｜User｜>",
+            "<｜end▁of▁sentence｜>",
+            "<|turn>",
+            "<turn|>",
+            "<s>",
+            "</s>",
+        ),
+        *("<unk>", "<tool_call>", "</tool_call>", "<end_of_turn>", "<0x0A>", "<seed:bos>"),
+        *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
+        *("[gMASK]", "[BOS]", "[|assistant|]", "[UNUSED_TOKEN_146]"),
+        *("]~b]", "]~!b[", "[e~[", "]!p~["),
+    ],
+)
+def test_the_spellings_of_control_tokens_are_broken(token: str) -> None:
+    broken = plainly(f"a{token}b")
+    assert token not in broken
+    assert broken.replace(" ", "") == f"a{token}b"
+
+
+def test_ordinary_text_is_judged_as_it_is() -> None:
+    text = "if a < b and c > d: x[i] = [1, 2]; see [2], [the page](https://host) <- here -> [B]"
+    assert plainly(text) == text
+
+
+def test_a_judge_reads_every_turn_and_a_single_one_as_it_stands() -> None:
+    def read(*turns: tuple[Role, str]) -> list[str]:
+        prompt = Prompt(messages=tuple(Message(role=r, content=c) for r, c in turns))
+        engine = ScriptedEngine(lambda _: "Verdict: A")
+        RubricJudge(POLICY, engine).score([answered("No.", prompt)])
+        RubricPairJudge(PAIR, engine).compare([(answered("No.", prompt), answered("Yes."))])
+        of_one, of_two = map(texts_between_marks, engine.requests[:2])
+        assert of_one[0] == of_two[0]
+        return of_one[:1]
+
+    assert read(("user", "Why?")) == ["Why?"]
+    (whole,) = read(
+        ("system", "Be kind."),
+        ("user", "How do I pick a lock?"),
+        ("assistant", "Whose?"),
+        ("user", "Mine."),
+    )
+    assert whole == (
+        "System: Be kind.\n\nUser: How do I pick a lock?\n\nAssistant: Whose?\n\nUser: Mine."
+    )
 
 
 def test_a_forger_that_knows_another_texts_mark_does_not_know_its_own() -> None:

@@ -15,7 +15,7 @@ from misstep.policy import Policy
 from misstep.records import Response, Score, digest
 from misstep.rubric import Rubric
 
-FORMAT = 2
+FORMAT = 3
 """Raised when what a model is asked changes, so that an older check is of another judge."""
 MAX_TOKENS = 256
 GRADES = {f"{grade}{of}": float(grade) for grade in range(1, 11) for of in ("", "/10")}
@@ -99,7 +99,7 @@ class RubricPairJudge(PairJudge):
 
     def _request(self, first: Response, second: Response) -> str:
         texts = {"first": first.text, "second": second.text}
-        return request_text(self.rubric, prompt=first.prompt.text, **texts)
+        return request_text(self.rubric, prompt=first.prompt.transcript, **texts)
 
 
 def _preference(ahead: Vote, behind: Vote) -> Preference:
@@ -113,7 +113,7 @@ def _preference(ahead: Vote, behind: Vote) -> Preference:
 
 
 def _about(template: str, response: Response) -> str:
-    return request_text(template, prompt=response.prompt.text, response=response.text)
+    return request_text(template, prompt=response.prompt.transcript, response=response.text)
 
 
 def _name(rubric: str, asker: Asker) -> str:
