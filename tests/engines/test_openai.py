@@ -150,6 +150,77 @@ def test_a_hopeless_request_is_a_record_and_the_others_go_on() -> None:
     assert asked.count("too long") == asked.count("withheld") == 1
 
 
+def unsupported(name: str, words: str) -> Given:
+    """As api.openai.com words it; other servers leave `param` and `code` out."""
+    fault = {"message": words, "type": "invalid_request_error", "param": name, "code": "x"}
+    return 400, {"error": fault}, {}
+
+
+UNSUPPORTED = {
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+    "'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0 with this model. Only "
+    "the default (1) value is supported.",
+    "top_p": "Unsupported parameter: 'top_p' is not supported with this model.",
+    "seed": "Unrecognized request argument supplied: seed",
+}
+
+
+@pytest.mark.parametrize("by_param", [True, False])
+def test_a_setting_that_the_server_does_not_support_is_left_out_and_said_once(
+    by_param: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(call: Call) -> Given:
+        for name, words in UNSUPPORTED.items():
+            if name in call:
+                status, body, headers = unsupported(name, words)
+                assert isinstance(body, dict)
+                return status, body if by_param else {"error": {"message": words}}, headers
+        return echo(call)
+
+    with serve(reply) as served, engine(served) as opened:
+        assert texts(opened.generate(asks(20))) == [f"question {i}" for i in range(20)]
+        before = len(served.calls)
+        assert texts(opened.generate(asks(9))) == [f"question {i}" for i in range(9)]
+    assert len(served.calls) == before + 9, "what was learnt holds for later calls"
+    assert set(served.calls[-1]) == {"model", "messages", "max_completion_tokens"}
+    told = capsys.readouterr().err
+    assert [told.count(f"does not support {name};") for name in UNSUPPORTED] == [1] * 4
+
+
+def test_a_value_that_is_wrong_is_not_left_out() -> None:
+    words = "max_tokens is too large: 5000. This model supports at most 4096 completion tokens."
+    with serve(lambda _: unsupported("max_tokens", words)) as served:
+        with engine(served) as opened, pytest.raises(EngineError, match="at most 4096"):
+            opened.generate(asks(3))
+    assert all("max_tokens" in call for call in served.calls)
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_server_that_refuses_every_request_ends_the_run(status: int, count: int) -> None:
+    with serve(lambda _: (status, {"error": {"message": "not today"}}, {})) as served:
+        with (
+            engine(served) as opened,
+            pytest.raises(EngineError, match=f"status {status}.*not today"),
+        ):
+            opened.generate(asks(count))
+    assert len(served.calls) == count + 1
+
+
+def test_requests_that_are_all_refused_for_their_own_sake_are_records() -> None:
+    def reply(call: Call) -> Given:
+        return (400, {"error": {"message": "no"}}, {}) if "qu" in text_of(call) else echo(call)
+
+    turns = (Message(role="system", content="quiet"), Message(role="user", content="question"))
+    with serve(reply) as served, engine(served) as opened:
+        found = opened.generate([Request(messages=turns, max_tokens=5)] * 2)
+    assert all("status 400" in str(completion.error) for completion in found)
+    plain = served.calls[-1]
+    assert [turn["role"] for turn in plain["messages"]] == ["system", "user"]
+    assert plain["max_tokens"] == 5, "all but the texts is as it was refused"
+
+
 def test_failures_are_not_kept_and_the_next_run_asks_again(tmp_path: Path) -> None:
     down = [True]
 
@@ -288,9 +359,9 @@ def test_a_key_that_no_header_can_carry_is_not_shown(
 def test_a_key_that_a_server_repeats_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MISSTEP_KEY_127_0_0_1", "sk-secret")
     with serve(lambda _: (400, {"error": {"message": "bad: sk-secret"}}, {})) as served:
-        with engine(served) as opened:
-            (found,) = opened.generate(asks(1))
-    assert found.error and "[key]" in found.error and "secret" not in found.error
+        with engine(served) as opened, pytest.raises(EngineError) as refused:
+            opened.generate(asks(1))
+    assert "[key]" in str(refused.value) and "secret" not in str(refused.value)
 
 
 def test_the_identity_names_model_and_address() -> None:

@@ -3,7 +3,8 @@
 What can go wrong with one request is tried again, a bounded number of times and after the
 server's own Retry-After; what then still fails is a completion that carries its error, and the
 others go on. What would fail for every request alike (the key, the model's name, an endpoint
-that answers nobody) ends the run instead. How many requests are under way at once follows what
+that answers nobody or refuses all) ends the run instead. A setting that the endpoint says it
+does not support is left out from then on. How many requests are under way at once follows what
 the endpoint bears (`Pace`).
 
 Seeds and limits are passed on; whether equal requests give equal texts is the server's affair,
@@ -12,9 +13,11 @@ engine.
 """
 
 import random
+import re
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +48,12 @@ HEADERS = frozenset(
 OPENAI_HEADERS = frozenset(("openai-organization", "openai-project"))
 SHOWN = 200
 """Characters of a server's message that an error keeps."""
+SETTINGS = ("max_tokens", "temperature", "top_p", "seed")
+NEWER_LIMIT = "max_completion_tokens"
+"""What OpenAI's own models call `max_tokens`, and some others."""
+UNSUPPORTED = re.compile("unsupported|not support|unrecognized|unknown|not permitted", re.I)
+PLAIN = "Hello."
+"""What nobody refuses for its own sake."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +101,13 @@ class OpenAIEngine(Engine):
             timeout=SECONDS,
             http_client=DefaultHttpxClient(event_hooks={"request": [self._strip]}),
         )
-        # OpenAI's own models know the limit by its newer name only, most servers by the older.
-        self._limit = "max_completion_tokens" if endpoint.host == OPENAI else "max_tokens"
+        self._names = dict(zip(SETTINGS, SETTINGS, strict=True))
+        """What the endpoint calls each setting; one that it does not support is not there.
+        Replaced and never changed: other threads read it."""
+        if endpoint.host == OPENAI:
+            self._names["max_tokens"] = NEWER_LIMIT
         self._lock = threading.Lock()
-        self._failed = 0
+        self._failed = self._refused = 0
         self._end = threading.Event()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -118,6 +130,7 @@ class OpenAIEngine(Engine):
         """
         del batch
         self._end.clear()
+        self._refused = 0
         with ThreadPoolExecutor(self.pace.most) as pool:
             answers = {pool.submit(self._answer, r): i for i, r in enumerate(requests)}
             try:
@@ -129,6 +142,8 @@ class OpenAIEngine(Engine):
                 self.pace.wake()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        if requests and self._refused == len(requests):
+            self._ask_plainly(requests[0])
 
     def close(self) -> None:
         """Close the connections."""
@@ -140,6 +155,8 @@ class OpenAIEngine(Engine):
             if found.kind == "hopeless":
                 raise EngineError(f"{self._named()}: {found.reason}")
             if found.kind == "refused":
+                with self._lock:
+                    self._refused += 1
                 return failure(found.reason)
             rest = self._rest(found, number)
             if rest is None:
@@ -149,6 +166,15 @@ class OpenAIEngine(Engine):
             number += 1
         self._failed = 0
         return found
+
+    def _ask_plainly(self, request: Request) -> None:
+        """Find out, where all were refused, whether it was for what stands in them."""
+        turns = [turn.model_copy(update={"content": PLAIN}) for turn in request.messages]
+        found = self._try(request.model_copy(update={"messages": tuple(turns)}))
+        if isinstance(found, Fault) and found.kind in ("refused", "hopeless"):
+            raise EngineError(
+                f"{self._named()}: refuses every request, and a plain one too: {found.reason}"
+            )
 
     def _rest(self, fault: Fault, number: int) -> float | None:
         """Seconds until the next try; None where there is none."""
@@ -197,9 +223,12 @@ class OpenAIEngine(Engine):
 
         if self._end.is_set():
             return Fault("", "broken")
+        names = self._names
         try:
             return self._ask(request)
         except APIStatusError as error:
+            if self._learnt(names, error):
+                return self._send(request)
             return self._status_fault(error)
         except APITimeoutError:
             return Fault(f"no answer within {SECONDS:.0f} seconds", "busy")
@@ -213,6 +242,26 @@ class OpenAIEngine(Engine):
         raw = self._client.chat.completions.with_raw_response.create(**self._arguments(request))
         return read(raw.content)
 
+    def _learnt(self, sent: Mapping[str, str], error: Any) -> bool:
+        """Whether the server says of a setting that it does not support it, as it was sent."""
+        said = self._clean(error.message)
+        words = [error.param, *re.findall(r"\w+", said)]
+        name = next((word for word in words if word in SETTINGS and sent.get(word) == word), "")
+        if error.status_code not in (400, 422) or not name or not UNSUPPORTED.search(said):
+            return False
+        with self._lock:
+            # Of several requests that find it out together one says so.
+            if self._names.get(name) == name:
+                self._do_without(name)
+        return True
+
+    def _do_without(self, name: str) -> None:
+        newer = {name: NEWER_LIMIT} if name == "max_tokens" else {}
+        self._names = {of: called for of, called in self._names.items() if of != name} | newer
+        instead = NEWER_LIMIT if newer else "its own"
+        told = f"{self._named()}: does not support {name}; from now on {instead} is used."
+        print(told, file=sys.stderr, flush=True)
+
     def _strip(self, request: Any) -> None:
         """Take off what the client adds from the environment: it may be another host's."""
         kept = HEADERS | OPENAI_HEADERS if self.endpoint.host == OPENAI else HEADERS
@@ -222,14 +271,9 @@ class OpenAIEngine(Engine):
             request.headers.pop("authorization", None)
 
     def _arguments(self, request: Request) -> dict[str, Any]:
-        return {
-            "model": self.endpoint.model,
-            "messages": [message.model_dump() for message in request.messages],
-            self._limit: request.max_tokens,
-            "temperature": request.temperature,
-            "top_p": request.top_p,
-            "seed": request.seed,
-        }
+        given = request.model_dump(include={"messages", *SETTINGS})
+        settings = {name: given[of] for of, name in self._names.items()}
+        return {"model": self.endpoint.model, "messages": given["messages"], **settings}
 
     def _status_fault(self, error: Any) -> Fault:
         status: int = error.status_code
