@@ -13,6 +13,7 @@ from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.judge_card import CARD, is_trained_judge
 from misstep.judges.choose import RULES
+from misstep.judges.llm import MAX_TOKENS
 from misstep.stages.base import Settings
 
 NAMED = ("policy", "rubric", "guard")
@@ -46,6 +47,8 @@ class JudgeConfig(Settings):
     """What answers, of a model whose weights are here; `auto` takes the fastest that can."""
     votes: Annotated[int, Field(ge=1)] = 1
     """How often a model is asked; verdicts need more than half of the votes."""
+    max_tokens: Annotated[int, Field(ge=1)] = MAX_TOKENS
+    """Of a model's answer; one that reasons first needs more."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> "JudgeConfig":
@@ -64,6 +67,8 @@ class JudgeConfig(Settings):
             raise ValueError(f"{article} {self.kind} asks no model; leave the model out")
         if self.kind not in ASKING and self.votes > 1:
             raise ValueError(f"votes are of {' and '.join(ASKING)}; leave them out")
+        if self.kind not in ASKING and self.max_tokens != MAX_TOKENS:
+            raise ValueError(f"max_tokens is of {' and '.join(ASKING)}; leave it out")
         if self.kind != "ensemble" and self.needs != "majority":
             raise ValueError("needs is of an ensemble; leave it out")
         return self

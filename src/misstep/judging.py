@@ -93,10 +93,10 @@ def _model(
     name: str, config: JudgeConfig, policy: Policy | None, otherwise: Model | None
 ) -> Model | None:
     if policy is not None and policy.judge.rubric is None:
-        if config.model is not None or config.votes > 1:
+        if given := sorted({"model", "votes", "max_tokens"} & config.model_fields_set):
             raise RecipeError(
-                f"judge {name}: expected no model and no votes, since its policy judges by a "
-                f"rule; found {config.model or config.votes}. Leave them out."
+                f"judge {name}: expected no {' and no '.join(given)}, since its policy judges "
+                "by a rule and asks no model. Leave it out."
             )
         return None
     if config.kind in ("rule", "classifier", "ensemble"):
@@ -136,7 +136,7 @@ def _chosen(found: JudgeInputs) -> Chosen:
 
 
 def _built(found: JudgeInputs, engine: Callable[[JudgeInputs], Engine]) -> AnyJudge:
-    votes = found.config.votes
+    votes, most = found.config.votes, found.config.max_tokens
     if found.members:
         members = [_built(member, engine) for member in found.members]
         single = [member for member in members if isinstance(member, Judge)]
@@ -149,6 +149,6 @@ def _built(found: JudgeInputs, engine: Callable[[JudgeInputs], Engine]) -> AnyJu
     if found.guard is not None:
         return GuardJudge(found.guard, asked)
     if found.rubric is not None:
-        return rubric_judge(found.rubric, asked, votes)
+        return rubric_judge(found.rubric, asked, votes, most)
     assert found.policy is not None
-    return mistake_judge(found.policy, asked, votes)
+    return mistake_judge(found.policy, asked, votes, most)

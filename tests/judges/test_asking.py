@@ -3,19 +3,22 @@
 import random
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.choose import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import EngineError, PolicyError, RecipeError
 from misstep.judges.asking import plainly
 from misstep.judges.base import Judge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.llm import GradeJudge, RubricJudge, RubricPairJudge
-from misstep.judging import read_judge
+from misstep.judging import opened, read_judge
 from misstep.policy import load_policy
 from misstep.records import Message, Prompt, Response, Role, Score
 from misstep.rubric import SHIPPED, Rubric, load_rubric
@@ -385,6 +388,41 @@ def test_an_ensemble_asks_one_question(tmp_path: pytest.TempPathFactory) -> None
         read_judge(str(file))
     file.write_text("ensemble: [refusal, refusal]\nvotes: 3")
     with pytest.raises(RecipeError, match="votes are of policy and rubric"):
+        read_judge(str(file))
+
+
+@pytest.mark.parametrize("kind", ["policy: harmlessness", "rubric: helpfulness-score"])
+def test_a_judges_file_says_how_much_its_model_may_write(kind: str, tmp_path: Path) -> None:
+    file, engine = tmp_path / "judge.yaml", ScriptedEngine(lambda _: "Verdict: 7")
+
+    def judge(more: str) -> str:
+        file.write_text(f"{kind}\nmodel: smollm2-135m\n{more}")
+        chosen = Chosen("scripted", "", lambda: engine)
+        with (
+            patch("misstep.judging.choose", lambda *_: chosen),
+            opened(read_judge(str(file)), lambda found: found.open()) as made,
+        ):
+            assert isinstance(made, Judge)
+            made.score([answered("In water.")])
+            return made.name
+
+    plain, longer = judge(""), judge("max_tokens: 4096")
+    assert [request.max_tokens for request in engine.requests] == [256, 4096]
+    assert plain != longer, "an answer that may be longer may be another"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("rule: refusal\nmax_tokens: 512", "max_tokens is of policy and rubric"),
+        ("policy: goal-hijacking\nmax_tokens: 512", "expected no max_tokens"),
+        ("policy: harmlessness\nmax_tokens: 0", "greater than or equal to 1"),
+    ],
+)
+def test_who_asks_no_model_has_no_limit_for_it(text: str, why: str, tmp_path: Path) -> None:
+    file = tmp_path / "judge.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=why):
         read_judge(str(file))
 
 

@@ -3,7 +3,7 @@
 from misstep.engines.base import Engine
 from misstep.judges.base import Judge, PairJudge
 from misstep.judges.instructions import InstructionJudge
-from misstep.judges.llm import GradeJudge, RubricJudge, RubricPairJudge
+from misstep.judges.llm import MAX_TOKENS, GradeJudge, RubricJudge, RubricPairJudge
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.policy import Policy
 from misstep.rubric import Rubric
@@ -21,18 +21,22 @@ def rule_judge(name: str) -> Judge:
     return judges[name]
 
 
-def mistake_judge(policy: Policy, engine: Engine, votes: int = 1) -> Judge:
+def mistake_judge(
+    policy: Policy, engine: Engine, votes: int = 1, max_tokens: int = MAX_TOKENS
+) -> Judge:
     """The policy's rule, or its rubric put to a model."""
     if policy.judge.rubric is not None:
-        return RubricJudge(policy, engine, votes=votes)
+        return RubricJudge(policy, engine, max_tokens, votes)
     return ObedienceJudge()
 
 
-def rubric_judge(rubric: Rubric, engine: Engine, votes: int) -> Judge | PairJudge:
+def rubric_judge(
+    rubric: Rubric, engine: Engine, votes: int, max_tokens: int
+) -> Judge | PairJudge:
     """A judge that grades an answer, or compares two."""
     if rubric.asks == "pair":
-        return RubricPairJudge(rubric, engine, votes)
-    return GradeJudge(rubric, engine, votes)
+        return RubricPairJudge(rubric, engine, votes, max_tokens)
+    return GradeJudge(rubric, engine, votes, max_tokens)
 
 
 def cost_judges() -> list[Judge]:

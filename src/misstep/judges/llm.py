@@ -18,6 +18,7 @@ from misstep.rubric import Rubric
 FORMAT = 3
 """Raised when what a model is asked changes, so that an older check is of another judge."""
 MAX_TOKENS = 256
+"""Of a verdict and the words before it, where nobody says otherwise."""
 GRADES = {f"{grade}{of}": float(grade) for grade in range(1, 11) for of in ("", "/10")}
 SIDES = {"A": 1.0, "B": 0.0, "tie": 0.5}
 """From the side of the answer that is shown first."""
@@ -69,9 +70,11 @@ class RubricJudge(_AskingJudge):
 class GradeJudge(_AskingJudge):
     """Gives a grade from 1 to 10, the mean of the votes."""
 
-    def __init__(self, rubric: Rubric, engine: Engine, votes: int = 1) -> None:
+    def __init__(
+        self, rubric: Rubric, engine: Engine, votes: int = 1, max_tokens: int = MAX_TOKENS
+    ) -> None:
         self.metric = rubric.metric
-        super().__init__(rubric.text, rubric.digest, Asker(engine, GRADES, votes, MAX_TOKENS))
+        super().__init__(rubric.text, rubric.digest, Asker(engine, GRADES, votes, max_tokens))
 
     def together(self, votes: Sequence[Vote]) -> Vote:
         return mean(votes)
@@ -80,9 +83,11 @@ class GradeJudge(_AskingJudge):
 class RubricPairJudge(PairJudge):
     """Says which of two answers is better, if it says so in either order."""
 
-    def __init__(self, rubric: Rubric, engine: Engine, votes: int = 1) -> None:
+    def __init__(
+        self, rubric: Rubric, engine: Engine, votes: int = 1, max_tokens: int = MAX_TOKENS
+    ) -> None:
         self.rubric = rubric.text
-        self.asker = Asker(engine, SIDES, votes, MAX_TOKENS)
+        self.asker = Asker(engine, SIDES, votes, max_tokens)
         self.name = _name(rubric.digest, self.asker)
 
     def compare(self, pairs: Sequence[tuple[Response, Response]]) -> list[Preference]:
