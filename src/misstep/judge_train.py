@@ -22,6 +22,7 @@ from misstep.config import parse_override, put
 from misstep.documents import check
 from misstep.errors import DataError, RecipeError
 from misstep.judge_card import (
+    CARD,
     JudgeCard,
     Parts,
     Tested,
@@ -32,9 +33,9 @@ from misstep.judge_card import (
 )
 from misstep.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
-from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer
+from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer, name_of
 from misstep.labelled import Case, DataSet, Part, part_of
-from misstep.models import FILES, Model, folder_digest, load_weights, locate
+from misstep.models import Model, load_weights, locate
 from misstep.pipeline import writable
 from misstep.progress import Progress
 from misstep.records import digest
@@ -198,9 +199,8 @@ def _card(inputs: TrainInputs, training: Training, dev: Rows, folder: Path) -> J
     odds = scorer([row.ids for row in dev.rows])
     found = calibration(odds, [row.label for row in dev.rows])
     heat, shift, most = round(found.temperature, 4), round(found.shift, 4), inputs.settings
-    named = digest([folder_digest(folder, FILES), heat, shift, most.max_tokens])
     return JudgeCard(
-        judge=f"classifier:{named}",
+        judge=name_of(folder, heat, shift, most.max_tokens),
         metric=inputs.metric,
         max_tokens=most.max_tokens,
         temperature=heat,
@@ -243,6 +243,8 @@ def _trained(
     )
     seconds = time.monotonic() - began
     seen = losses[-1].epoch * sum(len(row.ids) for row in train.rows)
+    # A folder without a card is no judge: whatever is killed from here on leaves none.
+    (folder / CARD).unlink(missing_ok=True)
     classifier.save_classifier(model, renderer.tokenizer, folder)
     return Training(
         model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 
 from misstep.check_results import read_check
 from misstep.errors import InputError
-from misstep.judge_card import SEEN, read_card
+from misstep.judge_card import SEEN, is_trained_judge, read_card
 from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
@@ -127,6 +128,34 @@ def test_a_data_set_that_was_seen_whole_is_refused(trained: Path, tmp_path: Path
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(InputError, match="was not trained on, found none"):
         read_check_inputs(str(trained), [str(path)], None, [])
+
+
+@pytest.mark.parametrize("step", ["save_classifier", "_card", "write_seen", "write_card"])
+def test_a_training_that_is_killed_leaves_no_judge_of_old_and_new(
+    step: str, trained: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = shutil.copytree(trained, tmp_path / "judge")
+    settings = [*SETTINGS, "seed=1", "epochs=0.1"]
+    inputs = read_train_inputs(
+        [labelled(tmp_path)], str(tiny_model), "mistake_rate", [], settings
+    )
+    of = "misstep.training.classifier" if step == "save_classifier" else "misstep.judge_train"
+    monkeypatch.setattr(f"{of}.{step}", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_judge(inputs, folder, Silent())
+    assert not is_trained_judge(str(folder))
+
+
+def test_a_card_of_other_weights_is_refused(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "judge")
+    assert ClassifierJudge(folder).name == ClassifierJudge(trained).name
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(InputError, match=r"card\.json: expected the card of the files beside"):
+        read_check_inputs(str(folder), [labelled(tmp_path)], None, [])
 
 
 def broken(judge: ClassifierJudge, odds: Callable[[Sequence[int]], float]) -> ClassifierJudge:

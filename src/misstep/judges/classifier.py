@@ -11,10 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misstep.judge_card import read_card
+from misstep.errors import DataError
+from misstep.judge_card import CARD, read_card
 from misstep.judges.base import Judge
-from misstep.models import locate
-from misstep.records import Response, Score
+from misstep.models import FILES, folder_digest, locate
+from misstep.records import Response, Score, digest
 from misstep.rendering import Renderer
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ class ClassifierJudge(Judge):
         card = read_card(folder)
         self.folder, self.card = folder, card
         self.metric, self.name = card.metric, card.judge
+        if name_of(folder, card.temperature, card.shift, card.max_tokens) != self.name:
+            raise DataError(
+                f"{folder / CARD}: expected the card of the files beside it, found that of "
+                f"others ({self.name}). Train the judge again."
+            )
         self._renderer = Renderer.for_model(locate(str(folder)))
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
@@ -69,6 +75,13 @@ class ClassifierJudge(Judge):
         reason = f"read in its first {self.card.max_tokens} tokens" if cut else ""
         calibrated = (odds - self.card.shift) / self.card.temperature
         return self.scored(response, probability(calibrated), reason)
+
+
+def name_of(folder: Path, temperature: float, shift: float, max_tokens: int) -> str:
+    """What a judge is called, by all that its scores depend on."""
+    return (
+        f"classifier:{digest([folder_digest(folder, FILES), temperature, shift, max_tokens])}"
+    )
 
 
 def classifier_scorer(folder: Path, renderer: Renderer) -> "Scorer":
