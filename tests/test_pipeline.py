@@ -248,6 +248,32 @@ def test_a_judge_file_takes_the_place_of_the_policys_judge(
     assert inputs.of_mistakes is not None and inputs.of_mistakes.model == inputs.model
 
 
+def test_the_key_judge_takes_a_judge_in_every_form_or_a_model(
+    recipe: Path, tmp_path: Path
+) -> None:
+    of_policy = read_inputs(recipe, ["judge=policy:harmlessness"])
+    assert of_policy.of_mistakes is not None and of_policy.judge == of_policy.model
+    assert of_policy.of_mistakes.config.policy == "harmlessness"
+    assert read_inputs(recipe, ["judge=obedience"]).of_mistakes is not None
+    for given, why in (
+        ("policy:harmlesness", "Did you mean 'harmlessness'"),
+        ("rubric:helpfulness-score", "one of helpfulness_score"),
+        ("guard:wildgard", "Did you mean 'wildguard'"),
+        (str(tmp_path / "harm"), r"judge: .*harm: expected a rule .*policy:NAME.* As a model"),
+    ):
+        with pytest.raises(InputError, match=why):
+            read_inputs(recipe, [f"judge={given}"])
+
+
+def test_a_judge_whose_training_was_stopped_is_no_model(
+    recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = trained_judge(tmp_path, tiny_model, "mistake_rate")
+    (folder / "card.json").unlink()
+    with pytest.raises(RecipeError, match=r"expected a folder with card\.json"):
+        read_inputs(recipe, [f"judge={folder}"])
+
+
 def trained_judge(folder: Path, model: Path, metric: str) -> Path:
     rows = [{"prompt": f"Q{i}", "response": "a b"[i % 2 :], "label": i % 2} for i in range(40)]
     data = write_jsonl(folder / "labelled.jsonl", rows)

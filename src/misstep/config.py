@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from misstep.documents import KeyPath, check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
-from misstep.judge_card import is_trained_judge
+from misstep.judge_config import names_judge
 from misstep.methods.base import MixSettings
 from misstep.methods.registry import METHODS
 from misstep.sources import Source
@@ -93,8 +93,8 @@ class RunConfig(Settings):
     """What answers, of models whose weights are here; `auto` takes the fastest that can."""
     judge: str = "self"
     """The model that a policy's rubric is put to, named as `model` is; `self` is the model as
-    it is. A policy with a rule needs none. Or a judge of mistakes, a YAML file or the folder of
-    a trained one, that takes the place of the policy's own."""
+    it is. A policy with a rule needs none. Or a judge of mistakes, written as
+    `misstep judge check` takes it, that takes the place of the policy's own."""
     seed: Annotated[int, Field(ge=0)] = 0
     """The seed of the data's draws, of sampling and of training."""
     train_seed: Annotated[int, Field(ge=0)] | None = None
@@ -161,15 +161,14 @@ class RunConfig(Settings):
         return self
 
     @property
-    def judge_file(self) -> str | None:
-        """The file of a judge in the place of the policy's own."""
-        is_file = self.judge.endswith((".yaml", ".yml")) or is_trained_judge(self.judge)
-        return self.judge if is_file else None
+    def judge_of_mistakes(self) -> str | None:
+        """The judge in the place of the policy's own, as it is written."""
+        return self.judge if names_judge(self.judge) else None
 
     @property
     def asked_by_judges(self) -> str:
         """The model that judges ask which name none; `self` is the recipe's."""
-        asks_itself = self.judge == "self" or self.judge_file is not None
+        asks_itself = self.judge == "self" or self.judge_of_mistakes is not None
         return self.model if asks_itself else self.judge
 
     @property

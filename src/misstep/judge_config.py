@@ -19,6 +19,11 @@ from misstep.stages.base import Settings
 NAMED = ("policy", "rubric", "guard")
 """Kinds that a command may write as KIND:NAME."""
 KINDS = ("rule", *NAMED, "classifier", "ensemble")
+FORMS = (
+    f"a rule ({', '.join(RULES)}), {', '.join(f'{kind}:NAME' for kind in NAMED)}, the folder "
+    "of a trained judge, or the path of a .yaml file"
+)
+"""How a judge is written, in words."""
 ASKING = ("policy", "rubric")
 """Kinds whose model is asked for verdicts, and so can be asked several times."""
 
@@ -79,6 +84,21 @@ class JudgeConfig(Settings):
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
 
+def names_judge(name: str) -> bool:
+    """Whether this is written as judges are; any other name may be a model's."""
+    kind, colon, _ = name.partition(":")
+    named = name in RULES or (bool(colon) and kind in NAMED)
+    return named or name.endswith((".yaml", ".yml")) or _is_classifier(name)
+
+
+def _is_classifier(name: str) -> bool:
+    """Whether this is the folder of one; a training that was stopped has left no card there."""
+    config = Path(name) / "config.json"
+    return is_trained_judge(name) or (
+        config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8")
+    )
+
+
 def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     """The judge of a command's argument; `model` is that of `--model`.
 
@@ -92,12 +112,8 @@ def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     kind, colon, of = name.partition(":")
     if colon and kind in NAMED:
         return check(JudgeConfig, {kind: of} | given, RecipeError, f"judge {name}")
-    if is_trained_judge(name):
+    if _is_classifier(name):
         return check(JudgeConfig, {"classifier": name} | given, RecipeError, f"judge {name}")
     if name not in RULES:
-        forms = ", ".join(f"{kind}:NAME" for kind in NAMED)
-        raise RecipeError(
-            f"judge '{name}': expected a rule ({', '.join(RULES)}), {forms}, the folder of a "
-            f"trained judge, or the path of a .yaml file.{suggestion(name, list(RULES))}"
-        )
+        raise RecipeError(f"judge '{name}': expected {FORMS}.{suggestion(name, list(RULES))}")
     return check(JudgeConfig, {"rule": name} | given, RecipeError, f"judge {name}")

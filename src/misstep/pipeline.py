@@ -26,8 +26,9 @@ from misstep.config import RunConfig, changed_keys, load_recipe
 from misstep.endpoint import PREFIX
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
-from misstep.errors import DataError, InputError, RecipeError, RunError
+from misstep.errors import DataError, InputError, ModelError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
+from misstep.judge_config import FORMS
 from misstep.judges.base import Judge, Seat, seated
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.instructions import check_instructions
@@ -134,7 +135,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     for source in config.sources().values():
         check_source(source)
     model = locate(config.model)
-    judge = locate(config.asked_by_judges)
+    judge = locate_judging(config)
     mistakes, seed = config.mistakes, config.seed
     induced = mistakes.source == "induced"
     prompts: Sequence[Prompt] = load_prompts(mistakes.data, seed) if induced else []
@@ -163,19 +164,35 @@ def check_inputs(config: RunConfig) -> Inputs:
     )
 
 
+def locate_judging(config: RunConfig) -> Model:
+    """The model that judges ask which name none.
+
+    Raises:
+        InputError: there is no such model, and no such judge either.
+    """
+    try:
+        return locate(config.asked_by_judges)
+    except ModelError as error:
+        if config.judge != config.asked_by_judges or config.judge.startswith(PREFIX):
+            raise
+        raise RecipeError(
+            f"judge: {config.judge}: expected {FORMS}; or a model. As a model: {error}"
+        ) from error
+
+
 def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
     """The judge in the place of the policy's own, where the recipe names one.
 
     Raises:
         InputError: what is wrong with it, or it is none of mistakes.
     """
-    if config.judge_file is None:
+    if (name := config.judge_of_mistakes) is None:
         return None
-    found = read_judge(config.judge_file, otherwise=otherwise)
+    found = read_judge(name, otherwise=otherwise)
     if (metric := found.probe().metric) != MISTAKES:
         raise RecipeError(
-            f"judge: {config.judge_file}: expected a judge of mistakes ({MISTAKES}), found one "
-            f"of {metric}. Name it under evaluate.judges."
+            f"judge: {name}: expected a judge of mistakes ({MISTAKES}), found one of {metric}. "
+            "Name it under evaluate.judges."
         )
     return found
 
