@@ -25,7 +25,8 @@ from misstep.records import (
     read_json,
     write_jsonl,
 )
-from misstep.report import sheet as page
+from misstep.report.sheet import write_sheet_page
+from misstep.report.template import HERE
 from misstep.results import Setting
 
 N = 12
@@ -159,12 +160,12 @@ def test_other_text_is_left_as_it_is_and_stays_in_its_cell() -> None:
 
 def test_raters_read_the_whole_conversation(tmp_path: Path) -> None:
     turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Why?"))
-    prompt = Prompt(messages=tuple(Message(role=r, content=c) for r, c in turns))  # type: ignore[arg-type]
+    prompt = Prompt(messages=tuple(Message(role=r, content=c) for r, c in turns))
     assert "System: Be brief.\n\nUser: Hi\n\nAssistant: Yes?\n\nUser: Why?" in sheet_of(
         prompt, ""
     )
     items = paired_items([given(s, prompt, "a") for s in (VANILLA, SFT)], VANILLA, SFT, 9, 0)
-    page.write_sheet_page(tmp_path / "sheet.html", items, "Rudeness.")
+    write_sheet_page(tmp_path / "sheet.html", items, "Rudeness.")
     shown = (tmp_path / "sheet.html").read_text()
     assert re.findall(r'"role">(\w+)<', shown) == [role for role, _ in turns]
 
@@ -182,7 +183,7 @@ def test_an_answer_that_never_came_is_not_rated() -> None:
 @pytest.mark.skipif(shutil.which("node") is None, reason="the page's script runs under node")
 def test_raters_at_one_computer_find_their_own_ratings_and_no_others() -> None:
     here = Path(__file__).parent / "report" / "rate_page.js"
-    command = ["node", str(here), str(page.HERE / "sheet.js.j2")]
+    command = ["node", str(here), str(HERE / "sheet.js.j2")]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(shown.stdout) == {
         "locked": True,
@@ -258,6 +259,17 @@ def test_rated_answers_are_data_to_check_a_judge_on(run: Path) -> None:
     (data,) = inputs.data.values()
     assert len(data.cases) == 2 * N
     assert sum(case.label for case in data.cases) == N
+
+
+def test_an_empty_answer_that_was_rated_is_among_the_rated(run: Path) -> None:
+    answers = [given(s, Prompt.of("Q"), text) for s, text in ((VANILLA, ""), (SFT, "A"))]
+    write_jsonl(run / "responses.jsonl", answers)
+    sheet = write_sheet(run, "vanilla/unguided", "sft/unguided", 9, 0)
+    (row,) = rows(sheet)
+    row |= {"mistake_1": "yes", "mistake_2": "yes"}
+    import_sheets(run, [save(run.parent / "ann.csv", [row])])
+    found = map(json.loads, (sheet / "rated.jsonl").read_text().splitlines())
+    assert {(one["response"], one["label"]) for one in found} == {("", 1), ("A", 1)}
 
 
 def test_sheets_with_semicolons_and_without_the_texts_are_read(run: Path) -> None:

@@ -161,14 +161,14 @@ class RunConfig(Settings):
         return self
 
     @property
-    def judge_of_mistakes(self) -> str | None:
-        """The judge in the place of the policy's own, as it is written."""
+    def judge_file(self) -> str | None:
+        """The judge in the place of the policy's own, as the recipe writes it."""
         return self.judge if names_judge(self.judge) else None
 
     @property
     def asked_by_judges(self) -> str:
         """The model that judges ask which name none; `self` is the recipe's."""
-        asks_itself = self.judge == "self" or self.judge_of_mistakes is not None
+        asks_itself = self.judge == "self" or self.judge_file is not None
         return self.model if asks_itself else self.judge
 
     @property

@@ -29,14 +29,9 @@ from misstep.errors import RecipeError
 from misstep.inspect_log import KEY, Asked, Judged
 from misstep.judges.base import Judge, Seat, seated
 from misstep.judges.choose import cost_judges
-from misstep.judging import AnyJudge, JudgeInputs, opened, read_judge
+from misstep.judging import AnyJudge, JudgeInputs, locate_judging, opened, read_judge
 from misstep.methods.registry import METHODS
-from misstep.pipeline import (
-    load_tests,
-    locate_judging,
-    read_judge_check,
-    read_judge_of_mistakes,
-)
+from misstep.pipeline import load_tests, read_judge_check, read_judge_of_mistakes
 from misstep.policy import Policy, load_policy
 from misstep.records import Message, Prompt, Response
 from misstep.stages.base import score_all
@@ -120,7 +115,7 @@ def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
     Their models stay open as long as the process, which is inspect's.
     """
     further, needs_no_model = config.evaluate.judges, policy.judge.rubric is None
-    rule_alone = needs_no_model and config.judge_of_mistakes is None and not further
+    rule_alone = needs_no_model and config.judge_file is None and not further
     model = None if rule_alone else locate_judging(config)
     of_policy = f"policy:{config.policy}"
     first = read_judge_of_mistakes(config, model) or read_judge(of_policy, otherwise=model)

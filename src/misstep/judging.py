@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from misstep.config import RunConfig
+from misstep.endpoint import PREFIX
 from misstep.engines.base import Engine
 from misstep.engines.choose import Chosen, choose, choose_labels
 from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import RecipeError
+from misstep.errors import ModelError, RecipeError
 from misstep.guard import Guard, load_guard
-from misstep.judge_config import JudgeConfig, load_judge
+from misstep.judge_config import FORMS, JudgeConfig, load_judge
 from misstep.judges.base import Judge, PairJudge
 from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
 from misstep.judges.classifier import ClassifierJudge
@@ -87,6 +89,22 @@ def read_judge(
     if found.members:
         _check_members(found)
     return found
+
+
+def locate_judging(config: RunConfig) -> Model:
+    """The model that judges of a run ask which name none.
+
+    Raises:
+        InputError: there is no such model, and the recipe names no judge in its place either.
+    """
+    try:
+        return locate(config.asked_by_judges)
+    except ModelError as error:
+        if config.judge != config.asked_by_judges or config.judge.startswith(PREFIX):
+            raise
+        raise RecipeError(
+            f"judge: {config.judge}: expected {FORMS}; or a model. As a model: {error}"
+        ) from error
 
 
 def _model(

@@ -26,13 +26,12 @@ from misstep.config import RunConfig, changed_keys, load_recipe
 from misstep.endpoint import PREFIX
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
-from misstep.errors import DataError, InputError, ModelError, RecipeError, RunError
+from misstep.errors import DataError, InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
-from misstep.judge_config import FORMS
 from misstep.judges.base import Judge, Seat, seated
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.instructions import check_instructions
-from misstep.judging import AnyJudge, JudgeInputs, opened, read_judge
+from misstep.judging import AnyJudge, JudgeInputs, locate_judging, opened, read_judge
 from misstep.labelled import MISTAKES
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
@@ -164,35 +163,19 @@ def check_inputs(config: RunConfig) -> Inputs:
     )
 
 
-def locate_judging(config: RunConfig) -> Model:
-    """The model that judges ask which name none.
-
-    Raises:
-        InputError: there is no such model, and no such judge either.
-    """
-    try:
-        return locate(config.asked_by_judges)
-    except ModelError as error:
-        if config.judge != config.asked_by_judges or config.judge.startswith(PREFIX):
-            raise
-        raise RecipeError(
-            f"judge: {config.judge}: expected {FORMS}; or a model. As a model: {error}"
-        ) from error
-
-
 def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
     """The judge in the place of the policy's own, where the recipe names one.
 
     Raises:
         InputError: what is wrong with it, or it is none of mistakes.
     """
-    if (name := config.judge_of_mistakes) is None:
+    if config.judge_file is None:
         return None
-    found = read_judge(name, otherwise=otherwise)
+    found = read_judge(config.judge_file, otherwise=otherwise)
     if (metric := found.probe().metric) != MISTAKES:
         raise RecipeError(
-            f"judge: {name}: expected a judge of mistakes ({MISTAKES}), found one of {metric}. "
-            "Name it under evaluate.judges."
+            f"judge: {config.judge_file}: expected a judge of mistakes ({MISTAKES}), found one "
+            f"of {metric}. Name it under evaluate.judges."
         )
     return found
 
