@@ -274,6 +274,16 @@ def test_a_difference_of_tables_is_paired() -> None:
         crossed_difference(a, [[0.0] * 79] * 2)
 
 
+def test_effects_that_nearly_cancel_leave_an_interval_that_says_something() -> None:
+    # One prompt in 150 went wrong: with one method in one seed, with the other in another.
+    one, other = np.zeros((3, 150)), np.zeros((3, 150))
+    one[0, 0] = other[1, 0] = 1
+    found = crossed_difference(one.tolist(), other.tolist())
+    assert found.difference == 0
+    assert -0.02 < found.low < 0 < found.high < 0.02
+    assert found.p == pytest.approx(1)
+
+
 @pytest.mark.parametrize(("prompts", "p"), [(1, 1.0), (4, 1 / 8), (8, 1 / 128)])
 def test_few_prompts_show_little_however_alike(prompts: int, p: float) -> None:
     found = crossed_difference([[1.0] * prompts] * 3, [[0.0] * prompts] * 3)

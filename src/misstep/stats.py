@@ -266,7 +266,7 @@ def _crossed_variance(data: Floats) -> tuple[float, float]:
 
     The analysis of variance of two crossed random effects (Clark, "The language-as-fixed-effect
     fallacy", 1973): what lines differ by beyond chance is added to what columns differ by; the
-    degrees of freedom are Satterthwaite's (1946).
+    degrees of freedom are Satterthwaite's (1946), no fewer than one of the effects has.
     """
     lines, columns = data.shape
     of_lines, of_columns = data.mean(axis=1), data.mean(axis=0)
@@ -285,7 +285,9 @@ def _crossed_variance(data: Floats) -> tuple[float, float]:
         by_lines**2 / (lines - 1),
         by_chance**2 / left,
     )
-    return total / data.size, total**2 / sum(squares)
+    # What is subtracted can bring Satterthwaite's number to almost nothing; a sum of variances
+    # has no fewer degrees of freedom than the one that has fewest.
+    return total / data.size, max(min(lines, columns) - 1, total**2 / sum(squares), 1)
 
 
 def _score_interval(rate: float, n: float, z: float = _Z) -> tuple[float, float]:
