@@ -15,14 +15,24 @@ import pytest
 from served import serve
 
 from misstep.errors import InputError, RecipeError
-from misstep.judge_card import read_card
+from misstep.judge_card import SEEN, read_card
 from misstep.judge_check import check_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
 from misstep.pipeline import Run, read_inputs, run
 from misstep.progress import Silent
-from misstep.records import Message, Mistake, Pair, Response, Score, read_jsonl
+from misstep.records import (
+    Message,
+    Mistake,
+    Pair,
+    Prompt,
+    Response,
+    Score,
+    digest,
+    read_jsonl,
+)
 from misstep.report.markdown import markdown_page
+from misstep.sources import question_of
 
 QUESTIONS = [
     "What do bees make?",
@@ -287,12 +297,16 @@ def test_a_trained_judge_judges_in_place_of_the_policy(
     folder = trained_judge(tmp_path, tiny_model, "mistake_rate")
     path = tmp_path / "judge.yaml"
     path.write_text(f"classifier: {folder}\n")
-    judge = read_card(folder).judge
+    judge, heard = read_card(folder).judge, Heard()
+    (folder / SEEN).write_text(digest(question_of(Prompt.of(QUESTIONS[0]))))
     for given in (path, folder):
-        run(recipe, finished, [f"judge={given}"], Silent())
+        run(recipe, finished, [f"judge={given}"], heard)
         scores = [json.loads(line)["score"] for line in (finished / "scores.jsonl").open()]
         names = {(s["metric"], s["judge"]) for s in scores}
         assert {name for metric, name in names if metric == "mistake_rate"} == {judge}
+    told = [line for line in heard.lines if "was trained or tuned on" in line]
+    assert len(told) == 2, "of the set with the question that it has seen, in either run"
+    assert all("1 of the 4 questions of 'clean'" in line for line in told)
 
 
 def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import Field
 from misstep.check_results import CalibrationBin, Check, DataCheck
 from misstep.errors import DataError
 from misstep.labelled import DataSet
-from misstep.records import Record, digest, read_json, write_json, write_text
+from misstep.records import Prompt, Record, digest, read_json, write_json, write_text
 from misstep.results import Metric
 from misstep.sources import question_of
 
@@ -144,20 +144,34 @@ def write_seen(folder: Path, questions: Set[str]) -> None:
     write_text(folder / SEEN, "".join(f"{name}\n" for name in sorted(map(digest, questions))))
 
 
+def seen_questions(folder: Path) -> set[str]:
+    """The names of the questions that the judge was trained or tuned on.
+
+    Raises:
+        DataError: the list is absent.
+    """
+    try:
+        return set((folder / SEEN).read_text(encoding="utf-8").split())
+    except OSError as error:
+        raise DataError(
+            f"{folder / SEEN}: cannot be read ({error.strerror}). It says which questions the "
+            "judge has seen; train the judge again."
+        ) from error
+
+
+def was_seen(prompt: Prompt, seen: Set[str]) -> bool:
+    """Whether the question of a prompt is among those that a judge has seen."""
+    return digest(question_of(prompt)) in seen
+
+
 def unseen(data: DataSet, folder: Path) -> DataSet:
     """A data set without the questions that the judge was trained or tuned on.
 
     Raises:
         DataError: there is no other question in it, or the list is absent.
     """
-    try:
-        seen = set((folder / SEEN).read_text(encoding="utf-8").split())
-    except OSError as error:
-        raise DataError(
-            f"{folder / SEEN}: cannot be read ({error.strerror}). It says which questions the "
-            "judge has seen; train the judge again."
-        ) from error
-    kept = [c for c in data.cases if digest(question_of(c.response.prompt)) not in seen]
+    seen = seen_questions(folder)
+    kept = [case for case in data.cases if not was_seen(case.response.prompt, seen)]
     if not kept:
         raise DataError(
             f"{data.name}: expected questions that the judge was not trained on, found none in "

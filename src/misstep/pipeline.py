@@ -28,6 +28,7 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
 from misstep.errors import DataError, InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
+from misstep.judge_card import seen_questions, was_seen
 from misstep.judges.base import Judge, Seat, seated
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.instructions import check_instructions
@@ -276,6 +277,20 @@ def _with_references(prompts: Iterable[Prompt]) -> list[Prompt]:
     return found
 
 
+def seen_by_judges(inputs: Inputs) -> Iterator[str]:
+    """Which test sets hold questions that a trained judge of the run has seen, and how many."""
+    judges = [judge for judge in (inputs.of_mistakes, *inputs.judges.values()) if judge]
+    for folder in dict.fromkeys(folder for judge in judges for folder in judge.trained()):
+        seen = seen_questions(folder)
+        for name, prompts in inputs.tests.items():
+            if known := sum(was_seen(prompt, seen) for prompt in prompts):
+                yield (
+                    f"The judge {folder} was trained or tuned on {known} of the {len(prompts)} "
+                    f"questions of '{name}'; its measured errors do not hold for them. Of a "
+                    "judge that was trained with the default seed, `questions` leaves them out."
+                )
+
+
 class Manifest:
     """manifest.json: what the run was made from, and what it took."""
 
@@ -397,6 +412,8 @@ class Run:
                 f"Left out: {', '.join(inputs.left_out)}, which learns from good answers to "
                 "the prompts of mistakes; the data have none."
             )
+        for warning in seen_by_judges(inputs):
+            progress.say(warning)
         if self.manifest.changed:
             progress.say(
                 f"The recipe has changed since the last run: "
