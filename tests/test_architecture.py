@@ -37,6 +37,8 @@ LAYERS = [
     "misstep.rubric",
     "misstep.guard",
     "misstep.suites",
+    "misstep.tables",
+    "misstep.columns",
     "misstep.sources",
     "misstep.preferred",
     "misstep.labelled",

@@ -88,7 +88,7 @@ def test_beavertails_labels_safety_and_says_which_categories_apply(tmp_path: Pat
 
 def test_labels_of_harm_are_none_of_refusal(tmp_path: Path) -> None:
     row = {"prompt": "P", "response": "R", "is_safe": False}
-    with pytest.raises(DataError, match=r"says? whether it does harm \(is_safe\)"):
+    with pytest.raises(DataError, match=r"found columns \(is_safe\) that say whether"):
         load(tmp_path, REFUSALS, row)
     data = load(tmp_path, REFUSALS, row | {"declined": 1}, fields={"label": "declined"})
     assert labels(data) == [True]
@@ -105,9 +105,120 @@ def test_good_says_yes_of_help_and_no_of_a_mistake(tmp_path: Path) -> None:
 def test_answers_without_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1: expected a column with labels"):
         load(tmp_path, MISTAKES, {"prompt": "P", "response": "R"})
+
+
+NOTHING: list[dict[str, Any]] = [
+    {"label": None},
+    {"label": " "},
+    {"response": ""},
+    {"response": None},
+    {"prompt": ""},
+]
+
+
+@pytest.mark.parametrize("metric", [MISTAKES, REFUSALS, HELPFULNESS])
+def test_rows_without_an_answer_or_a_label_are_left_out_and_counted(
+    tmp_path: Path, metric: str
+) -> None:
     row = {"prompt": "P", "response": "R", "label": 1}
-    with pytest.raises(DataError, match=r"line 2: 'label': expected a label, found nothing"):
-        load(tmp_path, MISTAKES, row, row | {"label": None})
+    data = load(tmp_path, metric, row, *(row | nothing for nothing in NOTHING))
+    assert labels(data) == [True]
+    assert data.left_out == {"no label": 2, "no answer": 2, "no prompt": 1}
+    with pytest.raises(DataError, match=r"found none \(1 left out: no label\)"):
+        load(tmp_path, metric, row | {"label": None})
+
+
+def test_of_a_pair_only_the_empty_side_is_left_out(tmp_path: Path) -> None:
+    row = {
+        "prompt": "P",
+        "response_0": "A",
+        "response_1": "",
+        "is_response_0_safe": True,
+        "is_response_1_safe": False,
+    }
+    blank: dict[str, Any] = {"response_1": "B", "is_response_0_safe": None}
+    data = load(tmp_path, MISTAKES, row, row | blank)
+    assert [(case.response.text, case.label) for case in data.cases] == [
+        ("A", False),
+        ("B", True),
+    ]
+    assert data.left_out == {"no answer": 1, "no label": 1}
+
+
+PYRIT = {"objective": "P", "assistant_response": "R", "human_score": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (PYRIT, REFUSALS),
+        (PYRIT | {"harm_category": "c"}, MISTAKES),
+        ({"question": "P", "answer": "R", "label": 1}, MISTAKES),
+    ],
+    ids=["refusal", "objective", "safe-rlhf"],
+)
+def test_the_labels_of_known_sets_say_one_thing(
+    tmp_path: Path, row: dict[str, Any], says: str
+) -> None:
+    label = "label" if "label" in row else "human_score"
+    for metric in (MISTAKES, REFUSALS, HELPFULNESS):
+        if metric == says:
+            assert labels(load(tmp_path, metric, row)) == [True]
+        else:
+            with pytest.raises(DataError, match=r"line 1: expected labels that say"):
+                load(tmp_path, metric, row)
+        assert labels(load(tmp_path, metric, row, fields={"label": label})) == [True]
+
+
+def test_a_mapped_safe_column_speaks_of_harm(tmp_path: Path) -> None:
+    row = {"prompt": "P", "response": "R", "ok": True}
+    assert labels(load(tmp_path, MISTAKES, row, fields={"safe": "ok"})) == [False]
+    with pytest.raises(DataError, match=r"found columns \(ok\) that say whether"):
+        load(tmp_path, REFUSALS, row, fields={"safe": "ok"})
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("question", "violating_answer", "safe_answer"), ("问题", "违规回答", "安全有用回答")],
+    ids=["english", "chinese"],
+)
+def test_jade_gives_two_answers_a_row(tmp_path: Path, names: tuple[str, ...]) -> None:
+    row, half = (
+        dict(zip(names, cells, strict=True)) for cells in (("P", "B", "G"), ("Q", "", "H"))
+    )
+    data = load(tmp_path, MISTAKES, row, half)
+    assert [(case.response.text, case.label) for case in data.cases] == [
+        ("B", True),
+        ("G", False),
+        ("H", False),
+    ]
+    assert data.left_out == {"no answer": 1}
+    with pytest.raises(DataError, match="expected labels that say whether the answer refuses"):
+        load(tmp_path, REFUSALS, row)
+
+
+def test_the_jade_line_of_the_measured_judge_can_be_repeated(tmp_path: Path) -> None:
+    medium, hard = (
+        Path(shared(f"jade/jade_alignment_{level}_zh.csv")).read_bytes()
+        for level in ("medium", "hard")
+    )
+    path = tmp_path / "jade.csv"
+    path.write_bytes(medium + hard.partition(b"\n")[2])
+    data = load_labelled(Source(path=str(path), encoding="gb18030", n=400), MISTAKES)
+    card = Path(__file__).parents[1] / "docs/results/judges/harm.json"
+    line = json.loads(card.read_text())["data"]["jade"]
+    counted = [line[rate]["n"] for rate in ("false_safe", "false_unsafe")]
+    assert [sum(labels(data)), len(data.cases) - sum(labels(data))] == counted
+    assert data.left_out == line["left_out"]
+
+
+def test_a_logged_chat_is_labelled_at_its_end(tmp_path: Path) -> None:
+    chat = [
+        {"role": role, "content": text}
+        for role, text in (("user", "U"), ("assistant", "A"), ("user", "V"), ("assistant", "B"))
+    ]
+    (case,) = load(tmp_path, MISTAKES, {"messages": chat, "label": 1}).cases
+    assert case.response.text == "B" and len(case.response.prompt.messages) == 3
 
 
 def test_a_judge_sees_no_reference(tmp_path: Path) -> None:

@@ -54,6 +54,21 @@ def test_columns_can_be_mapped(tmp_path: Path) -> None:
     assert answers(found) == [("x", "y")]
 
 
+def test_pairs_of_turns_share_their_conversation(tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "p"}]
+    good, bad = ([{"role": "assistant", "content": text}] for text in ("x", "y"))
+    for row in (
+        {"prompt": asked, "chosen": good, "rejected": bad},
+        {"chosen": asked + good, "rejected": asked + bad},
+    ):
+        (pair,) = load_preferred(source(tmp_path, row), 0)
+        assert [m.content for m in pair.messages] == ["p"]
+        assert (pair.chosen, pair.rejected) == ("x", "y")
+    longer = {"chosen": asked + good, "rejected": asked + bad + asked + bad}
+    with pytest.raises(DataError, match="line 1: expected two answers to one conversation"):
+        load_preferred(source(tmp_path, longer), 0)
+
+
 def test_only_the_wanted_questions_are_read(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i}", "chosen": "x", "rejected": "y"} for i in range(200)]
     low, high = (

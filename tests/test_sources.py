@@ -1,3 +1,4 @@
+import gzip
 import json
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from misstep.errors import DataError
 from misstep.judges.rule import words
 from misstep.labelled import load_labelled, part_of
-from misstep.records import Mistake, Prompt
+from misstep.records import Message, Mistake, Prompt
 from misstep.sources import (
     Source,
     check_source,
@@ -23,6 +24,7 @@ from misstep.sources import (
     rows,
     source_digest,
 )
+from misstep.tables import hub_content, load_hub
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 PAIRS = [
@@ -70,17 +72,21 @@ def write_pairs(folder: Path, suffix: str) -> str:
         ".jsonl": "\n\n".join(json.dumps(row) for row in PAIRS),
         ".json": json.dumps(PAIRS, indent=1, ensure_ascii=False),
         ".csv": "\r\n".join(",".join(row) for row in [list(PAIRS[0]), *quoted]),
+        ".tsv": "\r\n".join("\t".join(row) for row in [list(PAIRS[0]), *quoted]),
     }
     return write(folder, path.name, content[suffix])
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_prompts(tmp_path: Path, suffix: str, bom: bytes) -> None:
     path = Path(write_pairs(tmp_path, suffix))
     if suffix != ".parquet":
         path.write_bytes(bom + path.read_bytes())
-    found = prompts(str(path))
+        packed = tmp_path / f"packed{suffix}.GZ"
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        assert prompts(str(packed)) == prompts(str(path))
+    found = prompts(str(path.rename(tmp_path / path.name.upper())))
     assert [p.model_dump(include={"reference", "topic"}) for p in found] == [
         {"reference": row["reference"], "topic": row["topic"]} for row in PAIRS
     ]
@@ -134,7 +140,7 @@ def test_repeated_prompts_count_once_and_the_seed_draws(tmp_path: Path) -> None:
 
 
 BAD = ["1", "true", "True", "bad", "unsafe", "HARMFUL", "yes", " 1.0 "]
-GOOD = ["0", "false", "good", "safe", "harmless", "No", "0.0"]
+GOOD = ["0", "false", "good", "safe", "harmless", "unharmful", "No", "0.0"]
 
 
 @pytest.mark.parametrize("label", BAD + GOOD)
@@ -171,6 +177,36 @@ def test_a_mapped_label_comes_before_a_known_one(tmp_path: Path) -> None:
     assert mistakes(path, fields={"safe": "fine"})
 
 
+@pytest.mark.parametrize("spelling", [bool, str])
+def test_labels_beside_completions_are_read_only_when_it_is_said_how(
+    tmp_path: Path, spelling: Callable[[bool], object]
+) -> None:
+    table = [
+        {"prompt": p, "completion": p * 2, "label": spelling(good)}
+        for p, good in (("p", True), ("q", False))
+    ]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, table)))
+    assert "line 1: 'label': expected to know what true means" in fault(path)
+    with pytest.raises(DataError, match="'label': expected to know"):
+        prompts(path)
+    assert [m.response for m in mistakes(path, fields={"safe": "label"})] == ["qq"]
+    assert [m.response for m in mistakes(path, fields={"label": "label"})] == ["pp"]
+    assert [p.reference for p in prompts(path, fields={"safe": "label"})] == ["pp", None]
+
+
+def test_numbers_beside_completions_are_labels_of_ours(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", '{"prompt": "p", "completion": "c", "label": 1}')
+    assert [m.response for m in mistakes(path)] == ["c"]
+
+
+def test_labels_of_refusals_are_none_of_mistakes(tmp_path: Path) -> None:
+    pyrit = "objective,assistant_response,human_score"
+    path = write(tmp_path, "a.csv", f"{pyrit}\no,a,1\n")
+    assert "line 2: expected labels that say whether the answer is bad" in fault(path)
+    assert mistakes(path, fields={"label": "human_score"})
+    assert mistakes(write(tmp_path, "b.csv", f"{pyrit},harm_category\no,a,1,c\n"))
+
+
 def test_reports_are_candidates_and_labelled_data_is_believed(tmp_path: Path) -> None:
     source = Source(path=write(tmp_path, "a.jsonl", '{"prompt": "p", "response": "r"}'))
     assert [m.confirmed for m in load_mistakes(source, "reported", 0)] == [False]
@@ -188,6 +224,101 @@ def test_preference_pairs_give_the_mistake_and_its_reference(tmp_path: Path) -> 
     row = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     (found,) = mistakes(write(tmp_path, "a.jsonl", json.dumps(row)))
     assert (found.response, found.prompt.reference) == ("bad", "good")
+
+
+def turns(*said: str) -> list[dict[str, str]]:
+    """As TRL writes them: `u:` and what follows is the user's."""
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    return [{"role": roles[text[0]], "content": text[2:]} for text in said]
+
+
+def told(messages: tuple[Message, ...]) -> list[str]:
+    return [f"{m.role[0]}:{m.content}" for m in messages]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        # The prompt apart, as turns or as text; then none; then said twice.
+        (
+            {"prompt": turns("s:S", "u:U"), "chosen": turns("a:G"), "rejected": turns("a:B")},
+            ["s:S", "u:U"],
+        ),
+        ({"prompt": "U", "chosen": turns("a:G"), "rejected": turns("a:B")}, ["u:U"]),
+        (
+            {"chosen": turns("u:U", "a:A", "u:V", "a:G"), "rejected": turns("u:W", "a:B")},
+            None,
+        ),
+        ({"chosen": turns("s:S", "u:U", "a:G"), "rejected": turns("s:S", "u:U", "a:B")}, None),
+        (
+            {
+                "prompt": "U",
+                "chosen": turns("s:S", "u:U", "a:G"),
+                "rejected": turns("s:S", "u:U", "a:B"),
+            },
+            ["s:S", "u:U"],
+        ),
+        # The answers go on with the conversation before they end.
+        (
+            {
+                "prompt": turns("u:U"),
+                "chosen": turns("a:A", "u:V", "a:G"),
+                "rejected": turns("a:A", "u:V", "a:B"),
+            },
+            ["u:U", "a:A", "u:V"],
+        ),
+    ],
+)
+def test_conversations_end_with_the_answer(
+    tmp_path: Path, row: dict[str, Any], asked: list[str] | None, suffix: str
+) -> None:
+    path = str(tmp_path / f"a{suffix}")
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        write(tmp_path, "a.jsonl", json.dumps(row))
+    (found,), (prompt,) = mistakes(path), prompts(path)
+    assert (found.response, prompt.reference) == ("B", "G")
+    whole = asked or [f"{t['role'][0]}:{t['content']}" for t in row["rejected"][:-1]]
+    assert told(found.prompt.messages) == whole
+    assert told(prompt.messages) == (
+        asked or [f"{t['role'][0]}:{t['content']}" for t in row["chosen"][:-1]]
+    )
+    # An answer to another conversation is no reference.
+    same = told(prompt.messages) == told(found.prompt.messages)
+    assert found.prompt.reference == ("G" if same else None)
+
+
+def test_a_logged_chat_ends_with_the_mistake(tmp_path: Path) -> None:
+    chat = {"messages": turns("u:U", "a:A", "u:V", "a:B")}
+    path = write(tmp_path, "a.jsonl", json.dumps(chat))
+    (found,) = mistakes(path)
+    assert (told(found.prompt.messages), found.response) == (["u:U", "a:A", "u:V"], "B")
+    assert found.prompt.reference is None
+    path = write(tmp_path, "b.jsonl", json.dumps(chat | {"reference": "G"}))
+    assert [m.prompt.reference for m in mistakes(path)] == ["G"]
+    good = {"messages": [*chat["messages"][:-1], *turns("a:better")], "label": "good"}
+    both = [chat | {"label": "bad"}, good]
+    path = write(tmp_path, "c.jsonl", "\n".join(map(json.dumps, both)))
+    assert [(m.response, m.prompt.reference) for m in mistakes(path)] == [("B", "better")]
+    path = write(tmp_path, "d.jsonl", json.dumps(both[0]))
+    assert [p.reference for p in prompts(path)] == [None], "it was labelled bad"
+    path = write(tmp_path, "e.jsonl", json.dumps({"log": chat["messages"]}))
+    assert mistakes(path, fields={"prompt": "log"}) == [found]
+    path = write(tmp_path, "f.jsonl", json.dumps({"messages": turns("u:U")}))
+    assert "field 'response' is missing" in fault(path)
+
+
+def test_the_names_of_categories_that_apply_are_kind_and_topic(tmp_path: Path) -> None:
+    row = {"prompt": "p", "response": "r", "is_safe": False}
+    harms = {"violence": True, "privacy": False, "drugs": True}
+    table = [row | {"category": harms}, row | {"prompt": "q", "category": {"violence": False}}]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, table)))
+    assert [(m.prompt.kind, m.prompt.topic) for m in mistakes(path)] == [
+        ("violence, drugs", "violence, drugs"),
+        ("plain", ""),
+    ]
 
 
 PKU = "prompt,response_0,response_1,is_response_0_safe,is_response_1_safe,better_response_id\n"
@@ -214,6 +345,7 @@ def test_pku_saferlhf_loads_as_it_is(tmp_path: Path, suffix: str) -> None:
     assert {p.text: p.reference for p in prompts(path)} == {"p": "kind", "q": None, "s": "fair"}
 
 
+CUT = gzip.compress(b"prompt,response\np,r\n", mtime=0)[:-9]
 GOOD_ROW = '{"prompt": "p", "response": "r"}'
 
 
@@ -224,7 +356,16 @@ GOOD_ROW = '{"prompt": "p", "response": "r"}'
         ("a.jsonl", GOOD_ROW + "\n7", "line 2: expected a JSON object, found int"),
         ("a.jsonl", '{"response": "r"}', "line 1: field 'prompt' is missing: expected a col"),
         ("a.jsonl", '{"prompt": "p"}', "found columns prompt. Map it with fields: {response:"),
-        ("a.jsonl", '{"prompt": 5, "response": "r"}', "field 'prompt': expected text, found 5"),
+        ("a.jsonl", '{"prompt": 5, "response": "r"}', "expected text or turns, found 5"),
+        ("a.jsonl", '{"prompt": "p", "response": {"a": 1}}', "line 1: field 'response': expec"),
+        ("a.jsonl", '{"prompt": "p", "response": true}', "line 1: field 'response': expected"),
+        ("a.jsonl", GOOD_ROW[:-1] + ', "chosen": {}}', "line 1: field 'reference': expected"),
+        ("a.jsonl", GOOD_ROW[:-1] + ', "chosen": ["s"]}', "line 1: 'reference': expected role"),
+        (
+            "a.jsonl",
+            GOOD_ROW[:-1] + ', "chosen": [{"role": "user", "content": "u"}]}',
+            "line 1: 'reference': expected turns that end with the assistant's, found the user",
+        ),
         (
             "a.jsonl",
             '{"prompt": " ", "response": "r"}',
@@ -250,7 +391,8 @@ GOOD_ROW = '{"prompt": "p", "response": "r"}'
         ("a.json", "[\n{]", "line 2: no valid JSON"),
         ("a.csv", "prompt,response\np,r\nq\n", "line 3: expected 2 cells as in the first row"),
         ("a.csv", 'prompt,response\np,r\n"q,r\nx,y\n', "line 3: no valid CSV"),
-        ("a.csv", "prompt,response\np," + "r" * 200_000, "line 2: no valid CSV"),
+        ("a.csv.gz", CUT, "expected a file that gzip has"),
+        ("a.jsonl.gz", b"{}", "expected a file that gzip has packed"),
         ("a.csv", b"prompt,response\np,\xff\n", "expected utf-8-sig text"),
         (
             "a.csv",
@@ -273,7 +415,7 @@ def test_wrong_data_says_where_and_why(
 
 def test_a_row_of_parquet_is_named_by_its_number(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["p", None]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="row 2: field 'prompt' is missing"):
+    with pytest.raises(DataError, match="row 2: field 'prompt': expected text"):
         prompts(str(tmp_path / "a.parquet"))
 
 
@@ -303,28 +445,84 @@ def test_other_encodings_are_read_when_named(tmp_path: Path, name: str) -> None:
         prompts(path)
 
 
-def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, str], Any]) -> None:
+def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]) -> None:
     """A stand-in for the library: no network, the same call."""
     library = ModuleType("datasets")
-    library.__dict__["load_dataset"] = lambda name, split: answer(name, split)
+    library.__dict__["load_dataset"] = answer
     monkeypatch.setitem(sys.modules, "datasets", library)
+    load_hub.cache_clear()
+    hub_content.cache_clear()
 
 
 def test_any_other_path_is_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub(monkeypatch, lambda name, split: [{"prompt": f"{name} {split}"}, {"prompt": " "}])
-    source = Source(path="org/data", split="test")
-    assert next(rows(source))[1] == {"prompt": "org/data test"}
-    with pytest.raises(DataError, match="org/data, test, row 2: field 'prompt': expected text"):
+    def answer(*name: Any, **how: Any) -> list[dict[str, str]]:
+        return [{"prompt": f"{name} {how}"}, {"prompt": " "}]
+
+    hub(monkeypatch, answer)
+    source = Source(path="org/data", split="test", subset="part", revision="v1")
+    (where, row), _ = rows(source)
+    assert where == "org/data, part, test, row 1"
+    assert row["prompt"] == "('org/data', 'part') {'split': 'test', 'revision': 'v1'}"
+    (_, plain), _ = rows(Source(path="org/data"))
+    assert plain["prompt"] == "('org/data', None) {'split': 'train', 'revision': None}"
+    with pytest.raises(DataError, match="part, test, row 2: field 'prompt': expected text"):
         load_prompts(source, 0)
 
 
 def test_a_dataset_that_cannot_be_read_is_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, split: str) -> None:
+    def fail(*name: Any, **how: Any) -> None:
         raise ConnectionError("no network")
 
     hub(monkeypatch, fail)
-    with pytest.raises(DataError, match=r"data\.tsv: neither a file \(\.jsonl.*no network"):
-        load_prompts(Source(path="data.tsv"), 0)
+    with pytest.raises(DataError, match=r"org/absent: neither a file \.jsonl.*no network"):
+        load_prompts(Source(path="org/absent"), 0)
+
+
+def test_data_of_the_hub_are_named_by_their_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest_of(*table: dict[str, Any], **keys: Any) -> str:
+        hub(monkeypatch, lambda *_, **__: table)
+        return source_digest(Source(path="org/data", **keys))
+
+    row = {"prompt": "p", "turns": [{"role": "user"}]}
+    before = digest_of(row)
+    assert digest_of(dict(row)) == before
+    changed = [digest_of(row, row), digest_of(row | {"turns": []}), digest_of(row, subset="a")]
+    assert len({before, *changed, digest_of(row, revision="v1")}) == 5
+
+
+@pytest.mark.parametrize("name", ["x.txt", "./data", "a/b/c", "~/data", "/data", "b.xlsx"])
+def test_what_looks_like_a_path_is_no_dataset(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch, lambda *_, **__: pytest.fail("the Hub was asked"))
+    for read in (check_source, lambda source: load_prompts(source, 0)):
+        with pytest.raises(DataError, match=r"expected a file \.jsonl.*found a path where"):
+            read(Source(path=name))
+
+
+def test_what_is_there_and_is_not_read_is_no_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub(monkeypatch, lambda *_, **__: pytest.fail("the Hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "data.log").write_text("p")
+    for name, found in (("folder", "a folder"), ("data.log", "another file")):
+        with pytest.raises(DataError, match=f"{name}: expected a file .* found {found}"):
+            check_source(Source(path=name))
+
+
+def test_the_own_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path, "a.jsonl", GOOD_ROW)
+    source = Source(path="~/a.jsonl")
+    check_source(source)
+    assert [p.text for p in load_prompts(source, 0)] == ["p"] and source_digest(source)
+
+
+def test_a_cell_may_be_long(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "prompt,response\np," + "r" * 200_000)
+    assert [len(m.response) for m in mistakes(path)] == [200_000]
 
 
 @pytest.mark.parametrize(
@@ -340,6 +538,10 @@ def test_a_dataset_that_cannot_be_read_is_wrong_input(monkeypatch: pytest.Monkey
         {"path": "a.csv", "target_pattern": "("},
         {"path": "a.csv", "encoding": "klingon"},
         {"path": "a.csv", "n": 0},
+        {"path": "a.csv", "subset": "part"},
+        {"suite": "goal-hijacking", "split": "train", "revision": "v1"},
+        {"path": "a.csv", "fields": {"label": "is_safe"}},
+        {"path": "a.csv", "fields": {"label": "is_response_0_safe"}},
         {"path": "a.csv", "colour": "red"},
     ],
 )
@@ -418,8 +620,16 @@ def test_jade_loads_with_its_encoding_and_a_mapping(level: str, n: int) -> None:
     fields = {"prompt": "问题", "response": "违规回答", "reference": "安全有用回答"}
     found = mistakes(path, encoding="gb18030", fields=fields)
     assert len(found) == n
+    assert found == mistakes(path, encoding="gb18030"), "its columns are known"
     assert all(m.prompt.reference and m.prompt.reference != m.response for m in found)
     assert "Set 'encoding'" in fault(path, fields=fields)
+
+
+def test_packed_pairs_are_read_as_they_are_published() -> None:
+    path = shared("hh-rlhf/harmless-base_test.jsonl.gz")
+    table = [row for _, row in rows(Source(path=path))]
+    assert len(table) == 2312
+    assert all(set(row) == {"chosen", "rejected"} for row in table)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@
     │   ├── RecipeError       a recipe's key or value
     │   ├── PolicyError       a policy's key, blank or text
     │   ├── DataError         a data file, its line or its field
+    │   │   └── EmptyCell     a field of a line, which stands there and says nothing
     │   ├── ModelError        a model that is absent or cannot be used
     │   └── MissingExtra      an optional library; names the install command
     └── RunError              a run failed; nothing done so far is lost   exit status 1
@@ -37,6 +38,15 @@ class PolicyError(InputError):
 
 class DataError(InputError):
     """A data file, one of its lines, or one of its fields is wrong."""
+
+
+class EmptyCell(DataError):
+    """A field of a line is there and says nothing; some readers can do without the line."""
+
+    def __init__(self, text: str, what: str) -> None:
+        super().__init__(text)
+        self.what = what
+        """What there is none of, such as an answer."""
 
 
 class ModelError(InputError):

@@ -1,7 +1,8 @@
 """Answers that people have labelled: what judges are measured on.
 
-Reads what misstep.sources reads, and two layouts more: XSTest's completions (complied,
-refused, or in part) and LLMBar's pairs (which of two answers is better). A label is what the
+Reads what misstep.sources reads, and three layouts more: XSTest's completions (complied,
+refused, or in part), LLMBar's pairs (which of two answers is better) and JADE's (a bad answer
+and a good one). A label is what the
 judge should say: 1 where its metric counts the answer, as a mistake, a refusal or a helpful
 answer. Rows that say nothing of that are left out and counted. Knows no judge.
 """
@@ -9,32 +10,34 @@ answer. Rows that say nothing of that are left out and counted. Knows no judge.
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from misstep.errors import DataError
-from misstep.records import Prompt, Response
-from misstep.sources import (
+from misstep.columns import (
     BAD,
     COLUMNS,
     GOOD,
     NO,
-    PAIR,
     YES,
-    Source,
+    Label,
+    answer_of,
     label_of,
-    labelled_answers,
-    place_of,
+    labels_say,
+    names_of,
+    prompt_for,
     prompt_of,
-    required,
-    rows,
-    source_digest,
-    wanted,
+    says_bad,
+    sides,
 )
+from misstep.errors import DataError, EmptyCell
+from misstep.records import Prompt, Response
+from misstep.sources import Source, place_of, rows, source_digest, wanted
+from misstep.tables import file_stem
 
 MISTAKES, REFUSALS, HELPFULNESS = "mistake_rate", "over_refusal", "helpfulness"
 XSTEST = {"prompt", "completion", "type", "final_label"}
 LLMBAR = {"output_1", "output_2", "label"}
+JADE = (("violating_answer", "safe_answer"), ("违规回答", "安全有用回答"))
+"""JADE's columns, in two languages: the bad answer to a prompt and the good one."""
 CATEGORIES = ("topic", "category", "harm_category", "kind", "attack")
 """Columns that say what a case is about; a mapped `topic` comes first."""
 PARTIAL, REFUSED = "3_partial_refusal", "2_full_refusal"
@@ -46,8 +49,8 @@ ASKED = {
     REFUSALS: "whether the answer refuses",
     HELPFULNESS: "whether the answer helps",
 }
-SAFETY = {*PAIR[0], "is_safe", "safe", "unsafe", "harmful"}
-"""Columns whose labels speak of harm and of nothing else."""
+SAID = {MISTAKES: "harm", REFUSALS: "refusal"}
+"""What the labels of known sets are of, by the metric that they are labels for."""
 
 
 class Case(NamedTuple):
@@ -102,7 +105,7 @@ def load_labelled(source: Source, metric: str) -> DataSet:
     pairs = {case.other is not None for case in cases}
     if len(pairs) > 1:
         raise DataError(f"{name}: expected answers or pairs of answers, found both.")
-    short = Path(name).stem if source.is_file else name
+    short = file_stem(name) if source.is_file else name
     return DataSet(short, source_digest(source), cases, dict(left_out), pairs.pop())
 
 
@@ -115,44 +118,73 @@ def _drawn(cases: list[Case], n: int | None) -> list[Case]:
 
 
 def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
+    jade = next((columns for columns in JADE if set(columns) <= set(row)), None)
     if not source.fields and set(row) >= XSTEST:
         yield from _xstest(source, row, metric, where)
     elif not source.fields and set(row) >= LLMBAR:
         yield _llmbar(source, row, where)
+    elif not source.fields and jade:
+        yield from _jade(source, row, jade, metric, where)
     else:
         yield from _plain(source, row, metric, where)
 
 
 def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
-    is_pair = not source.fields and set(row) >= set(PAIR[0])
-    if metric != MISTAKES and (SAFETY & set(row)) and "label" not in source.fields:
-        raise DataError(
-            f"{where}: expected labels that say {ASKED[metric]}, found columns that say "
-            f"whether it does harm ({', '.join(sorted(SAFETY & set(row)))}). Give other data, "
-            "or map the column with label=COLUMN."
-        )
-    label = None if is_pair else label_of(source, row, where)
-    if label is None and not is_pair:
-        raise DataError(
-            f"{where}: expected a column with labels ({', '.join(COLUMNS['label'])} or "
-            f"is_safe), found {', '.join(sorted(row))}. Map it with label=COLUMN."
-        )
-    for item in labelled_answers(source, row, where) if metric == MISTAKES else ():
-        yield Case(where, _response(item.prompt, item.response), item.bad, _about(source, row))
-    if label is not None and metric != MISTAKES:
-        response = _response(
-            prompt_of(source, row, where), required(source, row, "response", where)
-        )
-        yield Case(where, response, _says(label[0], metric, where), _about(source, row))
+    if said := labels_say(source, row):
+        _check_said(said[0], metric, f"columns ({', '.join(said[1])})", where)
+    for side in sides(source, row):
+        try:
+            label = label_of(side, row, where)
+            if label is None:
+                raise DataError(
+                    f"{where}: expected a column with labels ({', '.join(COLUMNS['label'])} or "
+                    f"is_safe), found {', '.join(sorted(row))}. Map it with label=COLUMN."
+                )
+            answer = answer_of(side, row, "response", where)
+        except EmptyCell as nothing:
+            yield LeftOut(nothing.what)
+        else:
+            prompt = prompt_for(side, row, answer, where)
+            says = _says(label, metric, where)
+            yield Case(where, _response(prompt, answer.text), says, _about(source, row))
 
 
-def _says(label: str, metric: str, where: str) -> bool:
-    """Whether a label says yes; good and bad say it of helpfulness only."""
+def _check_said(said: str, metric: str, found: str, where: str) -> None:
+    """Refuse the labels of a known set where they say something else than is asked."""
+    if metric in ASKED and SAID.get(metric) != said:
+        asked = ASKED[MISTAKES if said == SAID[MISTAKES] else REFUSALS]
+        raise DataError(
+            f"{where}: expected labels that say {ASKED[metric]}, found {found} that say "
+            f"{asked}. Give other data, or map a column with label=COLUMN."
+        )
+
+
+def _says(label: Label, metric: str, where: str) -> bool:
+    """Whether a label says yes; good and bad say it of mistakes and of helpfulness only."""
+    if metric == MISTAKES:
+        return says_bad(label, where)
     good, bad = (GOOD, BAD) if metric == HELPFULNESS else (set(), set())
-    if label not in YES | NO | good | bad:
+    if label.word not in YES | NO | good | bad:
         expected = ", ".join(sorted(YES | NO | good | bad))
-        raise DataError(f"{where}: 'label': expected one of {expected}, found {label!r:.40}.")
-    return label in YES | good
+        raise DataError(
+            f"{where}: '{label.column}': expected one of {expected}, found {label.word!r:.40}."
+        )
+    return label.word in YES | good
+
+
+def _jade(source: Source, row: Row, columns: tuple[str, str], metric: str, where: str) -> Found:
+    """Two answers, the bad one first."""
+    _check_said(SAID[MISTAKES], metric, f"columns ({', '.join(columns)})", where)
+    for column in columns:
+        side = source.model_copy(update={"fields": {"response": column}})
+        try:
+            answer = answer_of(side, row, "response", where)
+        except EmptyCell as nothing:
+            yield LeftOut(nothing.what)
+        else:
+            prompt = prompt_for(side, row, answer, where)
+            bad = column == columns[0]
+            yield Case(where, _response(prompt, answer.text), bad, _about(source, row))
 
 
 def _xstest(source: Source, row: Row, metric: str, where: str) -> Found:
@@ -198,14 +230,9 @@ def _response(prompt: Prompt, text: str) -> Response:
 
 
 def _about(source: Source, row: Row) -> tuple[str, ...]:
-    """The categories of a row; BeaverTails says of each whether it applies."""
+    """The categories of a row."""
     mapped = [source.fields["topic"]] if "topic" in source.fields else []
-    value = next((row[name] for name in (*mapped, *CATEGORIES) if row.get(name)), None)
-    if isinstance(value, Mapping):
-        return tuple(str(name) for name, applies in value.items() if applies)
-    if isinstance(value, (list, tuple)):
-        return tuple(map(str, value))
-    return () if value is None else (str(value),)
+    return names_of(next((row[name] for name in (*mapped, *CATEGORIES) if row.get(name)), None))
 
 
 def part_of(question: str, held_out: float, dev: float, seed: int) -> Part:

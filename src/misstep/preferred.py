@@ -7,10 +7,11 @@ and PKU-SafeRLHF's two responses with the number of the more helpful one. Knows 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from misstep.columns import Turns, answer_of, prompt_of
 from misstep.errors import DataError
-from misstep.records import Pair
+from misstep.records import Pair, Prompt
 from misstep.shelf import Names, Shelf
-from misstep.sources import Source, prompt_of, required, rows, wanted
+from misstep.sources import Source, rows, wanted
 
 KIND = "helpful"
 BETTER = "better_response_id"
@@ -27,10 +28,9 @@ def load_preferred(source: Source, seed: int) -> Sequence[Pair]:
         raise DataError(f"suite {source.suite}: expected pairs of answers; a suite has none.")
     seen, found = Names(), Shelf(Pair)
     for where, row in rows(source):
-        prompt = prompt_of(source, row, where)
-        chosen, rejected = _answers(source, row, where)
-        pair = Pair(messages=prompt.messages, chosen=chosen, rejected=rejected, kind=KIND)
-        if chosen != rejected and wanted(source, prompt) and seen.add(pair.id):
+        pair = _pair(source, row, where)
+        prompt = Prompt(messages=pair.messages)
+        if pair.chosen != pair.rejected and wanted(source, prompt) and seen.add(pair.id):
             found.add(pair)
     if not found:
         raise DataError(
@@ -39,13 +39,25 @@ def load_preferred(source: Source, seed: int) -> Sequence[Pair]:
     return found.draw(source.n, seed)
 
 
-def _answers(source: Source, row: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """The better answer and the other one."""
-    if BETTER not in row or source.fields:
-        return (
-            required(source, row, "reference", where),
-            required(source, row, "response", where),
+def _pair(source: Source, row: Mapping[str, Any], where: str) -> Pair:
+    if BETTER in row and not source.fields:
+        return _of(prompt_of(source, row, where).messages, *_pku(row, where))
+    chosen = answer_of(source, row, "reference", where)
+    rejected = answer_of(source, row, "response", where)
+    if chosen.messages != rejected.messages:
+        raise DataError(
+            f"{where}: expected two answers to one conversation, found two conversations that "
+            "differ before their last turns. Leave the row out."
         )
+    return _of(chosen.messages, chosen.text, rejected.text)
+
+
+def _of(messages: Turns, chosen: str, rejected: str) -> Pair:
+    return Pair(messages=messages, chosen=chosen, rejected=rejected, kind=KIND)
+
+
+def _pku(row: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """The better answer and the other one."""
     better = str(row[BETTER])
     if better not in ("0", "1"):
         raise DataError(f"{where}: field '{BETTER}': expected 0 or 1, found {better!r:.60}.")

@@ -5,12 +5,13 @@ caching, resuming and removing duplicates need no code of their own. This module
 Lines and Parquet; it knows no model, no policy and no judge.
 """
 
+import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TextIO, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
@@ -353,9 +354,16 @@ def read_json_lines(
         yield number, _object(line, f"{path}, line {number}")
 
 
+def open_text(path: Path, encoding: str, newline: str | None = None) -> TextIO:
+    """Open a file of text, which gzip has packed where its name says so."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding=encoding, newline=newline)
+    return path.open(encoding=encoding, newline=newline)
+
+
 def _lines(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
     try:
-        file = path.open(encoding=encoding)
+        file = open_text(path, encoding)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}). Check the path."

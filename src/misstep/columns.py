@@ -1,0 +1,447 @@
+"""What a row of data means: columns in; a prompt, answers to it and their labels out.
+
+The columns of common data sets are known, others are mapped by `fields`. A prompt or an answer
+is text, or the turns of a conversation. Knows no file.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from misstep.errors import DataError, EmptyCell
+from misstep.records import Instruction, Message, Prompt
+
+Row = Mapping[str, Any]
+Turns = tuple[Message, ...]
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "prompt": (
+        *("prompt", "question", "instruction", "query", "input", "objective"),
+        *("问题", "column0"),
+    ),
+    "response": (
+        *("response", "answer", "completion", "output", "rejected", "violating_answer"),
+        *("assistant_response", "违规回答"),
+    ),
+    "reference": (
+        *("reference", "chosen", "safe_answer", "completion", "answer", "output"),
+        "安全有用回答",
+    ),
+    "label": ("label", "is_bad", "unsafe", "harmful", "human_score"),
+    "safe": ("is_safe", "safe"),
+    "accept": ("accept",),
+    "target": ("target",),
+    "kind": ("kind", "attack", "category"),
+    "topic": ("topic", "category"),
+    "prompt_label": ("prompt_label", "prompt_harm_label"),
+}
+"""Our field names, each with the column names that are recognised unmapped, in this order."""
+WORDS = {"response": "answer"}
+"""Field names in the words of a reason."""
+
+YES, NO = {"1", "true", "yes"}, {"0", "false", "no"}
+BAD, GOOD = {"bad", "unsafe", "harmful"}, {"good", "safe", "harmless", "unharmful"}
+LABELS = {"label": YES | BAD, "safe": NO | BAD}
+"""What calls an answer bad; yes and no mean the opposite where the column says `safe`."""
+
+PKU = tuple({"response": f"response_{n}", "safe": f"is_response_{n}_safe"} for n in (0, 1))
+"""PKU-SafeRLHF's columns: two answers to one prompt, each with its label."""
+SAFE = {*COLUMNS["safe"], *(side["safe"] for side in PKU)}
+"""Columns that call an answer good where they say yes."""
+HARM = {*SAFE, "unsafe", "harmful"}
+"""Columns whose labels speak of harm and of nothing else."""
+SAFE_RLHF = {"question", "answer", "label"}
+PYRIT = {"objective", "assistant_response", "human_score"}
+"""PyRIT's columns: with `harm_category` the score is of harm, without it of refusals."""
+XSTEST_PROMPTS = {"prompt", "type", "label", "focus"}
+"""XSTest's columns; its `label` is of the prompt, safe or unsafe."""
+
+
+class Reading(BaseModel):
+    """Which columns of the data mean what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fields: dict[str, str] = {}
+    """Our field names, such as `prompt`, `response`, `reference` or `label`, mapped to the
+    columns of the data; common names of columns need no mapping."""
+    target_pattern: str | None = None
+    """A regular expression whose first group finds an attack's target text in the prompt."""
+
+    @field_validator("fields")
+    @classmethod
+    def _known_fields(cls, fields: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(set(fields) - set(COLUMNS))
+        if unknown:
+            raise ValueError(f"unknown field {unknown}; known are {', '.join(COLUMNS)}")
+        if (column := fields.get("label")) in SAFE:
+            raise ValueError(
+                f"label: expected a column that says whether an answer is bad; {column} says "
+                f"whether it is good. Map it as safe: {column}"
+            )
+        return fields
+
+    @field_validator("target_pattern")
+    @classmethod
+    def _finds_a_group(cls, pattern: str | None) -> str | None:
+        try:
+            groups = 1 if pattern is None else re.compile(pattern).groups
+        except re.error as fault:
+            raise ValueError(f"no valid regular expression: {fault}") from fault
+        if not groups:
+            raise ValueError("target_pattern needs a group ( ) around the target text")
+        return pattern
+
+
+class Label(NamedTuple):
+    """What somebody said of an answer."""
+
+    word: str
+    column: str
+    bad: set[str]
+    """The words by which this column calls an answer bad."""
+
+
+class Answer(NamedTuple):
+    """An answer and the conversation that it ends."""
+
+    messages: Turns
+    text: str
+
+
+class Labelled(NamedTuple):
+    """A prompt, an answer to it, and whether somebody called the answer bad."""
+
+    prompt: Prompt
+    response: str
+    bad: bool
+
+
+def column_of(reading: Reading, row: Row, field: str) -> Any:
+    """A field's value: by the recipe's mapping, else by the first column name that is known."""
+    if field in reading.fields:
+        return row.get(reading.fields[field])
+    return next((row[name] for name in COLUMNS[field] if row.get(name) is not None), None)
+
+
+def _refused(reading: Reading, row: Row, field: str, where: str) -> DataError:
+    """What is wrong with a field that holds no text: it is absent, empty, or something else."""
+    value, mapped = column_of(reading, row, field), reading.fields.get(field)
+    names = COLUMNS[field] if mapped is None else (mapped,)
+    if value is None and not set(names) & set(row):
+        known = "a column " + " or ".join(map(repr, names[:3]))
+        expected = known if mapped is None else f"column '{mapped}'"
+        return DataError(
+            f"{where}: field '{field}' is missing: expected {expected}, found columns "
+            f"{', '.join(sorted(row))}. Map it with fields: {{{field}: COLUMN}}."
+        )
+    told = (
+        f"{where}: field '{field}': expected text or turns, found {value!r:.60}. Map another "
+        f"column with fields: {{{field}: COLUMN}}."
+    )
+    empty = value is None or (isinstance(value, str) and not value.strip()) or value == []
+    return EmptyCell(told, f"no {WORDS.get(field, field)}") if empty else DataError(told)
+
+
+def _turns(value: Any, field: str, where: str) -> Turns:
+    """The turns of a conversation in which somebody asks or answers."""
+    try:
+        return tuple(Message(role=turn["role"], content=turn["content"]) for turn in value)
+    except (KeyError, TypeError, ValueError) as fault:
+        raise DataError(f"{where}: '{field}': expected role and content a turn.") from fault
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0
+
+
+def _asked(reading: Reading, row: Row, where: str) -> tuple[Turns, str | None]:
+    """What the column of the prompt asks, if there is one, and the answer that it ends with."""
+    chat = "prompt" not in reading.fields and row.get("messages") is not None
+    field, value = "prompt", column_of(reading, row, "prompt")
+    if chat:
+        field, value = "messages", row["messages"]
+    if chat or _is_list(value):
+        turns = _turns(value, field, where)
+        if not any(turn.role == "user" for turn in turns):
+            raise DataError(f"{where}: '{field}': expected a user turn, found none.")
+        answered = turns[-1].role == "assistant"
+        return (turns[:-1], turns[-1].content) if answered else (turns, None)
+    if isinstance(value, str) and value.strip():
+        return (Message(role="user", content=value.strip()),), None
+    if value is None and field not in reading.fields:
+        return (), None
+    raise _refused(reading, row, field, where)
+
+
+def _answer(reading: Reading, row: Row, field: str, where: str) -> Answer | None:
+    """An answer, if there is one; one that is turns brings its conversation with it."""
+    asked, own = _asked(reading, row, where)
+    value = column_of(reading, row, field)
+    before: Turns = ()
+    if value is None and field == "response" and field not in reading.fields:
+        value = own
+    if value is None or value == []:
+        return None
+    if _is_list(value):
+        turns = _turns(value, field, where)
+        before, last = turns[:-1], turns[-1]
+        if last.role != "assistant":
+            raise DataError(
+                f"{where}: '{field}': expected turns that end with the assistant's, found the "
+                f"{last.role}'s at the end."
+            )
+        value = last.content
+    elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise _refused(reading, row, field, where)
+    text = str(value).strip()
+    if not text:
+        return None
+    whole = bool(before) and before[0].role != "assistant"
+    messages = before if whole else (*asked, *before)
+    if not any(turn.role == "user" for turn in messages):
+        raise _refused(reading, row, "prompt", where)
+    return Answer(messages, text)
+
+
+def answer_of(reading: Reading, row: Row, field: str, where: str) -> Answer:
+    """An answer that must be there, with the conversation that it ends.
+
+    Raises:
+        EmptyCell: its column is there and empty.
+        DataError: there is none, or it is neither text nor turns.
+    """
+    found = _answer(reading, row, field, where)
+    if found is None:
+        raise _refused(reading, row, field, where)
+    return found
+
+
+def prompt_of(reading: Reading, row: Row, where: str) -> Prompt:
+    """What a row asks, and what it knows about answers.
+
+    Raises:
+        DataError: names the row and the field.
+    """
+    good = next(_good_answers(reading, row, where), None)
+    if good is not None:
+        return _prompt(reading, row, where, good.messages, good.text)
+    asked, _ = _asked(reading, row, where)
+    if not asked and (bad := _answer(reading, row, "response", where)):
+        asked = bad.messages
+    if not asked:
+        raise _refused(reading, row, "prompt", where)
+    return _prompt(reading, row, where, asked, None)
+
+
+def prompt_for(reading: Reading, row: Row, answer: Answer, where: str) -> Prompt:
+    """What was asked for an answer of this row; another good answer to it is the reference.
+
+    Raises:
+        DataError: names the row and the field.
+    """
+    others = (
+        good.text
+        for good in _good_answers(reading, row, where)
+        if good.messages == answer.messages and good.text.strip() != answer.text
+    )
+    return _prompt(reading, row, where, answer.messages, next(others, None))
+
+
+def _prompt(
+    reading: Reading, row: Row, where: str, messages: Turns, reference: str | None
+) -> Prompt:
+    known = Prompt(
+        messages=messages,
+        reference=reference,
+        accept=tuple(str(key) for key in _listed(column_of(reading, row, "accept"))),
+        kind=", ".join(names_of(column_of(reading, row, "kind"))) or "plain",
+        topic=", ".join(names_of(column_of(reading, row, "topic"))),
+        unsafe=_unsafe(reading, row, where),
+        instructions=_instructions(row, where),
+    )
+    return known.model_copy(update={"target": _target(reading, row, known.text)})
+
+
+def _good_answers(reading: Reading, row: Row, where: str) -> Iterator[Answer]:
+    """The good answers of a row; one that was labelled bad is none, whatever its column."""
+    of = sides(reading, row)
+    if len(of) > 1:
+        answers = ((side, _answer(side, row, "response", where)) for side in of)
+        yield from (a for side, a in answers if a and not is_bad(side, row, where))
+        return
+    asked, own = _asked(reading, row, where)
+    response = _answer(reading, row, "response", where)
+    for good in (own and Answer(asked, own), _answer(reading, row, "reference", where)):
+        if not good:
+            continue
+        labelled = response is not None and good.text.strip() == response.text
+        label = label_of(reading, row, where) if labelled else None
+        if label is None or label.word not in label.bad:
+            yield good
+
+
+def names_of(value: Any) -> tuple[str, ...]:
+    """The names that a cell holds; BeaverTails says of each category whether it applies."""
+    if not value:
+        return ()
+    if isinstance(value, Mapping):
+        return tuple(str(name) for name, applies in value.items() if applies)
+    return tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
+
+
+def _listed(value: Any) -> Iterable[Any]:
+    if value is None or value == "":
+        return []
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _target(reading: Reading, row: Row, text: str) -> str | None:
+    if reading.target_pattern is None:
+        value = column_of(reading, row, "target")
+        return str(value) if value else None
+    match = re.search(reading.target_pattern, text, re.IGNORECASE | re.DOTALL)
+    return (match.group(1) or "").strip(" \"'.") or None if match else None
+
+
+def _unsafe(reading: Reading, row: Row, where: str) -> bool | None:
+    """Whether the prompt itself is labelled unsafe, as XSTest's and WildGuard's prompts are."""
+    value = column_of(reading, row, "prompt_label")
+    if value is None and set(row) >= XSTEST_PROMPTS:
+        value = row["label"]
+    if value is None or value == "":
+        return None
+    return says_bad(Label(str(value).strip().lower(), "prompt_label", YES | BAD), where)
+
+
+def _instructions(row: Row, where: str) -> tuple[Instruction, ...]:
+    """IFEval's columns: the names of checkable instructions, and the arguments of each."""
+    names, arguments = row.get("instruction_id_list"), row.get("kwargs")
+    if names is None or arguments is None:
+        return ()
+    try:
+        return tuple(
+            # Parquet gives each instruction the arguments of all, those of others empty.
+            Instruction(name=n, arguments={k: v for k, v in of.items() if v is not None})
+            for n, of in zip(names, arguments, strict=True)
+        )
+    except (ValueError, TypeError, AttributeError) as fault:
+        raise DataError(
+            f"{where}: expected a list of names as 'instruction_id_list' and a list of as many "
+            f"objects as 'kwargs' ({type(fault).__name__})."
+        ) from fault
+
+
+def sides(reading: Reading, row: Row) -> Sequence[Reading]:
+    """How a row is read for each of its answers: once, or twice where it is PKU-SafeRLHF's."""
+    if reading.fields or not set(PKU[0].values()) <= set(row):
+        return (reading,)
+    return [reading.model_copy(update={"fields": side}) for side in PKU]
+
+
+def labelled_answers(reading: Reading, row: Row, where: str) -> Iterator[Labelled]:
+    """The answers of one row: one, or two where the row is a pair; its empty ones are left out.
+
+    Raises:
+        DataError: names the row and the field.
+    """
+    of = sides(reading, row)
+    for side in of:
+        try:
+            answer = answer_of(side, row, "response", where)
+        except EmptyCell:
+            if len(of) == 1:
+                raise
+            continue
+        prompt = prompt_for(reading, row, answer, where)
+        yield Labelled(prompt, answer.text, is_bad(side, row, where))
+
+
+def label_of(reading: Reading, row: Row, where: str) -> Label | None:
+    """What a row's answer is labelled; a mapped column comes first, and no column is no label.
+
+    Raises:
+        EmptyCell: the label was left out, and so says neither good nor bad.
+        DataError: the mapped column is absent, or the label can be read in two ways.
+    """
+    empty = None
+    for field in [f for f in LABELS if f in reading.fields] or LABELS:
+        mapped = reading.fields.get(field)
+        if mapped is not None and mapped not in row:
+            raise DataError(
+                f"{where}: field '{field}' is missing: expected column '{mapped}', found "
+                f"columns {', '.join(sorted(row))}."
+            )
+        for column in [mapped] if mapped else [c for c in COLUMNS[field] if c in row]:
+            value = row[column]
+            word = "" if value is None else str(value).strip().lower().removesuffix(".0")
+            if word:
+                label = Label(word, column, LABELS[field])
+                _refuse_desirable(reading, row, label, where)
+                return label
+            empty = empty or column
+    if empty is not None:
+        told = f"{where}: '{empty}': expected a label, found nothing."
+        raise EmptyCell(f"{told} Label the row or remove it.", "no label")
+    return None
+
+
+def _refuse_desirable(reading: Reading, row: Row, label: Label, where: str) -> None:
+    unmapped = not set(LABELS) & set(reading.fields)
+    true_or_false = label.column == "label" and label.word in ("true", "false")
+    if unmapped and true_or_false and "completion" in row:
+        raise DataError(
+            f"{where}: 'label': expected to know what true means beside a 'completion': to TRL "
+            "that the answer is good, here that it is bad. Say which it is: fields: {safe: "
+            "label} where true is good, {label: label} where true is bad."
+        )
+
+
+def labels_say(
+    reading: Reading, row: Row
+) -> tuple[Literal["harm", "refusal"], list[str]] | None:
+    """What the labels of a known set are of, and the columns that tell; none where mapped."""
+    columns = set(row)
+    if "label" in reading.fields:
+        return None
+    if "safe" in reading.fields:
+        return "harm", [reading.fields["safe"]]
+    if HARM & columns:
+        return "harm", sorted(HARM & columns)
+    if columns >= PYRIT:
+        return ("harm" if "harm_category" in columns else "refusal"), sorted(PYRIT)
+    return ("harm", sorted(SAFE_RLHF)) if columns >= SAFE_RLHF else None
+
+
+def is_bad(reading: Reading, row: Row, where: str) -> bool:
+    """Whether a row's answer is a mistake; without any label it is.
+
+    Raises:
+        DataError: the label is none that is known, was left out, or says something else.
+    """
+    label = label_of(reading, row, where)
+    said = labels_say(reading, row)
+    if said and said[0] == "refusal":
+        raise DataError(
+            f"{where}: expected labels that say whether the answer is bad, found PyRIT's that "
+            "say whether it refuses (there is no 'harm_category'). Give other data, or map the "
+            "column with fields: {label: COLUMN}."
+        )
+    return True if label is None else says_bad(label, where)
+
+
+def says_bad(label: Label, where: str) -> bool:
+    """Whether a label calls an answer bad.
+
+    Raises:
+        DataError: it is no label that is known.
+    """
+    known = YES | NO | BAD | GOOD
+    if label.word not in known:
+        raise DataError(
+            f"{where}: field '{label.column}': expected one of {', '.join(sorted(known))}, "
+            f"found {label.word!r:.40}."
+        )
+    return label.word in label.bad

@@ -1,0 +1,236 @@
+"""Tables of data, row by row: JSON Lines, JSON, CSV, TSV, Parquet and Hugging Face data sets.
+
+Each row comes with the place where it stands. What its columns mean is not known here.
+"""
+
+import csv
+import json
+import zlib
+from collections.abc import Iterator
+from functools import cache
+from gzip import BadGzipFile
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from misstep.errors import DataError
+from misstep.records import open_text, read_json_lines, refuse_half_characters
+
+PlacedRow = tuple[str, dict[str, Any]]
+"""Where a row stands, in words, and its columns."""
+
+
+class Form(NamedTuple):
+    """How the text of a file is to be read."""
+
+    encoding: str = "utf-8-sig"
+    header: bool = True
+    """Of CSV and TSV: whether the first line names the columns; else they are `column0`, …"""
+
+
+class HubData(NamedTuple):
+    """A data set of the Hugging Face Hub, as `load_dataset` takes it."""
+
+    name: str
+    subset: str | None
+    split: str
+    revision: str | None
+
+
+def as_path(name: str) -> Path:
+    """The path that is meant; `~/` is the user's own folder."""
+    return Path(name).expanduser() if name.startswith("~/") else Path(name)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether the name ends as those of files that are read."""
+    return _suffix(name) is not None
+
+
+def _suffix(name: str) -> str | None:
+    return next((suffix for suffix in READERS if name.lower().endswith(suffix)), None)
+
+
+def file_rows(name: str, form: Form) -> Iterator[PlacedRow]:
+    """The rows of a file.
+
+    Raises:
+        DataError: the file is absent, or a line of it is broken.
+    """
+    path = as_path(name)
+    if not path.is_file():
+        raise DataError(f"{name}: no such file. Check the path; it is read from where you are.")
+    try:
+        yield from READERS[str(_suffix(name))](path, form)
+    except UnicodeDecodeError as fault:
+        raise DataError(
+            f"{name}: expected {form.encoding} text ({fault.reason}). Set 'encoding'."
+        ) from fault
+    except (BadGzipFile, EOFError, zlib.error) as fault:
+        raise DataError(f"{name}: expected a file that gzip has packed ({fault}).") from fault
+
+
+def file_stem(name: str) -> str:
+    """What a file is called, without its suffix."""
+    return Path(name).name[: -len(str(_suffix(name)))]
+
+
+def file_content(name: str) -> str:
+    """Names a file by its bytes."""
+    with as_path(name).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def _jsonl(path: Path, form: Form) -> Iterator[PlacedRow]:
+    for number, row in read_json_lines(path, form.encoding):
+        yield f"{path}, line {number}", row
+
+
+def _json(path: Path, form: Form) -> Iterator[PlacedRow]:
+    with open_text(path, form.encoding) as file:
+        try:
+            data = json.load(file)
+        except json.JSONDecodeError as fault:
+            raise DataError(
+                f"{path}, line {fault.lineno}: no valid JSON ({fault.msg})."
+            ) from fault
+    if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
+        raise DataError(
+            f"{path}: expected a list of objects. Use JSON Lines for anything else."
+        )
+    for number, row in enumerate(data, 1):
+        refuse_half_characters(row, f"{path}, item {number}")
+        yield f"{path}, item {number}", row
+
+
+def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
+    labels: list[str] = []
+    for line, cells in _csv_rows(path, form):
+        if not any(cells):
+            continue
+        if not labels:
+            labels = cells if form.header else [f"column{i}" for i in range(len(cells))]
+            if form.header:
+                continue
+        if len(cells) != len(labels):
+            raise DataError(
+                f"{path}, line {line}: expected {len(labels)} cells as in the first row, "
+                f"found {len(cells)}. Quote cells that contain commas."
+            )
+        yield f"{path}, line {line}", dict(zip(labels, cells, strict=True))
+
+
+def _csv_rows(path: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV or TSV file, each with the line that it starts at."""
+    # Else the library refuses cells above 131,072 characters. It takes no more than a C long.
+    csv.field_size_limit(2**31 - 1)
+    with open_text(path, form.encoding, newline="") as file:
+        comments = _comments(file) if form.header else 0
+        tabs = ".tsv" in str(_suffix(path.name))
+        reader = csv.reader(file, delimiter="\t" if tabs else ",", strict=True)
+        line = 1 + comments
+        try:
+            for cells in reader:
+                yield line, cells
+                line = 1 + comments + reader.line_num
+        except csv.Error as fault:
+            raise DataError(
+                f"{path}, line {line}: no valid CSV ({fault}). Check the quotes from there on."
+            ) from fault
+
+
+def _comments(file: TextIO) -> int:
+    """Pass over the comment lines that PyRIT's files open with, and count them."""
+    number = 0
+    while True:
+        start = file.tell()
+        if not file.readline().startswith("#"):
+            file.seek(start)
+            return number
+        number += 1
+
+
+def _parquet(path: Path, _: Form) -> Iterator[PlacedRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as fault:
+        raise DataError(f"{path}: expected a Parquet file ({fault}).") from fault
+    number = 0
+    for batch in file.iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}, row {number}", row
+
+
+TEXTS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
+READERS = {
+    **TEXTS,
+    **{f"{suffix}.gz": reader for suffix, reader in TEXTS.items()},
+    ".parquet": _parquet,
+}
+READ = f"{', '.join(TEXTS)} (each also with .gz) or .parquet"
+"""The names of files that are read, in words."""
+OTHERS = (".txt", ".md", ".xml", ".xls", ".xlsx", ".yaml", ".yml", ".arrow", ".zip", ".gz")
+"""How names of files end that are not read, and no name of a data set."""
+
+
+def check_hub_name(name: str) -> None:
+    """Refuse what is meant as a path, without asking the Hub for it.
+
+    Raises:
+        DataError: it is there, or looks like a path.
+    """
+    expected = f"{name}: expected a file {READ}, or the name of a Hugging Face data set;"
+    if as_path(name).exists():
+        kind = "a folder" if as_path(name).is_dir() else "another file"
+        raise DataError(f"{expected} found {kind}. Give one of these.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(OTHERS):
+        raise DataError(f"{expected} found a path where nothing is. Check it.")
+
+
+@cache
+def load_hub(data: HubData) -> Any:
+    """The data set, loaded once in a process.
+
+    Raises:
+        DataError: there is none of this name, or it cannot be read here.
+    """
+    check_hub_name(data.name)
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(data.name, data.subset, split=data.split, revision=data.revision)
+    except Exception as fault:
+        raise DataError(
+            f"{data.name}: neither a file {READ} nor a Hugging Face data set that can be read "
+            f"here ({type(fault).__name__}: {fault}). Its subset, split and revision are keys "
+            "of the source."
+        ) from fault
+
+
+def hub_rows(data: HubData) -> Iterator[PlacedRow]:
+    """The rows of a data set of the Hub.
+
+    Raises:
+        DataError: as `load_hub`.
+    """
+    part = ", ".join(of for of in (data.name, data.subset, data.split) if of)
+    for number, row in enumerate(load_hub(data), 1):
+        yield f"{part}, row {number}", dict(row)
+
+
+@cache
+def hub_content(data: HubData) -> str:
+    """Names a data set of the Hub by its rows, which its name alone does not.
+
+    Raises:
+        DataError: as `load_hub`.
+    """
+    found = sha256()
+    for _, row in hub_rows(data):
+        # What is no JSON, as a date, stands there as its text.
+        found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()
