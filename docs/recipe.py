@@ -85,11 +85,13 @@ def page() -> str:
 
 
 def docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """What stands below each of a model's fields, in one line."""
-    (tree,) = ast.parse(inspect.getsource(model)).body
-    assert isinstance(tree, ast.ClassDef)
+    """What stands below each of a model's fields, its bases' too, in one line."""
+    bases = model.mro()[: model.mro().index(BaseModel)]
+    trees = [ast.parse(inspect.getsource(base)).body[0] for base in bases]
     return {
         ast.unparse(field.target): " ".join(ast.literal_eval(below.value).split())
+        for tree in trees
+        if isinstance(tree, ast.ClassDef)
         for field, below in pairwise(tree.body)
         if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr)
     }

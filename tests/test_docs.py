@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from misstep.columns import COLUMNS
 from misstep.config import RunConfig
 from misstep.documents import model_in
 from misstep.methods.base import Materials, Method, MixSettings
@@ -105,6 +106,13 @@ def test_what_a_run_costs_is_counted_from_its_recipe() -> None:
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
     assert shown.stdout.count("\n") > 5
     assert shown.stdout in page
+
+
+def test_the_page_on_data_has_every_column() -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (`.*?) \|", page, re.MULTILINE)
+    named = {field: tuple(re.findall(r"`([^`]+)`", columns)) for field, columns in rows}
+    assert named == COLUMNS
 
 
 def test_every_method_has_a_page_and_every_page_a_method() -> None:

@@ -180,30 +180,30 @@ def _answer(reading: Reading, row: Row, field: str, where: str) -> Answer | None
     """An answer, if there is one; one that is turns brings its conversation with it."""
     asked, own = _asked(reading, row, where)
     value = column_of(reading, row, field)
-    before: Turns = ()
     if value is None and field == "response" and field not in reading.fields:
         value = own
-    if value is None or value == []:
-        return None
+    before: Turns = ()
     if _is_list(value):
-        turns = _turns(value, field, where)
-        before, last = turns[:-1], turns[-1]
-        if last.role != "assistant":
-            raise DataError(
-                f"{where}: '{field}': expected turns that end with the assistant's, found the "
-                f"{last.role}'s at the end."
-            )
-        value = last.content
-    elif isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise _refused(reading, row, field, where)
-    text = str(value).strip()
-    if not text:
+        before, value = _ended(_turns(value, field, where), field, where)
+    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return None
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise _refused(reading, row, field, where)
     whole = bool(before) and before[0].role != "assistant"
     messages = before if whole else (*asked, *before)
     if not any(turn.role == "user" for turn in messages):
         raise _refused(reading, row, "prompt", where)
-    return Answer(messages, text)
+    return Answer(messages, str(value).strip())
+
+
+def _ended(turns: Turns, field: str, where: str) -> tuple[Turns, str]:
+    """The turns before an answer, and the answer, which is the last."""
+    if turns[-1].role != "assistant":
+        raise DataError(
+            f"{where}: '{field}': expected turns that end with the assistant's, found the "
+            f"{turns[-1].role}'s at the end."
+        )
+    return turns[:-1], turns[-1].content
 
 
 def answer_of(reading: Reading, row: Row, field: str, where: str) -> Answer:
