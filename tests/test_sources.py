@@ -493,7 +493,8 @@ def test_data_of_the_hub_are_named_by_their_content(monkeypatch: pytest.MonkeyPa
 def test_keys_that_are_not_given_do_not_change_the_name_of_a_source() -> None:
     plain = Source(path="org/data").model_dump(mode="json")
     assert not {"subset", "revision"} & set(plain)
-    assert Source(path="org/data", subset="a").model_dump(mode="json") == plain | {"subset": "a"}
+    given = Source(path="org/data", subset="a").model_dump(mode="json")
+    assert given == plain | {"subset": "a"}
 
 
 @pytest.mark.parametrize("name", ["x.txt", "./data", "a/b/c", "~/data", "/data", "b.xlsx"])
