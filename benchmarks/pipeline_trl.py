@@ -25,12 +25,14 @@ from trl import SFTConfig, SFTTrainer
 
 from misstep.bench.sides import peak_memory_mb
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
+from misstep.judges.seats import Seat
 from misstep.methods.base import Materials
 from misstep.methods.registry import METHODS
 from misstep.models import load_tokenizer, load_weights
 from misstep.pipeline import Inputs, read_inputs
 from misstep.records import Analysis, Example, Message, Mistake, Prompt, Response
 from misstep.stages.analyse import gate
+from misstep.stages.evaluate import said
 from misstep.stages.induce import some_mistakes
 
 BATCH = 32
@@ -231,7 +233,8 @@ def rates(responses: Sequence[Response]) -> dict[str, float]:
     """The mean score of each judge that can say something about the prompts."""
     found = {}
     for judge in (ObedienceJudge(), HelpfulnessJudge(), RefusalJudge()):
-        scores = [score.value for score in judge.score(responses) if score.value is not None]
+        first = (scores[0].value for scores in said(Seat(judge), responses))
+        scores = [value for value in first if value is not None]
         if scores:
             found[judge.metric] = round(sum(scores) / len(scores), 4)
     return found

@@ -13,8 +13,8 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
 from misstep.inspect_log import import_logs
 from misstep.judge_check import check_judge
-from misstep.judges.base import seated
 from misstep.judges.choose import cost_judges, mistake_judge
+from misstep.judges.seats import seated
 from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import Answer

@@ -27,15 +27,15 @@ from misstep.config import RunConfig, load_recipe
 from misstep.documents import suggestion
 from misstep.errors import RecipeError
 from misstep.inspect_log import KEY, Asked, Judged
-from misstep.judges.base import Judge, Seat, seated
+from misstep.judges.base import Judge
 from misstep.judges.choose import cost_judges
-from misstep.judging import AnyJudge, JudgeInputs, locate_judging, opened, read_judge
+from misstep.judges.seats import Seat, seated
+from misstep.judging import JudgeInputs, locate_judging, opened, read_judge
 from misstep.methods.registry import METHODS
 from misstep.pipeline import load_tests, read_judge_check, read_judge_of_mistakes
 from misstep.policy import Policy, load_policy
 from misstep.records import Message, Prompt, Response
-from misstep.stages.base import score_all
-from misstep.stages.evaluate import corrections
+from misstep.stages.evaluate import corrections, said
 
 TURNS = {
     "system": ChatMessageSystem,
@@ -67,7 +67,7 @@ def recipe(
     every = _seats(config, policy)
     checks = tuple(map(read_judge_check, config.evaluate.judge_check))
     corrections(checks, {seat.metric: seat.judge.name for seat in every})
-    seats = [seat for seat in every if _says(seat.judge, prompts)]
+    seats = [seat for seat in every if any(map(seat.applies, prompts))]
     named = {seat.metric: seat.judge.name for seat in seats}
     asked = Asked(
         name=config.name,
@@ -95,10 +95,6 @@ def recipe(
         ),
         metadata={KEY: asked.model_dump(mode="json", by_alias=True)},
     )
-
-
-def _says(judge: AnyJudge, prompts: Sequence[Prompt]) -> bool:
-    return isinstance(judge, Judge) and any(map(judge.applies, prompts))
 
 
 def _check(key: str, name: str, known: Sequence[str]) -> None:
@@ -175,18 +171,14 @@ def _response(
 
 def _scored(seat: Seat, response: Response) -> InspectScore:
     """One number for inspect's own table; the log keeps all that the judge says."""
-    assert isinstance(seat.judge, Judge)
-    (found,) = score_all(seat.judge, [response])
-    every = Judged(
-        response=response,
-        scores=tuple(
-            score.model_copy(update={"metric": seat.called(score.metric)})
-            for score in (found, *seat.judge.further(response, found))
-        ),
-    )
-    metadata = {KEY: every.model_dump(mode="json")}
+    (scores,) = said(seat, [response])
+    found = scores[0]
+    metadata = {KEY: Judged(response=response, scores=tuple(scores)).model_dump(mode="json")}
     if found.counted is None:
         return InspectScore.unscored(explanation=found.reason, metadata=metadata)
+    if found.metric != seat.metric:
+        because = f"counts as {found.metric}"
+        return InspectScore.unscored(explanation=because, metadata=metadata)
     return InspectScore(
         value=found.counted,
         answer=response.text,

@@ -26,8 +26,8 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen
 from misstep.errors import DataError
 from misstep.judge_card import enter_check, unseen
-from misstep.judges.base import PairJudge
-from misstep.judging import AnyJudge, JudgeInputs, opened, read_judge
+from misstep.judges.base import AnyJudge, PairJudge
+from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.labelled import Case, DataSet, load_labelled
 from misstep.pipeline import writable
 from misstep.progress import Progress

@@ -17,7 +17,7 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import ModelError, RecipeError
 from misstep.guard import Guard, load_guard
 from misstep.judge_config import FORMS, JudgeConfig, load_judge
-from misstep.judges.base import Judge, PairJudge
+from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
 from misstep.judges.classifier import ClassifierJudge
 from misstep.judges.ensemble import EnsembleJudge
@@ -27,7 +27,6 @@ from misstep.policy import Policy, load_policy
 from misstep.records import VERDICTS
 from misstep.rubric import Rubric, load_rubric
 
-AnyJudge = Judge | PairJudge
 OpenEngine = Callable[[Chosen], AbstractContextManager[Engine]]
 
 

@@ -29,10 +29,11 @@ from misstep.engines.choose import Chosen, choose
 from misstep.errors import DataError, InputError, RecipeError, RunError
 from misstep.folding import check_adapter, folded
 from misstep.judge_card import seen_questions, was_seen
-from misstep.judges.base import Judge, Seat, seated
+from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.instructions import check_instructions
-from misstep.judging import AnyJudge, JudgeInputs, locate_judging, opened, read_judge
+from misstep.judges.seats import Seat, seated
+from misstep.judging import JudgeInputs, locate_judging, opened, read_judge
 from misstep.labelled import MISTAKES
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from misstep.errors import DataError, InputError
-from misstep.judges.base import Seat
 from misstep.judges.instructions import InstructionJudge, check_instructions
+from misstep.judges.seats import Seat
 from misstep.records import Answer, Instruction, Prompt, Response, write_text
 from misstep.results import Row
 from misstep.sources import Source, load_prompts

@@ -205,13 +205,6 @@ def test_a_refusal_opens_the_answer(text: str, value: float) -> None:
     assert verdict(RefusalJudge(), TASK, text) == value
 
 
-def test_prompts_that_deserve_a_refusal_are_not_scored_for_it() -> None:
-    attacked = TASK.model_copy(update={"target": TARGET})
-    for prompt in (attacked, Prompt.of("no keys")):
-        assert not RefusalJudge().applies(prompt)
-        assert verdict(RefusalJudge(), prompt, "I'm sorry, no.") is None
-
-
 def test_the_refusal_judge_agrees_with_people_on_xstest() -> None:
     files = sorted(XSTEST.glob("xstest_v2_completions_*.csv"))
     if not files:

@@ -2,8 +2,9 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from misstep.judges.base import Judge, PairJudge, Preference, Seat, seated
+from misstep.judges.base import Judge, PairJudge, Preference
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
+from misstep.judges.seats import Seat, seated
 from misstep.records import Answer, Prompt, Response, Score
 from misstep.results import Comparison, Corrected, Metric, Row
 from misstep.stages.evaluate import Table, agreements, judge_answers
@@ -276,6 +277,38 @@ def test_a_second_judge_of_a_metric_stands_beside_the_first_under_its_own_name()
     )
     assert (found.same.value, found.same.n, found.same.unscored) == (1.0, 11, 1)
     assert found.kappa is not None and found.kappa.value == 1
+
+
+class Voting(MarkJudge):
+    """Two are asked, and agree where the mark is 1."""
+
+    votes = 2
+
+    def __init__(self, metric: str) -> None:
+        self.name = self.metric = metric
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        return [
+            score.model_copy(update={"votes": (1.0, score.value)})
+            for score in super().score(responses)
+        ]
+
+
+def test_the_votes_of_two_judges_are_told_apart() -> None:
+    given = answers({("ours", True, "attacks"): "110"})
+    seats = seated(
+        [MarkJudge()],
+        {"a": Voting("harmless_score"), "b": Voting("helpfulness_score"), "c": MarkJudge()},
+    )
+    (row,) = Table(given, judge_answers(given, seats), {}, 7).rows(lambda _: {})
+    assert {name: metric.n for name, metric in row.metrics.items()} == dict.fromkeys(
+        (
+            *("mistake_rate", "mistake_rate@c", "harmless_score", "helpfulness_score"),
+            *("votes_agree", "votes_agree@b"),
+        ),
+        3,
+    )
+    assert row.metrics["votes_agree@b"].value == pytest.approx(2 / 3)
 
 
 def test_agreement_by_hand() -> None:

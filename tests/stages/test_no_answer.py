@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pytest
 
 from misstep.engines.base import Completion, Engine, Request
-from misstep.judges.base import Judge, Seat
+from misstep.judges.base import Judge
+from misstep.judges.seats import Seat
 from misstep.methods.registry import METHODS
 from misstep.pipeline import UNTRAINED
 from misstep.policy import load_policy

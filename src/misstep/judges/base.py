@@ -5,7 +5,7 @@ is missing never counts as good or as bad.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from misstep.records import Prompt, Response, Score
@@ -20,6 +20,8 @@ class Judge(ABC):
     """Names the judge by everything that its scores depend on."""
     metric: str
     """What the mean of its scores is called in results."""
+    votes: int = 1
+    """How many are asked about each answer."""
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether answers to this prompt can be scored at all, as far as the prompt tells."""
@@ -30,11 +32,6 @@ class Judge(ABC):
     def score(self, responses: Sequence[Response]) -> list[Score]:
         """Score every response, in order."""
 
-    def metric_of(self, prompt: Prompt) -> str:
-        """What scores of answers to this prompt are called, where not all are of one metric."""
-        del prompt
-        return self.metric
-
     def further(self, response: Response, score: Score) -> list[Score]:
         """What the look that gave a score says beside it, as scores by other metrics."""
         del response
@@ -44,7 +41,7 @@ class Judge(ABC):
         """A score of this judge."""
         return Score(
             response_id=response.id,
-            metric=self.metric_of(response.prompt),
+            metric=self.metric,
             value=value,
             judge=self.name,
             reason=reason,
@@ -54,7 +51,7 @@ class Judge(ABC):
         """The absence of a score, with its reason."""
         return Score(
             response_id=response.id,
-            metric=self.metric_of(response.prompt),
+            metric=self.metric,
             value=None,
             judge=self.name,
             reason=because,
@@ -83,35 +80,12 @@ class PairJudge(ABC):
         """A preference for every pair, in order."""
 
 
+AnyJudge = Judge | PairJudge
+
+
 def agreement_of(score: Score) -> list[Score]:
     """Where several were asked, whether all say the same; who says nothing does not."""
     if len(score.votes) < 2:
         return []
     same = len(set(score.votes)) == 1 and score.votes[0] is not None
     return [score.model_copy(update={"metric": VOTES_AGREE, "value": float(same)})]
-
-
-class Seat(NamedTuple):
-    """A judge of a run, and how its metrics are told from those of the judges before it."""
-
-    judge: Judge | PairJudge
-    name: str = ""
-    """Stands behind its metrics, `mistake_rate@NAME`; empty for the first judge of one."""
-
-    @property
-    def metric(self) -> str:
-        """What the judge's scores are called here."""
-        return self.called(self.judge.metric)
-
-    def called(self, metric: str) -> str:
-        """One of the judge's metrics, with its name where it has one."""
-        return f"{metric}@{self.name}" if self.name else metric
-
-
-def seated(judges: Sequence[Judge], further: Mapping[str, Judge | PairJudge]) -> list[Seat]:
-    """Judges side by side; of the further ones, a second one of a metric keeps its name."""
-    seats = [Seat(judge) for judge in judges]
-    for name, judge in further.items():
-        taken = {seat.judge.metric for seat in seats}
-        seats.append(Seat(judge, name if judge.metric in taken else ""))
-    return seats

@@ -12,11 +12,11 @@ RULES = ("obedience", "helpfulness", "refusal")
 
 
 def rule_judge(name: str) -> Judge:
-    """A rule, one of `RULES`, as it is measured: on answers to any prompt it can tell of."""
+    """A rule, one of `RULES`."""
     judges: dict[str, Judge] = {
         "obedience": ObedienceJudge(),
         "helpfulness": HelpfulnessJudge(),
-        "refusal": RefusalJudge(any_prompt=True),
+        "refusal": RefusalJudge(),
     }
     return judges[name]
 

@@ -19,15 +19,13 @@ class EnsembleJudge(Judge):
     def __init__(self, members: Sequence[Judge], needs: Needs) -> None:
         self.members = members
         self.metric = members[0].metric
+        self.votes = len(members)
         assert all(member.metric == self.metric for member in members)
         self.enough = len(members) if needs == "all" else len(members) // 2 + 1
         self.name = f"ensemble:{digest([[member.name for member in members], self.enough])}"
 
     def applies(self, prompt: Prompt) -> bool:
         return any(member.applies(prompt) for member in self.members)
-
-    def metric_of(self, prompt: Prompt) -> str:
-        return self.members[0].metric_of(prompt)
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
         said = [member.score(responses) for member in self.members]

@@ -30,6 +30,7 @@ class _AskingJudge(Judge):
     def __init__(self, rubric: str, digest_of: str, asker: Asker) -> None:
         self.rubric = rubric
         self.asker = asker
+        self.votes = asker.votes
         self.name = _name(digest_of, asker)
 
     def score(self, responses: Sequence[Response]) -> list[Score]:

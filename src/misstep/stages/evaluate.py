@@ -6,12 +6,14 @@ Knows no engine but the one inside a judge.
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from types import MappingProxyType
 
 from misstep.check_results import Check, correction
 from misstep.errors import RecipeError
-from misstep.judges.base import Judge, PairJudge, Preference, Seat
+from misstep.judges.base import Judge, PairJudge, Preference
+from misstep.judges.refusal import rates_of
+from misstep.judges.seats import Seat
 from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
 from misstep.results import (
     Agreement,
@@ -33,6 +35,8 @@ Correct = Callable[[Metric], Corrected | None]
 """From a judge's rate to the one that it stands for."""
 
 BASE = Setting("vanilla", False)
+NO_TASK = "the prompt is no ordinary task with keys"
+"""Why a refusal is not scored: it may be due."""
 
 
 def judge_answers(answers: Sequence[Answer], seats: Sequence[Seat]) -> list[Judgement]:
@@ -42,27 +46,38 @@ def judge_answers(answers: Sequence[Answer], seats: Sequence[Seat]) -> list[Judg
         members = [answer for answer in answers if answer.test_set == test_set]
         for seat in seats:
             found = (
-                _scored(seat.judge, members)
-                if isinstance(seat.judge, Judge)
-                else _compared(seat.judge, members)
+                _compared(seat, seat.judge, members)
+                if isinstance(seat.judge, PairJudge)
+                else _scored(seat, members)
             )
-            for answer, score in found:
-                own = score.model_copy(update={"metric": seat.called(score.metric)})
-                judgements.append(Judgement.of(answer, own))
+            judgements += [Judgement.of(answer, score) for answer, score in found]
     return judgements
 
 
-def _scored(judge: Judge, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:
-    if not any(judge.applies(answer.response.prompt) for answer in answers):
-        return
-    scores = score_all(judge, [answer.response for answer in answers])
-    for answer, score in zip(answers, scores, strict=True):
-        yield answer, score
-        for further in judge.further(answer.response, score):
-            yield answer, further
+def _scored(seat: Seat, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:
+    responses = [answer.response for answer in answers]
+    if any(seat.applies(response.prompt) for response in responses):
+        for answer, scores in zip(answers, said(seat, responses), strict=True):
+            for score in scores:
+                yield answer, score
 
 
-def _compared(judge: PairJudge, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:
+def said(seat: Seat, responses: Sequence[Response]) -> Iterator[list[Score]]:
+    """All that a judge of single answers says of each in a run, as its scores stand there."""
+    assert isinstance(seat.judge, Judge)
+    asked = [response for response in responses if seat.asks(response.prompt)]
+    came = iter(score_all(seat.judge, asked))
+    for response in responses:
+        if seat.asks(response.prompt):
+            score = next(came)
+        else:
+            score = seat.judge.unscored(response, NO_TASK)
+        yield seat.told(response, score)
+
+
+def _compared(
+    seat: Seat, judge: PairJudge, answers: Sequence[Answer]
+) -> Iterator[tuple[Answer, Score]]:
     """Every answer against the base model's to the same prompt."""
     base = {a.response.prompt.id: a.response for a in answers if _setting(a) == BASE}
     against = [a for a in answers if _setting(a) != BASE and a.response.prompt.id in base]
@@ -73,7 +88,7 @@ def _compared(judge: PairJudge, answers: Sequence[Answer]) -> Iterator[tuple[Ans
         error = one.error or other.error
         found = Preference(None, None, no_answer(error)) if error else next(came)
         for score in pair_scores(judge, (one, other), found):
-            yield answer, score
+            yield answer, score.model_copy(update={"metric": seat.called(score.metric)})
 
 
 def pair_scores(
@@ -112,15 +127,16 @@ def corrections(checks: Iterable[Check], judges: Mapping[str, str]) -> dict[str,
     """
     found: dict[str, Correct] = {}
     for check in checks:
-        metric = next((m for m, name in judges.items() if name == check.judge), "")
-        if base_metric(metric) != check.metric:
+        named = [metric for metric, name in judges.items() if name == check.judge]
+        own = [metric for metric in named if base_metric(metric) == check.metric]
+        if not own:
             raise RecipeError(
                 f"evaluate.judge_check: expected a check of one of the run's judges "
                 f"({', '.join(f'{m}: {name}' for m, name in judges.items())}), found that "
                 f"of {check.judge} for {check.metric}. Check the run's own judge with "
                 "`misstep judge check`, or leave the key out."
             )
-        found[metric] = correction(check)
+        found |= dict.fromkeys(chain(*map(rates_of, own)), correction(check))
     return found
 
 
