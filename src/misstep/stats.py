@@ -78,8 +78,9 @@ def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> Interval:
 
     Wilson's interval, for so many independent cases as the cases are worth: `n` over the
     design effect, the variance between clusters over the binomial one (Kish 1965), never below
-    1. Where all cases agree nothing can be told of clusters, and each is one case, so that no
-    interval gets narrow by repetition.
+    1. Above 1 it is known no better than from so many clusters, and the quantile is Student's.
+    Where all cases agree, or are of one cluster, nothing can be told of clusters, and each is
+    one case, so that no interval gets narrow by repetition.
 
     Raises:
         ValueError: there are no cases, or the lengths differ.
@@ -89,14 +90,14 @@ def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> Interval:
     data = np.asarray(hits, dtype=np.float64)
     names, places = np.unique(np.asarray(clusters), return_inverse=True)
     n, k, rate = len(data), len(names), float(data.mean())
-    if rate in (0.0, 1.0):
-        worth = float(k)
-    else:
-        sums = np.bincount(places, weights=data - rate)
-        between = float((sums**2).sum()) * k / max(1, k - 1)
-        worth = n / max(1.0, between / (n * rate * (1 - rate)))
-    low, high = _score_interval(rate, worth)
-    return Interval(rate, low, high, n)
+    if rate in (0.0, 1.0) or k in (1, n):
+        return Interval(rate, *_score_interval(rate, k), n)
+    sums = np.bincount(places, weights=data - rate)
+    between = float((sums**2).sum()) * k / (k - 1)
+    effect = between / (n * rate * (1 - rate))
+    if effect <= 1:
+        return Interval(rate, *_score_interval(rate, n), n)
+    return Interval(rate, *_score_interval(rate, n / effect, _student(k - 1)), n)
 
 
 def corrected_rate(raw: Interval, sensitivity: Interval, specificity: Interval) -> Interval:
@@ -223,7 +224,7 @@ def crossed_difference(
         return Difference(0.0, 0.0, 0.0, 1.0, CROSSED, n)
     variance, freedom = _crossed_variance(differences)
     error = math.sqrt(variance)
-    half = float(t.ppf(0.975, freedom)) * error
+    half = _student(freedom) * error
     p = float(2 * t.sf(abs(value) / error, freedom)) if error else 0.0
     # No exchange of signs could give less: few prompts show little, however alike they are.
     p = max(p, 2.0 ** (1 - n))
@@ -255,10 +256,8 @@ def _table(table: Sequence[Sequence[float]]) -> Floats:
 
 def _crossed(data: Floats) -> tuple[float, float]:
     """The variance of a table's mean, and the quantile of Student's t for 95 %."""
-    from scipy.stats import t
-
     variance, freedom = _crossed_variance(data)
-    return variance, float(t.ppf(0.975, freedom))
+    return variance, _student(freedom)
 
 
 def _crossed_variance(data: Floats) -> tuple[float, float]:
@@ -288,6 +287,13 @@ def _crossed_variance(data: Floats) -> tuple[float, float]:
     # What is subtracted can bring Satterthwaite's number to almost nothing; a sum of variances
     # has no fewer degrees of freedom than the one that has fewest.
     return total / data.size, max(min(lines, columns) - 1, total**2 / sum(squares), 1)
+
+
+def _student(freedom: float) -> float:
+    """The quantile of Student's t that bounds 95 % on both sides."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, freedom))
 
 
 def _score_interval(rate: float, n: float, z: float = _Z) -> tuple[float, float]:
