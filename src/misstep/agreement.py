@@ -1,8 +1,8 @@
 """How far verdicts agree with labels, and raters with each other: AUC, kappa, alpha and more.
 
-Intervals are 95 % and resample prompts, not answers: several answers to one prompt are no
-independent cases. Where all resamples give the same number, as a judge without a fault does,
-the interval is that number alone. Knows numbers only, as misstep.stats does.
+Intervals are 95 % and count prompts, not answers: several answers to one prompt are no
+independent cases. Those of AUC and kappa hold near 1, where a bootstrap is too narrow, and have
+a width for a judge without a fault, too. Knows numbers only, as misstep.stats does.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,10 +11,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from misstep.stats import Interval
+from misstep.stats import Interval, Z, design_effect
 
 RESAMPLES = 2_000
-"""Fewer than misstep.stats draws: an AUC has to be counted anew for each."""
+"""Of a calibration error, which has to be counted anew for each."""
+DRAWS = 10_000
+"""Of a kappa, which costs little."""
+PRIOR = 0.25
+"""Perks' prior (1947) of a 2 x 2 table: one case, a quarter of it in each cell."""
+NOTHING = 1e-12
+"""What rounding leaves of 0."""
 BINS = 10
 """Of a calibration curve, each of them as wide as the others."""
 MOST_CELLS = 4_000_000
@@ -38,31 +44,35 @@ class Bin(NamedTuple):
 def auc(scores: Sequence[float], labels: Sequence[bool], prompts: Sequence[str]) -> Interval:
     """The chance that a case labelled 1 has a higher score than one labelled 0; ties are half.
 
+    The interval is method 5 of Newcombe, "Confidence intervals for an effect size measure based
+    on the Mann-Whitney statistic. Part 2", Statistics in Medicine 25 (2006), for as many cases
+    as these are worth: their number over the ratio of DeLong's variance (1988), taken between
+    prompts, to the one that the method expects, and never more than there are.
+
     Raises:
         ValueError: one of the labels does not occur, or the lengths differ.
     """
     wanted, clusters = _checked(labels, prompts, len(scores))
     if wanted.all() or not wanted.any():
         raise ValueError("expected cases of both labels, found one label only")
-    _, ranks = np.unique(np.asarray(scores, dtype=np.float64), return_inverse=True)
-    order = np.argsort(ranks, kind="stable")
-    starts = np.flatnonzero(np.diff(ranks[order], prepend=-1))
-    positive = wanted[order].astype(np.float64)
-
-    def statistic(weights: Floats) -> Floats:
-        sorted_weights = weights[:, order]
-        above = np.add.reduceat(sorted_weights * positive, starts, axis=1)
-        below = np.add.reduceat(sorted_weights * (1 - positive), starts, axis=1)
-        lower = np.cumsum(below, axis=1) - below / 2
-        with np.errstate(invalid="ignore"):
-            won = (above * lower).sum(axis=1)
-            return np.asarray(won / (above.sum(axis=1) * below.sum(axis=1)))
-
-    return _interval(statistic, clusters, len(wanted))
+    data = np.asarray(scores, dtype=np.float64)
+    ahead = _share_below(data[~wanted], data[wanted])
+    behind = 1 - _share_below(data[wanted], data[~wanted])
+    value, m, n = float(ahead.mean()), len(ahead), len(behind)
+    pull = np.empty(m + n)
+    pull[wanted], pull[~wanted] = (ahead - value) / m, (behind - value) / n
+    effect = design_effect(pull, clusters, _auc_variance(value, m, n))
+    low = _lowest_auc(value, m / effect, n / effect)
+    high = 1 - _lowest_auc(1 - value, m / effect, n / effect)
+    return Interval(value, low, high, m + n)
 
 
 def kappa(verdicts: Sequence[bool], labels: Sequence[bool], prompts: Sequence[str]) -> Interval:
     """Cohen's kappa: agreement beyond that of two who decide by chance at their own rates.
+
+    The interval holds the middle 95 % of what kappa is in tables drawn from the Dirichlet
+    distribution of the counted one and `PRIOR`. The counts are divided by the design effect:
+    kappa's variance between prompts over that of as many independent cases.
 
     Raises:
         ValueError: chance alone would agree on every case, or the lengths differ.
@@ -71,17 +81,19 @@ def kappa(verdicts: Sequence[bool], labels: Sequence[bool], prompts: Sequence[st
     said = np.asarray(verdicts, dtype=bool)
     if len({*verdicts, *labels}) < 2:
         raise ValueError("expected both verdicts somewhere, found one only: chance agrees too")
-    same = (said == wanted).astype(np.float64)
-
-    def statistic(weights: Floats) -> Floats:
-        total = weights.sum(axis=1)
-        seen = weights @ same / total
-        one, other = weights @ said / total, weights @ wanted / total
-        by_chance = one * other + (1 - one) * (1 - other)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(by_chance < 1, (seen - by_chance) / (1 - by_chance), np.nan)
-
-    return _interval(statistic, clusters, len(wanted))
+    counts = np.array(
+        [np.sum((said == one) & (wanted == other)) for one in (1, 0) for other in (1, 0)]
+    )
+    value = float(_kappa(counts))
+    one, other, same = said.mean(), wanted.mean(), said == wanted
+    chance = one * other + (1 - one) * (1 - other)
+    # How far each case moves kappa, through the agreement and through what chance would do.
+    moved = (said - one) * (2 * other - 1) + (wanted - other) * (2 * one - 1)
+    pull = (same - same.mean() - (1 - value) * moved) / (1 - chance) / len(said)
+    alphas = counts / design_effect(pull, clusters) + PRIOR
+    drawn = _kappa(np.random.default_rng(0).dirichlet(alphas, DRAWS).T)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Interval(value, min(float(low), value), max(float(high), value), len(said))
 
 
 def calibration_error(
@@ -170,11 +182,38 @@ def _binned(scores: Sequence[float]) -> tuple[Floats, NDArray[np.intp]]:
     return data, np.minimum((data * BINS).astype(np.intp), BINS - 1)
 
 
-def _interval(statistic: Statistic, clusters: NDArray[np.intp], n: int) -> Interval:
-    """A statistic with its percentile bootstrap interval over clusters of cases."""
-    value, numbers = _resampled(statistic, clusters, n)
-    low, high = np.quantile(numbers, (0.025, 0.975)) if len(numbers) else (value, value)
-    return Interval(value, min(float(low), value), max(float(high), value), n)
+def _share_below(of: Floats, scores: Floats) -> Floats:
+    """Of each score, the share of others that lie below it; equal ones are half below."""
+    of = np.sort(of)
+    below, not_above = (np.searchsorted(of, scores, side) for side in ("left", "right"))
+    return np.asarray((below + not_above) / 2 / len(of))
+
+
+def _auc_variance(value: float, m: float, n: float) -> float:
+    """Hanley and McNeil's (1982), with Newcombe's mean of both numbers of cases."""
+    each = (m + n) / 2 - 1
+    shares = (1 - value) / (2 - value) + value / (1 + value)
+    return value * (1 - value) * (1 + each * shares) / (m * n)
+
+
+def _lowest_auc(value: float, m: float, n: float) -> float:
+    """The lowest AUC that still lies within z of its own standard errors of what was found."""
+    from scipy.optimize import brentq
+
+    def beyond(low: float) -> float:
+        return (value - low) ** 2 - Z**2 * _auc_variance(low, m, n)
+
+    if value < NOTHING:
+        return 0.0
+    # An AUC of 1 has no variance and is a root itself; the bound is the one below.
+    return float(brentq(beyond, 0.0, value - NOTHING))
+
+
+def _kappa(table: Floats) -> Floats:
+    """Of the cells yes-yes, yes-no, no-yes and no-no, as counts or shares."""
+    yes, one, other, no = table / table.sum(axis=0)
+    chance = (yes + one) * (yes + other) + (other + no) * (one + no)
+    return np.asarray((yes + no - chance) / (1 - chance))
 
 
 def _resampled(

@@ -21,7 +21,10 @@ CROSSED = "crossed analysis of variance"
 Floats = NDArray[np.float64]
 
 _NORMAL = NormalDist()
-_Z = _NORMAL.inv_cdf(0.975)
+Z = _NORMAL.inv_cdf(0.975)
+"""The quantile of the normal distribution that bounds 95 % on both sides."""
+_NOTHING = 1e-12
+"""What rounding leaves of 0."""
 _EXACT_PAIRS = 13
 """Up to here all sign flips are tried: 2^13 are fewer than `RESAMPLES`."""
 _CELLS_AT_ONCE = 4_000_000
@@ -76,11 +79,7 @@ def mean_of_two(a: Interval, b: Interval) -> Interval:
 def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> Interval:
     """A proportion over cases that come in clusters, such as several answers to one prompt.
 
-    Wilson's interval, for so many independent cases as the cases are worth: `n` over the
-    design effect, the variance between clusters over the binomial one (Kish 1965), never below
-    1. Above 1 it is known no better than from so many clusters, and the quantile is Student's.
-    Where all cases agree, or are of one cluster, nothing can be told of clusters, and each is
-    one case, so that no interval gets narrow by repetition.
+    Wilson's interval, for as many independent cases as these are worth (`design_effect`).
 
     Raises:
         ValueError: there are no cases, or the lengths differ.
@@ -88,16 +87,36 @@ def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> Interval:
     if len(hits) != len(clusters) or not hits:
         raise ValueError(f"expected a cluster a case, found {len(clusters)} for {len(hits)}")
     data = np.asarray(hits, dtype=np.float64)
-    names, places = np.unique(np.asarray(clusters), return_inverse=True)
-    n, k, rate = len(data), len(names), float(data.mean())
-    if rate in (0.0, 1.0) or k in (1, n):
-        return Interval(rate, *_score_interval(rate, k), n)
-    sums = np.bincount(places, weights=data - rate)
-    between = float((sums**2).sum()) * k / (k - 1)
-    effect = between / (n * rate * (1 - rate))
-    if effect <= 1:
-        return Interval(rate, *_score_interval(rate, n), n)
-    return Interval(rate, *_score_interval(rate, n / effect, _student(k - 1)), n)
+    _, places = np.unique(np.asarray(clusters), return_inverse=True)
+    n, rate = len(data), float(data.mean())
+    worth = n / design_effect((data - rate) / n, places)
+    return Interval(rate, *_score_interval(rate, worth), n)
+
+
+def design_effect(
+    pull: Floats, clusters: NDArray[np.intp], expected: float = math.inf
+) -> float:
+    """How many cases are worth one independent case, where they come in clusters (Kish 1965).
+
+    The variance of a number between clusters over that of independent cases, or over the one
+    that a method expects of them where that is less; never below 1. Above, it is not known
+    better than from so many clusters: it is widened until the normal distribution's quantile
+    gives what Student's t would. Where no case pulls, or where there is one cluster, nothing
+    can be told of clusters and each is worth one case.
+
+    Args:
+        pull: how far each case moves the number away from what it is.
+        clusters: the cluster of each case, counted from 0.
+        expected: the variance that a method expects.
+    """
+    n, k = len(pull), int(clusters.max()) + 1
+    if k == 1 or np.abs(pull).max() < _NOTHING:
+        return n / k
+    together = float((np.bincount(clusters, weights=pull) ** 2).sum())
+    if k < n:
+        together *= k / (k - 1)
+    effect = together / min(float((pull**2).sum()), expected)
+    return effect * (_student(k - 1) / Z) ** 2 if effect > 1 + _NOTHING else 1.0
 
 
 def corrected_rate(raw: Interval, sensitivity: Interval, specificity: Interval) -> Interval:
@@ -296,7 +315,7 @@ def _student(freedom: float) -> float:
     return float(t.ppf(0.975, freedom))
 
 
-def _score_interval(rate: float, n: float, z: float = _Z) -> tuple[float, float]:
+def _score_interval(rate: float, n: float, z: float = Z) -> tuple[float, float]:
     """Wilson's interval of a proportion from so many independent cases."""
     shrink = 1 + z**2 / n
     centre = (rate + z**2 / (2 * n)) / shrink
@@ -310,14 +329,14 @@ def _worth(found: Interval) -> float:
     half = (found.high - found.low) / 2
     spread = found.value * (1 - found.value)
     # The square of the half width, solved for n.
-    a, b = half**2, 2 * half**2 * _Z**2 - _Z**2 * spread
-    c = half**2 * _Z**4 - _Z**4 / 4
+    a, b = half**2, 2 * half**2 * Z**2 - Z**2 * spread
+    c = half**2 * Z**4 - Z**4 / 4
     return (-b + math.sqrt(max(0.0, b**2 - 4 * a * c))) / (2 * a)
 
 
 def _lang_reiczigel(raw: Interval, sens: Interval, spec: Interval) -> tuple[float, float]:
     n, positives, negatives = _worth(raw), _worth(sens) + 2, _worth(spec) + 2
-    p = (raw.value * n + _Z**2 / 2) / (n + _Z**2)
+    p = (raw.value * n + Z**2 / 2) / (n + Z**2)
     se = (sens.value * (positives - 2) + 1) / positives
     sp = (spec.value * (negatives - 2) + 1) / negatives
     youden = se + sp - 1
@@ -325,9 +344,9 @@ def _lang_reiczigel(raw: Interval, sens: Interval, spec: Interval) -> tuple[floa
         return 0.0, 1.0
     value = (p + sp - 1) / youden
     of_se, of_sp = se * (1 - se) / positives, sp * (1 - sp) / negatives
-    variance = p * (1 - p) / (n + _Z**2) + value**2 * of_se + (1 - value) ** 2 * of_sp
-    middle = value + 2 * _Z**2 * (value * of_se - (1 - value) * of_sp)
-    half = _Z * math.sqrt(variance) / youden
+    variance = p * (1 - p) / (n + Z**2) + value**2 * of_se + (1 - value) ** 2 * of_sp
+    middle = value + 2 * Z**2 * (value * of_se - (1 - value) * of_sp)
+    half = Z * math.sqrt(variance) / youden
     return min(1.0, max(0.0, middle - half)), max(0.0, min(1.0, middle + half))
 
 
@@ -366,7 +385,7 @@ def _bca_levels(data: Floats, means: Floats) -> list[float]:
     acceleration = (centred**3).sum() / (6 * (centred**2).sum() ** 1.5)
     below = (means < data.mean()).mean() + (means == data.mean()).mean() / 2
     bias = _NORMAL.inv_cdf(float(np.clip(below, 1 / RESAMPLES, 1 - 1 / RESAMPLES)))
-    shifted = [bias + sign * _Z for sign in (-1, 1)]
+    shifted = [bias + sign * Z for sign in (-1, 1)]
     return [_NORMAL.cdf(bias + z / (1 - float(acceleration) * z)) for z in shifted]
 
 
