@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from misstep.check_results import (
     read_check,
 )
 from misstep.errors import DataError, InputError
-from misstep.judge_check import check_judge, read_check_inputs
+from misstep.judge_check import check_judge, judge_cases, read_check_inputs
 from misstep.judge_config import load_judge
+from misstep.judges.base import PairJudge, Preference
+from misstep.judges.seats import Seat
+from misstep.labelled import Case, DataSet
 from misstep.progress import Silent
-from misstep.records import Prompt, Response, Score
+from misstep.records import Answer, Prompt, Response, Score
 from misstep.report.check_markdown import check_markdown
-from misstep.results import metric_from_scores
+from misstep.results import Metric, metric_from_scores
+from misstep.stages.evaluate import Table, judge_answers
 
 HARM = "<script>alert('harmful text')</script>"
 
@@ -137,6 +142,65 @@ def test_a_pair_without_a_winner_or_without_a_score_is_unscored() -> None:
     assert pair_score(score(1), score(1), "helpfulness").value is None
     found = pair_score(score(1), score(None, "it broke off"), "helpfulness")
     assert (found.value, found.reason) == (None, "it broke off")
+
+
+PAIRS = {
+    "the longer one": ("longer", "long", Preference(1.0, False, "")),
+    "the longer one, shown second": ("long", "longer", Preference(0.0, False, "")),
+    "the shorter one": ("long", "longer", Preference(1.0, False, "")),
+    "a tie": ("longer", "long", Preference(0.5, False, "")),
+    "swayed by the order": ("longer", "long", Preference(0.5, True, "")),
+    "of one length": ("that", "this", Preference(1.0, False, "")),
+    "equal answers, of which nobody was asked": ("long", "long", Preference(0.5, None, "")),
+    "no verdict": ("longer", "long", Preference(None, None, "")),
+}
+
+
+class Given(PairJudge):
+    """Says what stands in `PAIRS`."""
+
+    name = "given"
+
+    def compare(self, pairs: Sequence[tuple[Response, Response]]) -> list[Preference]:
+        return [PAIRS[one.prompt.text][2] for one, _ in pairs]
+
+
+def test_length_bias_is_the_same_in_a_run_and_in_a_check() -> None:
+    pairs = {
+        name: tuple(Response(prompt=Prompt.of(name), text=text) for text in texts)
+        for name, (*texts, _) in PAIRS.items()
+    }
+    data = DataSet(
+        "d", "0", [Case("row", one, True, (), other) for one, other in pairs.values()], {}, True
+    )
+    checked = measure(judge_cases(Given(), "d", data, Silent())).metrics
+    answers = [
+        Answer(method=method, guided=False, test_set="t", seed=0, response=pair[side])
+        for side, method in enumerate(("ours", "vanilla"))
+        for pair in pairs.values()
+    ]
+    judged = judge_answers(answers, [Seat(Given())])
+    (row,) = Table(answers, judged, {}, 0).rows(lambda _: {})
+    # Two of six pairs that were asked about go to the longer answer, and one to the shorter.
+    for metrics, missing in ((checked, 0), (row.metrics, 2)):
+        bias = metrics["length_bias"]
+        assert (bias.value, bias.n, bias.unscored) == (pytest.approx(1 / 6), 6, missing)
+    alone, again = checked["length_bias"], row.metrics["length_bias"]
+    assert (alone.low, alone.high) == (again.low, again.high)
+
+
+def test_the_lengths_of_many_pairs_of_one_prompt_count_once() -> None:
+    def bias(times: int) -> Metric:
+        judged = [
+            case(True, value, f"p{i}", other=Response(prompt=Prompt.of("?"), text="Short."))
+            for i, value in enumerate((1, 1, 1, 0, 1, 1, 0, 1))
+        ]
+        return measure(judged * times).metrics["length_bias"]
+
+    once, often = bias(1), bias(20)
+    assert once.value == often.value == 0.5
+    assert once.low is not None and often.low is not None and often.low <= once.low
+    assert once.high is not None and often.high is not None and often.high >= once.high
 
 
 def check_of(*counts: tuple[bool, float | None, int]) -> Check:

@@ -10,6 +10,7 @@ from misstep import stats
 from misstep.stats import (
     Interval,
     _crossed_variance,
+    clustered_balance,
     clustered_rate,
     corrected_rate,
     crossed_difference,
@@ -340,6 +341,32 @@ def test_clustered_rate_covers_the_true_rate(clusters: int, alike: tuple[float, 
     # Where two clusters happen to be alike they pass for independent cases.
     assert hits / rounds >= (0.88 if clusters == 2 else 0.925)
     assert clusters < 20 or hits / rounds <= 0.98
+
+
+@pytest.mark.parametrize("ups", [0.3, 0.7, 0.95])
+@pytest.mark.parametrize("each", [1, 3])
+def test_clustered_balance_covers_the_true_one(ups: float, each: int) -> None:
+    rng, hits, downs = np.random.default_rng(8), 0, 0.03
+    names = [str(i) for i in range(40) for _ in range(each)]
+    for _ in range(300):
+        drawn = rng.choice([1.0, -1.0, 0.0], size=(40, each), p=[ups, downs, 1 - ups - downs])
+        alike = np.where(rng.random((40, each)) < 0.5, drawn[:, :1], drawn)
+        found = clustered_balance(alike.ravel().tolist(), names)
+        assert -1 <= found.low <= found.value <= found.high <= 1
+        hits += found.low <= ups - downs <= found.high
+    assert hits / 300 >= 0.91
+
+
+def test_a_balance_is_the_difference_of_two_paired_rates() -> None:
+    signs, names = [1.0] * 12 + [-1.0] * 2 + [0.0] * 6, [str(i) for i in range(20)]
+    found = clustered_balance(signs, names)
+    other = paired_binary(*table(0, 12, 2, 6))
+    assert (found.value, found.low, found.high) == pytest.approx(
+        (other.difference, other.low, other.high)
+    )
+    once = clustered_balance([1.0], ["p"])
+    assert clustered_balance([1.0] * 9, ["p"] * 9)[:3] == once[:3]
+    assert once.low < 0.5 < once.high
 
 
 @pytest.mark.parametrize(

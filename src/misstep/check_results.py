@@ -24,7 +24,7 @@ from misstep.records import (
     read_json,
     write_json,
 )
-from misstep.results import Corrected, Metric
+from misstep.results import LENGTH_BIAS, Corrected, Metric
 
 # misstep.stats and misstep.agreement are imported where they are needed: numpy is slow to load,
 # and the command starts without it.
@@ -232,11 +232,11 @@ def _metrics(cases: Sequence[JudgedCase], scored: Sequence[JudgedCase]) -> dict[
 
 def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
     """How the verdicts were come by: whether votes agree, what order and length did."""
-    from misstep.stats import clustered_rate, mean_interval
+    from misstep.stats import clustered_balance, clustered_rate
 
     voted = [case for case in cases if len(case.votes) > 1]
     ordered = [case for case in cases if case.swayed is not None]
-    pulls = [pull for case in cases if (pull := _pull(case)) is not None]
+    pulls = [(pull, case.asked) for case in cases if (pull := _pull(case)) is not None]
     shares = {
         "votes_agree": (
             [len(set(c.votes)) == 1 and c.votes[0] is not None for c in voted],
@@ -250,17 +250,30 @@ def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
         if of
     }
     if pulls:
-        found["length_bias"] = mean_interval(pulls, 0)
+        signs, prompts = zip(*pulls, strict=True)
+        found[LENGTH_BIAS] = clustered_balance(signs, prompts)
     return {name: Metric(**interval._asdict()) for name, interval in found.items()}
 
 
 def _pull(case: JudgedCase) -> float | None:
-    """1 where the longer answer of a pair wins, -1 where the shorter one does, else 0."""
-    if case.other is None or (case.value is None and not case.swayed):
+    """Which length a verdict prefers; None where there is no verdict."""
+    if case.other is None or (case.value is None and case.swayed is None):
         return None
-    one, other = len(case.response.text), len(case.other.text)
-    longer = (one > other) - (one < other)
-    return 0.0 if case.value is None else float(longer if case.verdict else -longer)
+    # Neither answer being the better one is a verdict, too, where the judge was asked.
+    value = 0.5 if case.verdict is None else float(case.verdict)
+    return length_pull(case.response, case.other, value)
+
+
+def length_pull(one: Response, other: Response, value: float) -> float:
+    """1 where the longer answer wins, -1 where the shorter one does; else 0.
+
+    Args:
+        one: the answer that wins by a value of 1.
+        other: the answer that wins by a value of 0.
+        value: the verdict; 0.5 is a tie.
+    """
+    longer = (len(one.text) > len(other.text)) - (len(one.text) < len(other.text))
+    return (2 * value - 1) * longer
 
 
 def _graded(cases: Sequence[JudgedCase]) -> bool:

@@ -21,12 +21,16 @@ from misstep.records import (
     Record,
     Response,
     Score,
+    base_metric,
     read_json,
     write_json,
 )
 
 if TYPE_CHECKING:
     from misstep.stats import Interval
+
+LENGTH_BIAS = "length_bias"
+"""Of a judge of pairs: how much more often the longer answer wins than the shorter one."""
 
 # misstep.stats is imported where it is needed: numpy is slow to load, and the command starts
 # without it.
@@ -174,10 +178,12 @@ class Side(NamedTuple):
 def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
     """The mean of one metric's scores; Wilson's interval where all are 0 or 1, else bootstrap.
 
+    A length bias, of 1, 0 and -1, has that of two paired proportions.
+
     Raises:
         ValueError: the scores are of several metrics.
     """
-    from misstep.stats import mean_interval, wilson
+    from misstep.stats import clustered_balance, mean_interval, wilson
 
     if len({score.metric for score in scores}) > 1:
         names = ", ".join(sorted({score.metric for score in scores}))
@@ -188,6 +194,9 @@ def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
         return Metric(value=None, low=None, high=None, n=0, unscored=unscored)
     if any(score.cases > 1 for score in scores):
         interval = _of_cases(scores)
+    elif base_metric(scores[0].metric) == LENGTH_BIAS:
+        answers = [score.response_id for score in scores if score.counted is not None]
+        interval = clustered_balance(values, answers)
     elif _binary(values):
         interval = wilson(int(sum(values)), len(values))
     else:

@@ -84,13 +84,27 @@ def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> Interval:
     Raises:
         ValueError: there are no cases, or the lengths differ.
     """
-    if len(hits) != len(clusters) or not hits:
-        raise ValueError(f"expected a cluster a case, found {len(clusters)} for {len(hits)}")
+    _check_clusters(hits, clusters)
     data = np.asarray(hits, dtype=np.float64)
-    _, places = np.unique(np.asarray(clusters), return_inverse=True)
     n, rate = len(data), float(data.mean())
-    worth = n / design_effect((data - rate) / n, places)
+    worth = n / design_effect((data - rate) / n, _places(clusters))
     return Interval(rate, *_score_interval(rate, worth), n)
+
+
+def clustered_balance(signs: Sequence[float], clusters: Sequence[str]) -> Interval:
+    """How much more often 1 occurs than -1, over cases of 1, 0 or -1 that come in clusters.
+
+    The interval is that of `paired_binary`, for as many independent cases as these are worth.
+
+    Raises:
+        ValueError: there are no cases, or the lengths differ.
+    """
+    _check_clusters(signs, clusters)
+    data = np.asarray(signs, dtype=np.float64)
+    n, value = len(data), float(data.mean())
+    effect = design_effect((data - value) / n, _places(clusters))
+    ups, downs = (float((data == sign).sum()) / effect for sign in (1, -1))
+    return Interval(value, *_newcombe(0, ups, downs, n / effect), n)
 
 
 def design_effect(
@@ -266,6 +280,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def _check_clusters(cases: Sequence[float], clusters: Sequence[str]) -> None:
+    if len(cases) != len(clusters) or not cases:
+        raise ValueError(f"expected a cluster a case, found {len(clusters)} for {len(cases)}")
+
+
+def _places(clusters: Sequence[str]) -> NDArray[np.intp]:
+    """The cluster of each case, counted from 0."""
+    return np.unique(np.asarray(clusters), return_inverse=True)[1]
+
+
 def _table(table: Sequence[Sequence[float]]) -> Floats:
     lengths = {len(line) for line in table}
     if len(lengths) != 1 or 0 in lengths:
@@ -389,11 +413,13 @@ def _bca_levels(data: Floats, means: Floats) -> list[float]:
     return [_NORMAL.cdf(bias + z / (1 - float(acceleration) * z)) for z in shifted]
 
 
-def _newcombe(both: int, only_a: int, only_b: int, n: int) -> tuple[float, float]:
-    a, b = wilson(both + only_a, n), wilson(both + only_b, n)
-    phi = _correlation(both, only_a, only_b, n - both - only_a - only_b)
-    difference = (only_a - only_b) / n
-    down, up = (a.value - a.low, b.high - b.value), (a.high - a.value, b.value - b.low)
+def _newcombe(both: float, only_a: float, only_b: float, n: float) -> tuple[float, float]:
+    of_a, of_b = (both + only_a) / n, (both + only_b) / n
+    a, b = _score_interval(of_a, n), _score_interval(of_b, n)
+    # Parts of a case may leave less than nothing by rounding.
+    phi = _correlation(both, only_a, only_b, max(0.0, n - both - only_a - only_b))
+    difference = of_a - of_b
+    down, up = (of_a - a[0], b[1] - of_b), (a[1] - of_a, of_b - b[0])
     return difference - _joined(*down, phi), difference + _joined(*up, phi)
 
 
@@ -402,13 +428,13 @@ def _joined(one: float, other: float, phi: float) -> float:
     return math.sqrt(max(0.0, one**2 - 2 * phi * one * other + other**2))
 
 
-def _correlation(both: int, only_a: int, only_b: int, neither: int) -> float:
+def _correlation(both: float, only_a: float, only_b: float, neither: float) -> float:
     """The phi of a paired 2 x 2 table, with method 10's continuity correction towards 0."""
     n = both + only_a + only_b + neither
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     if margins == 0:
         return 0.0
-    product = float(both * neither - only_a * only_b)
+    product = both * neither - only_a * only_b
     if product > 0:
         product = max(0.0, product - n / 2)
     return product / math.sqrt(margins)

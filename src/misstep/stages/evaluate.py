@@ -9,13 +9,14 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from itertools import chain, combinations
 from types import MappingProxyType
 
-from misstep.check_results import Check, correction
+from misstep.check_results import Check, correction, length_pull
 from misstep.errors import RecipeError
 from misstep.judges.base import Judge, PairJudge, Preference
 from misstep.judges.refusal import rates_of
 from misstep.judges.seats import Seat
 from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
 from misstep.results import (
+    LENGTH_BIAS,
     Agreement,
     Comparison,
     Corrected,
@@ -96,18 +97,18 @@ def pair_scores(
 ) -> list[Score]:
     """What a preference says of the first answer, and of its judge.
 
-    Wins, ties and losses; whether the order of the answers swayed the judge; and by how much
-    more often the longer answer wins: 1 where it does, -1 where the shorter one does.
+    Wins, ties and losses; and of pairs that were asked about, whether the order of the answers
+    swayed the judge, and which length it prefers.
     """
     one, other = pair
     value = found.value
-    longer = (len(one.text) > len(other.text)) - (len(one.text) < len(other.text))
+    asked = value is not None and found.swayed is not None
     values = {
         "win_rate": None if value is None else float(value == 1),
         "tie_rate": None if value is None else float(value == 0.5),
         "lose_rate": None if value is None else float(value == 0),
         "position_bias": None if found.swayed is None else float(found.swayed),
-        "length_bias": None if value is None else (2 * value - 1) * longer,
+        LENGTH_BIAS: length_pull(one, other, value) if asked else None,
     }
     return [
         Score(response_id=one.id, metric=metric, value=v, judge=judge.name, reason=found.reason)
