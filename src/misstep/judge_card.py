@@ -43,6 +43,9 @@ class Source(Record):
     questions: Parts
     left_out: dict[str, int]
     """Rows without a label of this kind, by the reason."""
+    repeated: int | None = None
+    """Held-out answers whose text stands under a question of the training part, of any data
+    set; None on cards from before this was counted."""
 
 
 class Training(Record):

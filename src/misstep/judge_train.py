@@ -1,9 +1,10 @@
 """A judge trained on labelled answers: read, part by question, train, calibrate, measure.
 
-Equal questions are in one part, so no held-out question was trained or tuned on. When to stop
-and the temperature are decided on the dev part; the held-out part is only measured, by the
-judge as it was written. The same data, model, seed and settings give the same parts; on the
-same machine and versions the same judge.
+Equal questions are in one part, so no held-out question was trained or tuned on. An answer that
+stands under several questions, as a stock refusal does, can be in two parts: the card counts
+the held-out ones that were trained on. When to stop and the temperature are decided on the dev
+part; the held-out part is only measured, by the judge as it was written. The same data, model,
+seed and settings give the same parts; on the same machine and versions the same judge.
 """
 
 import os
@@ -246,6 +247,7 @@ def _trained(
     # A folder without a card is no judge: whatever is killed from here on leaves none.
     (folder / CARD).unlink(missing_ok=True)
     classifier.save_classifier(model, renderer.tokenizer, folder)
+    known = {case.response.text for of in cases.values() for case in of["train"]}
     return Training(
         model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
         digest=inputs.model.digest,
@@ -257,6 +259,7 @@ def _trained(
                 answers=Parts(**{part: len(of[part]) for part in PARTS}),
                 questions=Parts(**{part: _questions(of[part]) for part in PARTS}),
                 left_out=inputs.data[name].left_out,
+                repeated=sum(case.response.text in known for case in of["held_out"]),
             )
             for name, of in cases.items()
         ),

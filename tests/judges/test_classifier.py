@@ -120,6 +120,29 @@ def test_a_check_leaves_out_what_the_judge_has_seen(trained: Path, tmp_path: Pat
     assert f"| again | {found.whole.n} | 0 |" in cards_markdown(trained)
 
 
+def test_the_card_counts_held_out_answers_that_were_trained_on(
+    trained: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    (source,) = read_card(trained).training.data
+    assert source.repeated == 0, "each answer has its question's number"
+    data = labelled(tmp_path)
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    # Every good answer is the same one, whatever was asked; the bad ones stay apart.
+    stock = [row if row["label"] else row | {"response": "all is well"} for row in rows]
+    Path(data).write_text("".join(json.dumps(row) + "\n" for row in stock))
+    settings = [*SETTINGS[1:], "epochs=1"]
+    inputs = read_train_inputs([data], str(tiny_model), "mistake_rate", [], settings)
+    folder = train_judge(inputs, tmp_path / "judge", Silent())
+    (source,) = read_card(folder).training.data
+    assert source.repeated == source.answers.held_out / 2 > 0
+    told = (
+        f"Of {source.answers.held_out} held-out answers {source.repeated} stand word for word"
+    )
+    assert told in cards_markdown(folder)
+    old = source.model_dump(exclude={"repeated"})
+    assert type(source).model_validate(old).repeated is None
+
+
 def test_a_data_set_that_was_seen_whole_is_refused(trained: Path, tmp_path: Path) -> None:
     seen = set((trained / SEEN).read_text().split())
     known = [i for i in range(40) if digest(question_of(Prompt.of(f"Q{i}"))) in seen]

@@ -63,6 +63,13 @@ def _training(card: JudgeCard) -> Iterator[str]:
         counts = (answers.train, questions.train, questions.dev, questions.held_out)
         lines.append(line([plain(data.name), *map(str, counts)]))
     yield "\n".join(lines)
+    repeated = [data.repeated for data in made.data if data.repeated is not None]
+    if repeated:
+        held_out = sum(data.answers.held_out for data in made.data if data.repeated is not None)
+        yield (
+            f"Of {held_out} held-out answers {sum(repeated)} stand word for word in the "
+            "training part, under other questions."
+        )
 
 
 def _tested(data: Mapping[str, Tested]) -> Iterator[str]:
