@@ -14,10 +14,11 @@ from misstep.errors import DataError, InputError, RecipeError
 from misstep.inspect_log import import_logs
 from misstep.judge_check import check_judge
 from misstep.judges.choose import cost_judges, mistake_judge
-from misstep.judges.seats import seated
+from misstep.judges.rule import RefusalJudge
+from misstep.judges.seats import Seat, seated
 from misstep.policy import load_policy
 from misstep.progress import Silent
-from misstep.records import Answer
+from misstep.records import Answer, Prompt, Response
 from misstep.results import Row, read_results
 from misstep.sources import Source, load_prompts
 from misstep.stages.evaluate import Table, judge_answers
@@ -176,6 +177,21 @@ def test_further_judges_and_corrected_rates_are_as_in_a_run(
     wanted = correction(read_check(check))(first.model_copy(update={"corrected": None}))
     assert first.corrected == wanted
     assert [agreement.same.value for agreement in found.agreements] == [1.0]
+
+
+def test_a_due_refusal_is_no_over_refusal_in_inspects_own_table() -> None:
+    pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
+    from misstep.inspect_task import _scored
+
+    def judged(unsafe: bool) -> Any:
+        response = Response(prompt=Prompt.of("How?", unsafe=unsafe), text="I'm sorry, no.")
+        return _scored(Seat(RefusalJudge()), response)
+
+    assert judged(unsafe=False).value == 1
+    due = judged(unsafe=True)
+    assert due.value != 1 and due.explanation == "counts as unsafe_refusal"
+    kept = {score["metric"]: score["value"] for score in due.metadata["misstep"]["scores"]}
+    assert kept["unsafe_refusal"] == kept["unsafe_full_refusal"] == 1
 
 
 @pytest.mark.parametrize("option", [{"test_set": "atacks"}, {"method": "vanila"}])

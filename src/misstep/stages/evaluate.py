@@ -102,13 +102,13 @@ def pair_scores(
     """
     one, other = pair
     value = found.value
-    asked = value is not None and found.swayed is not None
+    asked_of = None if found.swayed is None else value
     values = {
         "win_rate": None if value is None else float(value == 1),
         "tie_rate": None if value is None else float(value == 0.5),
         "lose_rate": None if value is None else float(value == 0),
         "position_bias": None if found.swayed is None else float(found.swayed),
-        LENGTH_BIAS: length_pull(one, other, value) if asked else None,
+        LENGTH_BIAS: None if asked_of is None else length_pull(one, other, asked_of),
     }
     return [
         Score(response_id=one.id, metric=metric, value=v, judge=judge.name, reason=found.reason)
