@@ -100,6 +100,10 @@ def test_auc_interval_covers_where_a_few_labels_are_wrong() -> None:
     scores = rng.normal(size=(200, 200)) + 20 * (labels ^ (rng.random((200, 200)) < wrong))
     found = [auc(of.tolist(), labels.tolist(), apart(200)) for of in scores]
     assert 0.92 <= coverage(found, true) <= 0.99
+    # Six cases at the wrong end are not the many small faults that the same AUC could be.
+    far = [-1.0] * 3 + [2.0] * 97 + [1.0] * 97 + [3.0] * 3
+    few = auc(far, labels.tolist(), apart(200))
+    assert few.low < _lowest_auc(few.value, 100, 100) - 0.01
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.floats(0, 1))
