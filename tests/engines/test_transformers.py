@@ -1,6 +1,9 @@
 """The transformers engine on a tiny fp32 model: what is shared is computed once, and right."""
 
+import copy
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,3 +82,50 @@ def test_shared_beginning_leaves_each_prompt_a_token() -> None:
     assert shared_beginning([[1, 2], [1, 2, 3]]) == 1
     assert shared_beginning([[1, 2], [1, 2]]) == 1
     assert shared_beginning([[3, 1], [1, 3]]) == 0
+
+
+HABITS = {
+    "repetition_penalty": 9.0,
+    "no_repeat_ngram_size": 2,
+    "min_new_tokens": 12,
+    "bad_words_ids": [[token] for token in range(3, 99)],
+    "suppress_tokens": list(range(99, 150)),
+}
+
+
+@pytest.fixture(scope="module")
+def habits(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain model, the same with settings of its own, and adapters that change nothing."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("habits")
+    plain = shutil.copytree(tiny_model, folder / "plain")
+    lm = LlamaForCausalLM.from_pretrained(plain)
+    torch.manual_seed(1)
+    for weight in lm.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    lm.save_pretrained(plain)
+    (plain / "generation_config.json").unlink()
+    own = shutil.copytree(plain, folder / "own")
+    (own / "generation_config.json").write_text(json.dumps(HABITS))
+    same = LoraConfig(target_modules=["q_proj"])
+    for name, task in (("unknown", None), ("language", "CAUSAL_LM")):
+        same.task_type = task
+        get_peft_model(copy.deepcopy(lm), same).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("adapter", [None, "unknown", "language"])
+def test_settings_in_a_models_file_change_no_answer(
+    habits: Path, adapter: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr("misstep.models.weights_dtype", lambda: torch.float32)
+    with TransformersEngine(locate(str(habits / "plain"))) as engine:
+        wanted = engine.generate(requests(0.0))
+    model, same = locate(str(habits / "own")), habits / adapter if adapter else None
+    with TransformersEngine(model, same) as engine:
+        assert engine.generate(requests(0.0)) == wanted

@@ -307,6 +307,29 @@ def test_a_policy_learns_what_is_rewarded(
     assert curve[-1].kl > curve[0].kl
 
 
+def test_settings_in_a_models_file_do_not_shape_what_is_sampled(
+    rewarded: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(rewarded, tmp_path / "copy")
+    banned, met = set(range(3, 200)), set[int]()
+
+    def rewards(_job: Job, _scorers: Any, _prompts: Any, answers: Any) -> list[float]:
+        met.update(*answers)
+        return [float(len(answer)) for answer in answers]
+
+    def load(_model: Model) -> Any:
+        lm: Any = load_weights(model)
+        lm.generation_config.suppress_tokens = sorted(banned)
+        return lm
+
+    monkeypatch.setattr(stage, "_rewards", rewards)
+    monkeypatch.setattr(stage, "load_scorer", lambda *_: None)
+    monkeypatch.setattr(stage, "load_weights", load)
+    one = QUICK.model_copy(update={"steps": 1})
+    reinforce(model, FEEDBACK, TRAIN, one, 3, folder)
+    assert met & banned
+
+
 # --- refusing ---------------------------------------------------------------------------------
 
 

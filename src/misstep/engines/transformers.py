@@ -55,6 +55,7 @@ class TransformersEngine(Engine):
         self.renderer = Renderer.for_model(model)
         self._device = torch.device(_device())
         self._model: PreTrainedModel | None = load_weights(model, adapter).to(self._device)
+        forget_habits(self._model)
         self._batch_tokens = batch_tokens
         self.identity = identity(model, adapter)
 
@@ -131,7 +132,7 @@ class TransformersEngine(Engine):
         return cache
 
     def _settings(self, batch: Sequence[Row], width: int) -> dict[str, Any]:
-        """Plain decoding, whatever the model's own generation config asks for."""
+        """Plain decoding."""
         from transformers import GenerationConfig
 
         stops = self.renderer.stop_ids
@@ -167,6 +168,19 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def forget_habits(model: "PreTrainedModel") -> None:
+    """Take away what a model's own file asks of `generate`, such as penalties and bans.
+
+    `generate` would take from there whatever the settings that it is given leave open.
+    """
+    from peft import PeftModel
+    from transformers import GenerationConfig
+
+    # PEFT asks the one or the other, by what the adapter's file says that it is for.
+    for asked in (model, model.get_base_model() if isinstance(model, PeftModel) else model):
+        asked.generation_config = GenerationConfig()
 
 
 def identity(model: Model, adapter: Path | None) -> str:

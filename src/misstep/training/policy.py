@@ -12,7 +12,7 @@ This module knows TRL; it knows no record and no reward but as a function of tok
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from transformers import PrinterCallback
+from transformers import GenerationConfig, PrinterCallback
 from trl import RLOOConfig, RLOOTrainer
 
 from misstep.training.report import ReinforceStep
@@ -47,8 +47,9 @@ def policy_trainer(
     """A trainer of a new adapter; the model without it is the reference."""
     from datasets import Dataset
 
-    # Which tokens end an answer is the renderer's to say, as in serving.
-    lm.generation_config.eos_token_id = list(stop_ids)
+    # Which tokens end an answer is the renderer's to say, as in serving; nothing else of the
+    # model's own settings, such as a penalty on repetition, is to shape what is sampled.
+    lm.generation_config = GenerationConfig(eos_token_id=list(stop_ids))
 
     def rewarded(prompts: Any, completion_ids: Any, **_: Any) -> list[float]:
         return reward(prompts, completion_ids)
