@@ -1,7 +1,9 @@
 """Shared parts: a tiny model with random weights, real in every other respect."""
 
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,23 @@ TEMPLATE = (
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of safetensors: two Llama layers, byte tokens, a ChatML template."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Each time that torch gives a GPU's memory back: how many models of the test are held."""
+    import torch
+    from transformers import PreTrainedModel
+
+    made, found, make = weakref.WeakSet[Any](), list[int](), PreTrainedModel.__init__
+
+    def watched(self: Any, *given: Any, **options: Any) -> None:
+        made.add(self)
+        make(self, *given, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", watched)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(len(made)))
+    return found
 
 
 def make_tiny_model(folder: Path) -> Path:

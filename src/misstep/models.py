@@ -6,6 +6,7 @@ Hub and how endpoints are named; it knows no engine and renders no conversation.
 """
 
 import difflib
+import gc
 import hashlib
 import importlib.util
 import io
@@ -141,6 +142,18 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
         ModelError: transformers cannot read it.
     """
     return _tokenizer(model.files, model.digest)
+
+
+def free() -> None:
+    """Give back the memory of weights that nobody holds any more, to other processes too.
+
+    On a GPU torch would keep it for itself, and a server such as vLLM's would not start.
+    """
+    import torch
+
+    # Trainer and its callbacks hold each other, and the model with them.
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def is_full_fine_tune(adapter: Path) -> bool:

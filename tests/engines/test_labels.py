@@ -92,6 +92,12 @@ def test_a_text_longer_than_the_guard_reads_is_unscored_and_alone_so(tiny_model:
     assert other.value is None and "the guard reads 2048" in other.reason
 
 
+def test_a_closed_engine_gives_a_gpu_back(tiny_model: Path, held: list[int]) -> None:
+    with LabelEngine(locate(str(tiny_model)), guard()):
+        assert not held
+    assert held == [0]
+
+
 def test_labels_must_be_one_token_each_and_different(tiny_model: Path) -> None:
     model = locate(str(tiny_model))
     with pytest.raises(ModelError, match=r"label 'unsafe' to be one token .* \['u', 'n'"):

@@ -129,3 +129,9 @@ def test_settings_in_a_models_file_change_no_answer(
     model, same = locate(str(habits / "own")), habits / adapter if adapter else None
     with TransformersEngine(model, same) as engine:
         assert engine.generate(requests(0.0)) == wanted
+
+
+def test_a_closed_engine_gives_a_gpu_back(tiny_model: Path, held: list[int]) -> None:
+    with TransformersEngine(locate(str(tiny_model))) as engine:
+        engine.generate(requests(0.0)[:1])
+    assert held == [0]

@@ -70,3 +70,10 @@ def test_a_second_run_measures_nothing_anew(
 
     monkeypatch.setattr(reference, "row_losses", refuse)
     assert losses(model, known) == first
+
+
+def test_a_gpu_is_given_back_after_measuring(
+    tiny_model: Path, tmp_path: Path, held: list[int]
+) -> None:
+    losses(Model("tiny", tiny_model), tmp_path / "losses.json")
+    assert held[-1:] == [0]

@@ -225,6 +225,17 @@ def test_a_policy_is_an_adapter_that_loads(finished: Path, model: Model) -> None
     assert "reward" in (finished / "README.md").read_text()
 
 
+def test_a_gpu_is_given_back_after_each_training(
+    model: Model, tmp_path: Path, held: list[int]
+) -> None:
+    one, settings = QUICK.model_copy(update={"steps": 1}), RewardSettings(held_out=0.5)
+    train_reward(setup(model), settings, PAIRS[:4], tmp_path / "reward", "reward")
+    assert held[-1:] == [0]
+    held.clear()
+    reinforce(model, FEEDBACK._replace(pairs=PAIRS[:8]), TRAIN, one, 3, tmp_path / "policy")
+    assert held[-1:] == [0]
+
+
 def test_a_finished_folder_is_not_trained_again(
     finished: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

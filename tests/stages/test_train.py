@@ -416,6 +416,13 @@ def undisturbed(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_gpu_is_given_back_after_training(
+    model: Model, tmp_path: Path, held: list[int]
+) -> None:
+    train(model, EXAMPLES[:4], QUICK, 7, tmp_path)
+    assert held[-1:] == [0]
+
+
 def report_of(folder: Path) -> TrainReport:
     return TrainReport.model_validate_json((folder / "train.json").read_text())
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import EngineError, ModelError
 from misstep.guard import Guard
-from misstep.models import Model, load_weights, weights_dtype
+from misstep.models import Model, free, load_weights, weights_dtype
 from misstep.records import Message, digest
 from misstep.rendering import Renderer
 
@@ -53,10 +53,8 @@ class LabelEngine(Engine):
 
     def close(self) -> None:
         """Give back the memory."""
-        import gc
-
         self._model = None
-        gc.collect()
+        free()
 
     def _prompt(self, request: Request, tail: str) -> list[int]:
         return self.renderer.filled(self.guard.template, request.messages, tail)

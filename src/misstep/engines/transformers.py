@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import EngineError
-from misstep.models import Model, adapter_digest, load_weights, weights_dtype
+from misstep.models import Model, adapter_digest, free, load_weights, weights_dtype
 from misstep.rendering import Renderer
 
 if TYPE_CHECKING:
@@ -77,15 +77,9 @@ class TransformersEngine(Engine):
         return [answers[place] for place in range(len(rows))]
 
     def close(self) -> None:
-        """Give back the memory, on a GPU also to other processes."""
-        import gc
-
-        import torch
-
+        """Give back the memory."""
         self._model = None
-        gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        free()
 
     def _continue(self, batch: Sequence[Row]) -> list[list[int]]:
         """The tokens that follow each prompt, up to and with the first that ends an answer."""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from misstep.models import Model, adapter_digest, load_weights
+from misstep.models import Model, adapter_digest, free, load_weights
 from misstep.policy import Policy
 from misstep.records import Answer, Example, Judgement, Score, digest, write_json
 from misstep.rendering import Renderer
@@ -37,6 +37,7 @@ def reference_losses(
     losses = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
     if missing := [row for row, name in names.items() if name not in losses]:
         found = row_losses(model, adapter, missing)
+        free()
         losses |= {names[row]: loss for row, loss in found.items()}
         write_json(known, losses)
     return [

@@ -14,7 +14,6 @@ policy is not gone on with after an interruption: it begins anew, on the kept re
 process; TRL is an optional library. This module knows settings, files and reports.
 """
 
-import gc
 import json
 import time
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from pydantic import Field
 
 from misstep import __version__
 from misstep.errors import TrainingError
-from misstep.models import Model, load_weights
+from misstep.models import Model, free, load_weights
 from misstep.records import Pair, Prompt, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
@@ -125,8 +124,7 @@ def reinforce(
         tell = notify or (lambda *_: None)
         setup = Setup(model, Renderer.for_model(model), train, seed, tell)
         report = _reinforce(Job(setup, settings, folder), feedback, inputs)
-        # Trainer and its callbacks hold each other, and the model with them.
-        gc.collect()
+        free()
     return report
 
 

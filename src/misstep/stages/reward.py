@@ -8,7 +8,6 @@ This module knows settings, files and reports; the model itself is in `misstep.t
 """
 
 import copy
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from misstep.errors import MissingExtra, TrainingError
-from misstep.models import Model, load_weights
+from misstep.models import Model, free, load_weights
 from misstep.records import Pair, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
@@ -126,8 +125,7 @@ def train_reward(
         require_trl()
         rows = _split(setup, settings, pairs, what)
         report = _train(setup, settings, rows, folder, inputs, what)
-        # Trainer and its callbacks hold each other, and the model with them.
-        gc.collect()
+        free()
     return report
 
 

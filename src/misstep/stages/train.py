@@ -10,7 +10,6 @@ This module knows settings, files and reports. Tokens, loss and loop are in `mis
 loaded when training begins; it knows no method: a row's kind only names a number in the report.
 """
 
-import gc
 import json
 import resource
 import shutil
@@ -26,7 +25,7 @@ from pydantic import Field, ValidationError
 
 from misstep import __version__
 from misstep.errors import TrainingError
-from misstep.models import Model, load_weights
+from misstep.models import Model, free, load_weights
 from misstep.records import Example, Pair, Record, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
@@ -190,8 +189,7 @@ def train(
         _clear(job)
         with processes.together(order.model_dump_json()):
             report = _train(job, notify)
-        # Trainer and its callbacks hold each other, and the model with them.
-        gc.collect()
+        free()
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return report
 
@@ -199,7 +197,7 @@ def train(
 def follow(order: str) -> None:
     """Take part in a training that another process leads; it writes what comes of it."""
     _train(Order.model_validate_json(order).job(), None)
-    gc.collect()
+    free()
 
 
 def input_digest(model: Model, rows: TrainingRows, settings: TrainSettings, seed: int) -> str:
