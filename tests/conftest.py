@@ -2,6 +2,7 @@
 
 import os
 import weakref
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,28 @@ def held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(PreTrainedModel, "__init__", watched)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(len(made)))
     return found
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer's arguments count two GPUs; who would spread a model over them is stopped."""
+    import torch
+    from transformers import TrainingArguments
+
+    settle: Any = TrainingArguments.__dict__["_setup_devices"].func
+
+    def counted(arguments: Any) -> Any:
+        device = settle(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("spread over all GPUs")
+
+    known = cached_property(counted)
+    known.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", known)
+    monkeypatch.setattr(torch.nn.DataParallel, "__init__", refuse)
 
 
 def make_tiny_model(folder: Path) -> Path:

@@ -358,6 +358,16 @@ def test_the_model_is_left_as_it_was_best_and_written_so(
     assert fmean(lost) == pytest.approx(losses[0], rel=0.05)
 
 
+def test_a_judge_is_trained_on_one_gpu_of_several(
+    tiny_model: Path, tmp_path: Path, two_gpus: None
+) -> None:
+    found = locate(str(tiny_model))
+    renderer = Renderer.for_model(found)
+    rows = some_rows(renderer)
+    how = Fit(1, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
+    assert fit(load_weights(found), renderer.pad, rows, rows[:6], how)[1]
+
+
 def test_upper_layers_are_left_out(tiny_model: Path) -> None:
     lm = load_weights(locate(str(tiny_model)))
     kept = lm.model.layers[0]

@@ -225,8 +225,8 @@ def test_a_policy_is_an_adapter_that_loads(finished: Path, model: Model) -> None
     assert "reward" in (finished / "README.md").read_text()
 
 
-def test_a_gpu_is_given_back_after_each_training(
-    model: Model, tmp_path: Path, held: list[int]
+def test_one_gpu_of_several_is_used_and_given_back(
+    model: Model, tmp_path: Path, held: list[int], two_gpus: None
 ) -> None:
     one, settings = QUICK.model_copy(update={"steps": 1}), RewardSettings(held_out=0.5)
     train_reward(setup(model), settings, PAIRS[:4], tmp_path / "reward", "reward")

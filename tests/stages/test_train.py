@@ -423,6 +423,12 @@ def test_a_gpu_is_given_back_after_training(
     assert held[-1:] == [0]
 
 
+def test_one_process_trains_on_one_gpu_of_several(
+    model: Model, tmp_path: Path, two_gpus: None
+) -> None:
+    assert train(model, EXAMPLES[:4], QUICK, 7, tmp_path).steps == 2
+
+
 def report_of(folder: Path) -> TrainReport:
     return TrainReport.model_validate_json((folder / "train.json").read_text())
 

@@ -431,7 +431,7 @@ def _arguments(job: Job) -> "TrainingArguments":
     from transformers import TrainingArguments
 
     settings, on_gpu = job.settings, torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.checkpoints),
         # The rows come in the order of all epochs, so for Trainer there is one.
         num_train_epochs=1,
@@ -453,6 +453,7 @@ def _arguments(job: Job) -> "TrainingArguments":
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    return processes.on_one_device(arguments)
 
 
 def micro_tokens() -> int:

@@ -31,6 +31,7 @@ from misstep.rendering import Renderer
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import Labelled, LabelLoss, balance
 from misstep.training.loss import mean_loss
+from misstep.training.processes import on_one_device
 from misstep.training.rows import Row, in_order
 from misstep.training.scoring import ScoreHead, classifier
 from misstep.training.trainer import CompletionTrainer, Steps, trained
@@ -186,7 +187,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def _arguments(how: Fit) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(how.checkpoints),
         # The rows come in the order of all epochs, so for Trainer there is one.
         num_train_epochs=1,
@@ -201,6 +202,7 @@ def _arguments(how: Fit) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
+    return on_one_device(arguments)
 
 
 def calibration(odds: Sequence[float], labels: Sequence[bool]) -> Calibration:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import GenerationConfig, PrinterCallback
 from trl import RLOOConfig, RLOOTrainer
 
+from misstep.training.processes import on_one_device
 from misstep.training.report import ReinforceStep
 
 Reward = Callable[[list[list[int]], list[list[int]]], list[float]]
@@ -57,7 +58,7 @@ def policy_trainer(
     trainer = TokenTrainer(
         model=lm,
         reward_funcs=rewarded,
-        args=RLOOConfig(**arguments),
+        args=on_one_device(RLOOConfig(**arguments)),
         train_dataset=Dataset.from_list([{"prompt": list(prompt)} for prompt in prompts]),
         processing_class=tokenizer,
         peft_config=adapter,

@@ -141,6 +141,19 @@ def _close() -> None:
     torch.distributed.destroy_process_group()
 
 
+def on_one_device(arguments: Any) -> Any:
+    """Trainer's arguments, by which a process trains on one GPU however many it sees.
+
+    By itself Trainer would put `nn.DataParallel` around the model, which divides every tensor
+    of a micro-batch at its first dimension: rows and positions apart. Several GPUs take
+    several processes.
+    """
+    # Reading it settles the device; 0 is a processor.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
 def place(loss: Any, lm: Any, arguments: Any) -> None:
     """Move a loss to where it is trained: to this device, or in parts to all of them."""
     from accelerate import Accelerator

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from misstep.training.processes import on_one_device
 from misstep.training.rows import PairRow
 from misstep.training.scoring import Scorer, classifier
 from misstep.training.weights import lora_config
@@ -52,16 +53,17 @@ def fit(
     from trl import RewardConfig, RewardTrainer
 
     at_once = math.gcd(batch_size, PAIRS_AT_ONCE)
+    config = RewardConfig(
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=batch_size // at_once,
+        center_rewards_coefficient=CENTRE,
+        # They have been cut and counted.
+        max_length=None,
+        **arguments,
+    )
     trainer = RewardTrainer(
         model=model,
-        args=RewardConfig(
-            per_device_train_batch_size=at_once,
-            gradient_accumulation_steps=batch_size // at_once,
-            center_rewards_coefficient=CENTRE,
-            # They have been cut and counted.
-            max_length=None,
-            **arguments,
-        ),
+        args=on_one_device(config),
         train_dataset=Dataset.from_list(
             [
                 {"chosen_ids": list(p.chosen.ids), "rejected_ids": list(p.rejected.ids)}
