@@ -7,10 +7,12 @@ import io
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,9 +50,11 @@ from misstep.training.loss import CompletionLoss, collate, skips_logits
 from misstep.training.mask import print_mask, show_mask
 from misstep.training.preference import PreferenceLoss, margins, with_reference
 from misstep.training.rows import (
+    GROUP_COST,
     PairRow,
     Row,
     in_order,
+    longest,
     micro_batches,
     render_pairs,
     render_rows,
@@ -393,6 +397,40 @@ def test_micro_batches_hold_every_row_once_and_no_more_than_fits(
     assert sorted(row.kind for g in groups for row in g) == sorted(r.kind for r in given_rows)
     for group in groups:
         assert len(group) == 1 or len(group) * max(len(row.ids) for row in group) <= most
+
+
+def cheapest_split(units: Sequence[Any], most: int) -> list[list[Any]]:
+    """The groups that `micro_batches` is to find, sought among all that fit."""
+    ordered = sorted(units, key=longest)
+    best: list[tuple[int, list[list[Any]]]] = [(0, [])]
+    for end in range(1, len(ordered) + 1):
+        width = longest(ordered[end - 1]) * len(ordered[end - 1].lines)
+        starts = [s for s in range(end) if s == end - 1 or (end - s) * width <= most]
+        start = min(starts, key=lambda s: best[s][0] + (end - s) * width)
+        cost, groups = best[start]
+        cost += (end - start) * width + GROUP_COST
+        best.append((cost, [*groups, ordered[start:end]]))
+    return best[-1][1]
+
+
+@given(
+    st.lists(st.integers(2, 600), min_size=1, max_size=60), st.integers(1, 4096), st.booleans()
+)
+def test_micro_batches_are_the_cheapest(lengths: list[int], most: int, pairs: bool) -> None:
+    units: list[Any] = [Row(tuple(range(n)), 1, str(i)) for i, n in enumerate(lengths)]
+    if pairs:
+        units = [PairRow(row, units[0]) for row in units]
+    wanted = cheapest_split(units, most)
+    assert micro_batches(units, most) == wanted[::-1]
+
+
+def test_a_whole_data_set_is_split_in_no_time() -> None:
+    dice, ids = random.Random(0), tuple(range(300))
+    some = [Row(ids[: dice.randint(100, 300)], 1, "row") for _ in range(20_000)]
+    started = time.process_time()
+    assert sum(map(len, micro_batches(some, 2048))) == len(some)
+    # Minutes where every group is tried at every row.
+    assert time.process_time() - started < 5
 
 
 @settings(max_examples=30)

@@ -123,8 +123,9 @@ def micro_batches(rows: Sequence[Unit], most: int) -> list[list[Unit]]:
     for end in range(1, len(by_length) + 1):
         last = by_length[end - 1]
         width = longest(last) * len(last.lines)
-        fitting = [s for s in range(end) if s == end - 1 or (end - s) * width <= most]
-        start = min(fitting, key=lambda s: costs[s] + (end - s) * width)
+        # So many of this width fit; nothing that starts earlier does.
+        first = max(0, end - max(1, most // width))
+        start = min(range(first, end), key=lambda s: costs[s] + (end - s) * width)
         costs.append(costs[start] + (end - start) * width + GROUP_COST)
         starts.append(start)
     groups: list[list[Unit]] = []
