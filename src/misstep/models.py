@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -154,6 +155,21 @@ def free() -> None:
     # Trainer and its callbacks hold each other, and the model with them.
     gc.collect()
     torch.cuda.empty_cache()
+
+
+def halve(tokens: int) -> int:
+    """How many tokens to try at once where a GPU had no memory for so many; says so once."""
+    free()
+    _say_halved()
+    return tokens // 2
+
+
+@lru_cache
+def _say_halved() -> None:
+    logging.getLogger(__name__).warning(
+        "The GPU's memory ran out. Less is computed at once from here on; this takes longer, "
+        "and changes results by rounding only."
+    )
 
 
 def is_full_fine_tune(adapter: Path) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from misstep.engines import transformers
 from misstep.engines.base import Request
 from misstep.engines.transformers import TransformersEngine, shared_beginning
+from misstep.errors import EngineError
 from misstep.models import locate
 from misstep.records import Message
 
@@ -70,6 +71,33 @@ def test_a_shared_beginning_changes_no_answer(
     assert len({answer.text for answer in together}) > 6
     assert computed[0] > 180
     assert set(computed[1:]) == {0}
+
+
+def test_what_memory_does_not_hold_is_answered_in_smaller_batches(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    asked, inner, tried = requests(1.0), engine._continue, list[int]()
+    wanted = engine.generate(asked)
+    most = 2 * max(len(engine.renderer.prompt(r.messages)) + r.max_tokens for r in asked)
+
+    def limited(batch: Any) -> list[list[int]]:
+        tried.append(len(batch) * batch[0].length)
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return inner(batch)
+
+    monkeypatch.setattr(engine, "_batch_tokens", engine._batch_tokens)
+    monkeypatch.setattr(engine, "_continue", limited)
+    assert engine.generate(asked) == wanted
+    assert tried[0] > most
+    tried.clear()
+    assert engine.generate(asked) == wanted
+    assert max(tried) <= most
+    most = 1
+    with pytest.raises(EngineError, match=r"request \d+: its prompt \(\d+ tokens\)"):
+        engine.generate(asked)
 
 
 def test_prompts_that_are_equal_keep_a_token_to_themselves(engine: TransformersEngine) -> None:

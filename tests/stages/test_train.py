@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from transformers import (
 from transformers.models.granite import GraniteForCausalLM
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
+from misstep import models as models_module
 from misstep.errors import TrainingError
 from misstep.models import Model, load_weights, locate
 from misstep.records import Example, Message, Pair
@@ -46,7 +48,7 @@ from misstep.stages.train import PreferenceSettings, TrainReport, TrainSettings,
 from misstep.training import loss as loss_module
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
-from misstep.training.loss import CompletionLoss, collate, skips_logits
+from misstep.training.loss import CompletionLoss, collate, measured, skips_logits
 from misstep.training.mask import print_mask, show_mask
 from misstep.training.preference import PreferenceLoss, margins, with_reference
 from misstep.training.rows import (
@@ -56,6 +58,7 @@ from misstep.training.rows import (
     in_order,
     longest,
     micro_batches,
+    padded,
     render_pairs,
     render_rows,
 )
@@ -525,6 +528,77 @@ def test_steps_are_the_same_in_small_micro_batches(
     wanted = report_of(undisturbed).loss_curve
     # In bf16, whose rounding depends on the shapes of the products.
     assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in wanted], rel=0.01)
+
+
+def memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Stands in for a GPU that fails at the end of the way back; what it was tried with."""
+    backward, tried = trainer_module.CompletionTrainer._backward, list[int]()
+
+    def limited(self: Any, model: Any, batch: Any, scale: float) -> Tensor:
+        found = backward(self, model, batch, scale)
+        tried.append(batch["ids"].numel())
+        if tried[-1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    monkeypatch.setattr(trainer_module.CompletionTrainer, "_backward", limited)
+    return tried
+
+
+def test_a_step_that_memory_does_not_hold_is_taken_in_smaller_parts(
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    histories, curve = list[list[float]](), stage._curve
+
+    def kept(trainer: Any) -> list[tuple[int, float]]:
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        histories.append([step[key] for step in steps for key in ("loss", "grad_norm")])
+        return curve(trainer)
+
+    monkeypatch.setattr(stage, "_curve", kept)
+    models_module._say_halved.cache_clear()
+    train(model, EXAMPLES[:12], QUICK, 7, tmp_path / "whole")
+    tried = memory_for(80, monkeypatch)
+    train(model, EXAMPLES[:12], QUICK, 7, tmp_path / "parts")
+    assert histories[1] == pytest.approx(histories[0], rel=0.05)
+    too_large = [place for place, tokens in enumerate(tried) if tokens > 80]
+    # Found out in the first step, and remembered.
+    assert too_large and max(too_large) < 6 < len(tried)
+    assert [record.message[:26] for record in caplog.records] == ["The GPU's memory ran out. "]
+
+
+@pytest.mark.parametrize(("tokens", "processes"), [(1, 1), (80, 2)])
+def test_a_step_that_cannot_be_made_smaller_says_what_helps(
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    processes: int,
+) -> None:
+    memory_for(tokens, monkeypatch)
+    if processes > 1:
+        monkeypatch.setattr(trainer_module, "DistributedType", SimpleNamespace(NO="other"))
+    with pytest.raises(TrainingError, match=r"step 1: .*train\.gradient_checkpointing"):
+        train(model, EXAMPLES[:8], QUICK, 7, tmp_path)
+
+
+def test_what_memory_does_not_hold_is_measured_in_smaller_parts() -> None:
+    some = rows(12)
+    most = max(len(row.ids) for row in some)
+
+    def lengths(group: Sequence[Row]) -> list[int]:
+        if padded(group) > 2 * most:
+            raise torch.OutOfMemoryError
+        return [len(row.ids) for row in group]
+
+    found = list(measured(some, 10**6, lengths))
+    assert sorted(n for _, ns in found for n in ns) == sorted(len(row.ids) for row in some)
+    assert all(ns == [len(row.ids) for row in group] for group, ns in found)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(measured([*some, Row(tuple(range(3 * most)), 1, "long")], 10**6, lengths))
 
 
 def test_all_weights_can_be_trained_and_loaded(model: Model, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import EngineError
-from misstep.models import Model, adapter_digest, free, load_weights, weights_dtype
+from misstep.models import Model, adapter_digest, free, halve, load_weights, weights_dtype
 from misstep.rendering import Renderer
 
 if TYPE_CHECKING:
@@ -63,18 +63,37 @@ class TransformersEngine(Engine):
         """Answer every request, in order; see the module's text for what is promised."""
         rows = [Row(i, r, self.renderer.prompt(r.messages)) for i, r in enumerate(requests)]
         answers: dict[int, Completion] = {}
-        for batch in batches(rows, self._batch_tokens):
-            try:
-                outputs = self._continue(batch)
-            except RuntimeError as error:
-                raise EngineError(
-                    f"transformers stopped in a batch of {len(batch)} prompts: {error}. If "
-                    f"memory ran out, lower batch_tokens (now {self._batch_tokens})."
-                ) from error
+        waiting = batches(rows, self._batch_tokens)
+        while batch := next(waiting, None):
+            outputs = self._tried(batch)
+            if outputs is None:
+                self._batch_tokens = halve(len(batch) * batch[0].length)
+                left = [row for row in rows if row.place not in answers]
+                waiting = batches(left, self._batch_tokens)
+                continue
             answers |= {
                 r.place: self._completion(o) for r, o in zip(batch, outputs, strict=True)
             }
         return [answers[place] for place in range(len(rows))]
+
+    def _tried(self, batch: Sequence[Row]) -> list[list[int]] | None:
+        """What follows each prompt, or None where memory holds only a smaller batch."""
+        import torch
+
+        try:
+            return self._continue(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) > 1:
+                return None
+            raise EngineError(
+                f"request {batch[0].place + 1}: its prompt ({len(batch[0].prompt)} tokens) and "
+                f"its answer ({batch[0].request.max_tokens} at most) need more memory than the "
+                "GPU has left. Shorten it, lower max_tokens, or see what else is on the GPU."
+            ) from error
+        except RuntimeError as error:
+            raise EngineError(
+                f"transformers stopped in a batch of {len(batch)} prompts: {error}"
+            ) from error
 
     def close(self) -> None:
         """Give back the memory."""

@@ -15,7 +15,7 @@ from misstep.records import Answer, Example, Judgement, Score, digest, write_jso
 from misstep.rendering import Renderer
 from misstep.stages.base import Ask
 from misstep.stages.train import micro_tokens
-from misstep.training.rows import Row, micro_batches, render_rows
+from misstep.training.rows import Row, render_rows
 
 METRIC = "reference_loss"
 
@@ -50,16 +50,20 @@ def row_losses(model: Model, adapter: Path | None, rows: Sequence[Row]) -> dict[
     """The mean loss of each row's completion tokens under the model with the adapter."""
     from peft import PeftModel
 
-    from misstep.training.loss import CompletionLoss, on_device, without_gradient
+    from misstep.training.loss import CompletionLoss, measured, on_device, without_gradient
 
     loaded = load_weights(model, adapter)
     lm = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
     loss = CompletionLoss(loaded, lm)
     loss.to(_device())
     found: dict[Row, float] = {}
+
+    def sums_of(group: Sequence[Row]) -> list[float]:
+        sums: list[float] = loss.row_losses(**on_device(loss, group)).tolist()
+        return sums
+
     with without_gradient(loss):
-        for group in micro_batches(rows, micro_tokens()):
-            sums = loss.row_losses(**on_device(loss, group)).tolist()
+        for group, sums in measured(rows, micro_tokens(), sums_of):
             found |= {row: s / row.learned for row, s in zip(group, sums, strict=True)}
     return found
 

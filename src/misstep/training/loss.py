@@ -11,12 +11,15 @@ This module knows torch and a causal language model; it knows no adapter, optimi
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from misstep.training.rows import Row, Unit, micro_batches
+from misstep.models import halve
+from misstep.training.rows import Row, Unit, micro_batches, padded
+
+T = TypeVar("T")
 
 LOGITS_AT_ONCE = 2**23
 """Elements: 32 MB in fp32, which a processor's cache may hold."""
@@ -131,14 +134,35 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool(difference <= 1e-3 * expected.abs().max())
 
 
+def measured(
+    rows: Sequence[Unit], micro_tokens: int, measure: Callable[[list[Unit]], T]
+) -> Iterator[tuple[list[Unit], T]]:
+    """Each micro-batch with what is measured of it; smaller ones where memory runs out."""
+    waiting = micro_batches(rows, micro_tokens)[::-1]
+    while waiting:
+        found = _tried(measure, group := waiting.pop())
+        if found is None:
+            waiting += micro_batches(group, halve(padded(group)))[::-1]
+        else:
+            yield group, found
+
+
+def _tried(measure: Callable[[list[Unit]], T], group: list[Unit]) -> T | None:
+    try:
+        return measure(group)
+    except torch.OutOfMemoryError:
+        if len(group) == 1:
+            raise
+        # Nothing is tried again from here: the error holds what fills the memory.
+        return None
+
+
 def mean_loss(loss: Any, rows: Sequence[Unit], micro_tokens: int) -> float:
     """The mean loss of a completion token, or of a pair; without dropout and gradient."""
-    total, count = 0.0, 0
     with without_gradient(loss):
-        for group in micro_batches(rows, micro_tokens):
-            total += loss(**on_device(loss, group)).item()
-            count += loss.count(group)
-    return total / count
+        parts = measured(rows, micro_tokens, lambda g: loss(**on_device(loss, g)).item())
+        total = sum(found for _, found in parts)
+    return float(total / loss.count(rows))
 
 
 @contextmanager

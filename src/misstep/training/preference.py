@@ -14,8 +14,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from misstep.training.loss import CompletionLoss, MicroBatch, on_device, without_gradient
-from misstep.training.rows import PairRow, micro_batches
+from misstep.training.loss import (
+    CompletionLoss,
+    MicroBatch,
+    measured,
+    on_device,
+    without_gradient,
+)
+from misstep.training.rows import PairRow
 
 
 class PreferenceLoss(nn.Module):  # type: ignore[misc]
@@ -45,9 +51,13 @@ class PreferenceLoss(nn.Module):  # type: ignore[misc]
 def margins(loss: PreferenceLoss, pairs: Sequence[PairRow], micro_tokens: int) -> list[float]:
     """By how much the model prefers each chosen completion, as log-probabilities."""
     found: dict[PairRow, float] = {}
+
+    def gains_of(group: Sequence[PairRow]) -> list[float]:
+        gains: list[float] = loss(gains=True, **on_device(loss, group)).tolist()
+        return gains
+
     with without_gradient(loss):
-        for group in micro_batches(pairs, micro_tokens):
-            gains = loss(gains=True, **on_device(loss, group)).tolist()
+        for group, gains in measured(pairs, micro_tokens, gains_of):
             found |= {p: gain + p.reference for p, gain in zip(group, gains, strict=True)}
     return [found[pair] for pair in pairs]
 

@@ -136,6 +136,11 @@ def micro_batches(rows: Sequence[Unit], most: int) -> list[list[Unit]]:
     return groups
 
 
+def padded(group: Sequence[Unit]) -> int:
+    """Tokens of a micro-batch whose lines are filled up to the longest."""
+    return sum(len(unit.lines) for unit in group) * max(map(longest, group))
+
+
 def shares(rows: Sequence[Unit], processes: int, most: int) -> list[list[list[Unit]]]:
     """The micro-batches of each process in one step, equally many of them.
 

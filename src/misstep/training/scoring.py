@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from misstep.errors import ModelError
+from misstep.training.loss import measured
 from misstep.training.rows import Row as TokenRow
-from misstep.training.rows import micro_batches
 
 
 class ScoreHead(nn.Linear):  # type: ignore[misc]
@@ -76,13 +76,13 @@ class Scorer:
         wanted = [TokenRow(tuple(row), 0, "scored") for row in rows]
         was_training = self.model.training
         self.model.eval()
-        for group in micro_batches(wanted, self.micro_tokens):
-            scores = self._scores([row.ids for row in group])
+        for group, scores in measured(wanted, self.micro_tokens, self._scores):
             found |= {row.ids: score for row, score in zip(group, scores, strict=True)}
         self.model.train(was_training)
         return [(found[row.ids] - self.mean) / self.deviation for row in wanted]
 
-    def _scores(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
+    def _scores(self, group: Sequence[TokenRow]) -> list[float]:
+        rows = [row.ids for row in group]
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -27,12 +27,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from misstep.errors import TrainingError
+from misstep.models import halve
 from misstep.records import write_text
 from misstep.training.label_loss import LabelLoss
 from misstep.training.loss import CompletionLoss, MicroBatch
 from misstep.training.preference import PreferenceLoss
 from misstep.training.processes import like, whole
-from misstep.training.rows import PairRow, Row, longest, shares
+from misstep.training.rows import PairRow, Row, longest, padded, shares
 
 MARKER = "complete.json"
 WEIGHTS = "trained.safetensors"
@@ -55,7 +56,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             model=model,
             args=args,
             train_dataset=[rows[start : start + batch_size] for start in starts],
-            data_collator=self._share,
+            data_collator=lambda steps: {"rows": steps[0]},
             callbacks=callbacks,
         )
         self.loss = model
@@ -69,19 +70,6 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader:
         """One step at a time; accelerate would deal out whole steps, and fill the last one."""
         return DataLoader(self.train_dataset, batch_size=1, collate_fn=self.data_collator)
-
-    def _share(self, steps: Sequence[Sequence[Any]]) -> dict[str, Any]:
-        """This process's part of a step, and what the loss of the whole step is a mean over."""
-        (rows,) = steps
-        dealt = shares(rows, self.args.world_size, self.micro_tokens)
-        groups = dealt[self.args.process_index]
-        # Who has nothing left computes something small for nothing: all must take part.
-        idle = [min(rows, key=longest)]
-        return {
-            "micro": [self.loss.collate(group or idle) for group in groups],
-            "weights": [float(bool(group)) for group in groups],
-            "count": self.loss.count(rows),
-        }
 
     @property
     def seconds(self) -> float:
@@ -101,18 +89,18 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def training_step(
         self, model: Any, inputs: dict[str, Any], *_: object, **__: object
     ) -> Tensor:
-        """Forward and backward of this process's micro-batches of one step."""
+        """Forward and backward of this process's micro-batches of one step.
+
+        Where a GPU's memory runs out the step begins anew, in smaller micro-batches.
+        """
         model.train()
-        micro = [self._prepare_inputs(batch) for batch in inputs["micro"]]
-        # Gradients are averaged over the processes; the loss is to be summed over them.
-        scale = self.args.world_size / inputs["count"]
-        total = torch.zeros((), device=self.args.device)
-        for batch, weight in zip(micro[:-1], inputs["weights"], strict=False):
-            self.accelerator.gradient_state._set_sync_gradients(False)
-            with self.accelerator.no_sync(model):
-                total += self._backward(model, batch, scale * weight)
-        self.accelerator.gradient_state._set_sync_gradients(True)
-        total += self._backward(model, micro[-1], scale * inputs["weights"][-1])
+        rows = inputs["rows"]
+        groups = self._groups(rows)
+        while (total := self._tried(model, rows, groups)) is None:
+            # Some gradients may be there already.
+            model.zero_grad()
+            self.micro_tokens = halve(max(map(padded, groups)))
+            groups = self._groups(rows)
         # All stop together, whosever loss it is.
         loss = self.accelerator.reduce(total, "mean").item()
         if not math.isfinite(loss):
@@ -122,6 +110,49 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 "train.preferences.learning_rate."
             )
         return total
+
+    def _groups(self, rows: Sequence[Any]) -> list[list[Any]]:
+        """The micro-batches of this process."""
+        dealt = shares(rows, self.args.world_size, self.micro_tokens)
+        return dealt[self.args.process_index]
+
+    def _tried(
+        self, model: Any, rows: Sequence[Any], groups: Sequence[list[Any]]
+    ) -> Tensor | None:
+        """The loss of a step, or None where smaller micro-batches are to be tried.
+
+        Raises:
+            TrainingError: the memory of a GPU does not hold a row, or not what it is given
+                beside other processes, which wait in the middle of the step.
+        """
+        try:
+            return self._whole_step(model, rows, groups)
+        except torch.OutOfMemoryError as error:
+            alone = self.accelerator.distributed_type == DistributedType.NO
+            if alone and any(len(group) > 1 for group in groups):
+                return None
+            raise TrainingError(
+                f"training, step {self.state.global_step + 1}: the GPU's memory ran out on "
+                f"{max(map(len, groups))} rows of up to {max(map(longest, rows))} tokens. Set "
+                "train.gradient_checkpointing to true, lower train.max_length, or among "
+                "several processes train.batch_size; or see what else is on the GPU."
+            ) from error
+
+    def _whole_step(
+        self, model: Any, rows: Sequence[Any], groups: Sequence[list[Any]]
+    ) -> Tensor:
+        # Who has nothing left computes something small for nothing: all must take part.
+        idle = [min(rows, key=longest)]
+        micro = [self._prepare_inputs(self.loss.collate(group or idle)) for group in groups]
+        # Gradients are averaged over the processes; the loss is to be summed over them.
+        scale = self.args.world_size / self.loss.count(rows)
+        total = torch.zeros((), device=self.args.device)
+        for batch, group in zip(micro[:-1], groups, strict=False):
+            self.accelerator.gradient_state._set_sync_gradients(False)
+            with self.accelerator.no_sync(model):
+                total += self._backward(model, batch, scale * bool(group))
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        return total + self._backward(model, micro[-1], scale * bool(groups[-1]))
 
     def _backward(self, model: Any, batch: MicroBatch, scale: float) -> Tensor:
         with self.compute_loss_context_manager():
