@@ -1,6 +1,7 @@
 """Shared parts: a tiny model with random weights, real in every other respect."""
 
 import os
+import shutil
 import weakref
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,19 @@ TEMPLATE = (
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of safetensors: two Llama layers, byte tokens, a ChatML template."""
     return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def untuned_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without a chat template."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("untuned") / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("chat_template*"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

@@ -150,6 +150,17 @@ def test_the_fallback_template_is_the_documented_one() -> None:
     assert renderer.prompt_text(messages) == "Be kind.\n\nUser: Hi\nAssistant:"
 
 
+def test_without_a_template_an_answer_ends_where_the_next_turn_begins() -> None:
+    renderer = RENDERERS["no template"]
+    said, asked = Message(role="assistant", content="A."), user("B?")[0]
+    for turn in (asked, said):
+        text = renderer.prompt_text((*user("Hi"), said, turn)).partition("Assistant: A.")[2]
+        assert renderer.next_turn(f"A.{text}") == len("A.")
+    assert renderer.next_turn("A.\nAssistant: B\nUser: C") == len("A.")
+    assert renderer.next_turn("The User: a name.\nUsers") is None
+    assert RENDERERS["chatml"].next_turn("A.\nUser: B?") is None
+
+
 def test_a_template_without_system_role_gets_it_in_the_first_user_turn() -> None:
     messages = (Message(role="system", content="Be kind."), *user("Hi"))
     text = RENDERERS["no system role"].prompt_text(messages)

@@ -32,6 +32,8 @@ FALLBACK_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 """For models without a chat template: `User: ...`, `Assistant: ...`, one turn a line."""
+NEXT_TURNS = ("\nUser:", "\nAssistant:")
+"""How its turns begin after another one."""
 
 PROBE = "misstep"
 # Models whose `eos` ends a turn were trained with one of these at the end of a document.
@@ -54,6 +56,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.has_template = tokenizer.chat_template is not None
         """Whether the model brings a chat template; if not, `FALLBACK_TEMPLATE` is used."""
+        self.next_turns = () if self.has_template else NEXT_TURNS
+        """Texts that end an answer too: a model that was never tuned to turns writes on, and
+        asks itself the next question."""
         self._control: dict[str, int] = {
             token.content: number
             for number, token in tokenizer.added_tokens_decoder.items()
@@ -132,6 +137,11 @@ class Renderer:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
+
+    def next_turn(self, text: str) -> int | None:
+        """Where the answer ends in a generated text and another turn begins, if one does."""
+        places = [text.find(turn) for turn in self.next_turns]
+        return min((place for place in places if place >= 0), default=None)
 
     def plain(self, text: str) -> list[int]:
         """The tokens of a text in which no spelling of a control token is one."""

@@ -163,3 +163,35 @@ def test_a_closed_engine_gives_a_gpu_back(tiny_model: Path, held: list[int]) -> 
     with TransformersEngine(locate(str(tiny_model))) as engine:
         engine.generate(requests(0.0)[:1])
     assert held == [0]
+
+
+def test_a_model_without_a_template_asks_itself_nothing(
+    untuned_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    said = ["Fine.\nUser: And then?\nAssistant: Nothing.", "It rains.\nAssistant: Yes."]
+    steps: list[int] = []
+
+    def say(engine: TransformersEngine, batch: Any, width: int) -> dict[str, Any]:
+        scripts = [engine.renderer.plain(said[row.place]) for row in batch]
+
+        def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            steps.append(ids.shape[1] - width)
+            forced = torch.full_like(scores, float("-inf"))
+            for row, script in enumerate(scripts):
+                forced[row, script[steps[-1]]] = 0
+            return forced
+
+        return settings(engine, batch, width) | {"logits_processor": [force]}
+
+    settings = TransformersEngine._settings
+    monkeypatch.setattr(TransformersEngine, "_settings", say)
+    asked = [Request(messages=(Message(role="user", content="?"),), max_tokens=25)] * 2
+    with TransformersEngine(locate(str(untuned_model))) as engine:
+        found = engine.generate(asked)
+        assert [answer.text for answer in found] == ["Fine.", "It rains."]
+        assert [answer.tokens for answer in found] == [11, len("It rains.\nAssistant:")]
+        assert not any(answer.truncated for answer in found)
+        assert max(steps) + 1 == found[1].tokens
+        assert engine.generate(asked[:1]) == found[:1]

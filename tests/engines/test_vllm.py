@@ -93,6 +93,20 @@ def test_serving_tokens_are_training_tokens(model: Model, told: Path) -> None:
     assert call["stop_token_ids"] == list(renderer.stop_ids)
 
 
+def test_a_model_without_a_template_asks_itself_nothing(
+    untuned_model: Path, told: Path
+) -> None:
+    with choose("vllm", locate(str(untuned_model))).open() as engine:
+        # The stand-in answers with the prompt, so it goes on with a user's turn.
+        (answer,) = engine.generate([ask("And then?")])
+    assert (answer.text, answer.truncated) == ("Be brief.\n", False)
+    assert answer.tokens == len("Be brief.\n\nUser:")
+    call = lines(told)[1]["call"]
+    assert call["stop"] == ["\nUser:", "\nAssistant:"]
+    # Else what ends an answer would be missing from it.
+    assert call["include_stop_str_in_output"]
+
+
 def adapter_in(folder: Path, **config: Any) -> Path:
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({"r": 12} | config))

@@ -7,10 +7,12 @@ and backend by content: it is part of the cache key, so stale weights cannot ans
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Self
 
 from misstep.records import Message, Record
+from misstep.rendering import Renderer
 
 
 class Request(Record):
@@ -35,6 +37,22 @@ class Completion(Record):
     error: str | None = None
     """Why there is no answer to this request; the text is then empty. An engine whose requests
     fail one by one says so here, one that fails as a whole raises."""
+
+
+def completed(renderer: Renderer, ids: Sequence[int]) -> Completion:
+    """What generated tokens say, up to the end of the turn."""
+    text = renderer.decode(ids)
+    end = renderer.next_turn(text)
+    if end is None:
+        ended = bool(ids) and ids[-1] in renderer.stop_ids
+        return Completion(text=text, tokens=len(ids), truncated=not ended)
+
+    def shows_end(count: int) -> bool:
+        return renderer.next_turn(renderer.decode(ids[:count])) is not None
+
+    # What was generated beyond it depends on the engine, and is not counted.
+    tokens = bisect_left(range(len(ids)), True, key=shows_end)
+    return Completion(text=text[:end], tokens=tokens)
 
 
 class Engine(ABC):

@@ -15,17 +15,19 @@ shares a step, since matrices of one row and attention of one token take paths o
   does.
 """
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import takewhile
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.base import Completion, Engine, Request, completed
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.gguf_header import Header, read_header
 from misstep.gguf_merge import merge_adapter
@@ -38,10 +40,16 @@ PACKINGS = frozenset((0, 1, 2, 3, 6, 7, 8, *range(10, 24), 29, 30))
 BLOCK = 32
 """Tokens in one block of OpenVINO's cache on a CPU."""
 CACHE_BYTES = 1 << 30
+ROOM = 16_384
+"""Tokens of requests that the cache is to hold even where they take more than that."""
+LEAST_ROOM = 4_096
+"""Tokens; where memory has not got so many, long prompts would not be answered."""
 ROWS = 64
 STEP_TOKENS = 1024
 """New prompt tokens in one step; one longer prompt goes alone."""
 COMPANION_TOKENS = 512
+COMPANIONS = 2 * (COMPANION_TOKENS // BLOCK + 1)
+"""Blocks: a companion's own, twice, as an old one may not be gone when the next one comes."""
 
 
 @dataclass
@@ -60,7 +68,7 @@ class Job:
     @property
     def blocks(self) -> int:
         """Blocks of the cache that it may fill, shared ones counted too."""
-        return -(-(len(self.prompt) + self.max_tokens) // BLOCK)
+        return blocks_of(len(self.prompt) + self.max_tokens)
 
 
 class OpenVinoEngine(Engine):
@@ -77,9 +85,9 @@ class OpenVinoEngine(Engine):
         assert folder is not None
         file = _weights(model, adapter, folder)
         total = _cache_blocks(read_header(file))
+        self._merged = file if adapter else None
         self._pipeline: Any = _pipeline(genai, file, total)
-        # The companion's own blocks, twice: an old one may not be gone when the next one comes.
-        self._blocks = total - 2 * (COMPANION_TOKENS // BLOCK + 1)
+        self._blocks = total - COMPANIONS
         self._genai = genai
         self._status = genai.GenerationStatus
         self._next_id = 0
@@ -99,35 +107,56 @@ class OpenVinoEngine(Engine):
             return "its positions are scaled, which OpenVINO ignores"
         if odd := {t.type_code for t in header.tensors} - PACKINGS:
             return f"some weights are packed as type {min(odd)}"
+        room = (_cache_blocks(header) - COMPANIONS) * BLOCK
+        if room < LEAST_ROOM:
+            return (
+                f"beside its weights, this machine's memory has room for {max(0, room)} tokens "
+                f"of its cache, and {LEAST_ROOM} are needed"
+            )
         return None
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer every request, in order; see the module's text for what is promised."""
-        jobs = self._jobs(requests)
-        if large := [job for job in jobs if job.blocks > self._blocks]:
-            raise EngineError(
-                f"request {large[0].place + 1}: its prompt ({len(large[0].prompt)} tokens) and "
-                f"its answer exceed OpenVINO's cache of {self._blocks * BLOCK} tokens. "
-                "Shorten it, or use the `transformers` engine."
-            )
+        prompts = [self.renderer.prompt(request.messages) for request in requests]
+        refused = {
+            place: self._refused(prompt, request)
+            for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
+            if blocks_of(len(prompt) + request.max_tokens) > self._blocks
+        }
+        places = [place for place in range(len(requests)) if place not in refused]
         try:
-            answers = self._run(jobs)
+            answers = self._run(self._jobs(requests, prompts, places))
         except RuntimeError as error:
             raise EngineError(f"OpenVINO stopped: {error}") from error
-        return [self._completion(answers[place]) for place in range(len(requests))]
+        found = refused | {p: completed(self.renderer, ids) for p, ids in answers.items()}
+        return [found[place] for place in range(len(requests))]
 
     def close(self) -> None:
-        """Give back the memory, and remove the weights unless a scratch folder was given."""
+        """Give back the memory, and remove the weights that were written.
+
+        In a scratch folder those of the model itself stay: other engines are made from them.
+        """
         self._pipeline = None
+        if self._merged:
+            # As large as the model, and one for each adapter.
+            self._merged.unlink(missing_ok=True)
         if self._temporary:
             self._temporary.cleanup()
 
-    def _jobs(self, requests: Sequence[Request]) -> list[Job]:
-        """The requests in an order that lets neighbours share their beginnings."""
-        prompts = [self.renderer.prompt(request.messages) for request in requests]
+    def _refused(self, prompt: list[int], request: Request) -> Completion:
+        because = (
+            f"the prompt ({len(prompt)} tokens) and its answer ({request.max_tokens} at most) "
+            f"exceed OpenVINO's cache of {self._blocks * BLOCK} tokens"
+        )
+        return Completion(text="", tokens=0, error=because)
+
+    def _jobs(
+        self, requests: Sequence[Request], prompts: Sequence[list[int]], places: Sequence[int]
+    ) -> list[Job]:
+        """Requests in an order that lets neighbours share their beginnings."""
         jobs: list[Job] = []
         last: list[int] = []
-        for place in sorted(range(len(requests)), key=lambda place: prompts[place]):
+        for place in sorted(places, key=lambda place: prompts[place]):
             prompt = prompts[place]
             fresh = len(prompt) - shared_blocks(last, prompt)
             if len(prompt) % BLOCK < 2 and prompt != last:
@@ -219,12 +248,10 @@ class OpenVinoEngine(Engine):
             config.rng_seed = int(request.id[:8], 16)
         return config
 
-    def _completion(self, ids: list[int]) -> Completion:
-        return Completion(
-            text=self.renderer.decode(ids),
-            tokens=len(ids),
-            truncated=ids[-1] not in self.renderer.stop_ids,
-        )
+
+def blocks_of(tokens: int) -> int:
+    """Blocks of the cache that so many tokens fill."""
+    return -(-tokens // BLOCK)
 
 
 def shared_blocks(one: Sequence[int], other: Sequence[int]) -> int:
@@ -259,12 +286,26 @@ def _precision() -> str:
 
 
 def _cache_blocks(header: Header) -> int:
-    """Blocks that fit into the cache."""
+    """Blocks of the cache: 1 GiB of them, or more where that holds few and memory allows it.
+
+    By the memory that there is, not what is free now: the choice of an engine depends on it,
+    and must be the same when a run is gone on with.
+    """
     heads = header.number("attention.head_count")
     size = header.values.get(f"{header.architecture}.attention.key_length")
     width = int(size) if size else header.number("embedding_length") // heads
-    values = 2 * header.number("block_count") * header.number("attention.head_count_kv") * width
-    return CACHE_BYTES // (values * BLOCK * (2 if _precision() == "bf16" else 4))
+    keys = int(header.values.get(f"{header.architecture}.attention.head_count_kv", heads))
+    number = 2 if _precision() == "bf16" else 4
+    block = 2 * header.number("block_count") * keys * width * BLOCK * number
+    weights = number * sum(prod(tensor.shape) for tensor in header.tensors)
+    # A quarter is for all else.
+    spare = max(0, _memory() * 3 // 4 - weights)
+    return max(CACHE_BYTES // block, min(COMPANIONS + blocks_of(ROOM), spare // block))
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _pipeline(genai: Any, file: Path, blocks: int) -> Any:

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.base import Completion, Engine, Request, completed
 from misstep.errors import EngineError
 from misstep.models import Model, adapter_digest, free, halve, load_weights, weights_dtype
 from misstep.rendering import Renderer
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCH_TOKENS = 16_384
+LATELY = 16
+"""Tokens: no fewer than the bytes of what begins a turn."""
 LEAST_SHARED = 32
 """Tokens; to compute fewer for every row costs less than a step of their own."""
 
@@ -72,7 +74,8 @@ class TransformersEngine(Engine):
                 waiting = batches(left, self._batch_tokens)
                 continue
             answers |= {
-                r.place: self._completion(o) for r, o in zip(batch, outputs, strict=True)
+                r.place: completed(self.renderer, ids)
+                for r, ids in zip(batch, outputs, strict=True)
             }
         return [answers[place] for place in range(len(rows))]
 
@@ -157,10 +160,13 @@ class TransformersEngine(Engine):
         )
         dice = Dice([row.request for row in batch], self._device)
         limits = [width + row.request.max_tokens for row in batch]
+        ends: list[Any] = [partial(reached, limits)]
+        if self.renderer.next_turns:
+            ends.append(partial(turned, self.renderer, width))
         return {
             "generation_config": config,
             "logits_processor": [dice] if dice.rolls else [],
-            "stopping_criteria": [partial(reached, limits)],
+            "stopping_criteria": ends,
         }
 
     def _cut(self, row: Row, tail: "torch.Tensor") -> list[int]:
@@ -168,13 +174,6 @@ class TransformersEngine(Engine):
         tokens: list[int] = tail.tolist()[: row.request.max_tokens]
         ends = (i for i, token in enumerate(tokens, 1) if token in self.renderer.stop_ids)
         return tokens[: next(ends, len(tokens))]
-
-    def _completion(self, tokens: list[int]) -> Completion:
-        return Completion(
-            text=self.renderer.decode(tokens),
-            tokens=len(tokens),
-            truncated=tokens[-1] not in self.renderer.stop_ids,
-        )
 
 
 def _device() -> str:
@@ -249,6 +248,17 @@ def reached(
     import torch
 
     return torch.tensor(limits, device=ids.device) <= ids.shape[1]
+
+
+def turned(
+    renderer: Renderer, width: int, ids: "torch.Tensor", _scores: Any, **_: Any
+) -> "torch.Tensor":
+    """Which rows have just begun a turn that is not theirs."""
+    import torch
+
+    lately = ids[:, max(width, ids.shape[1] - LATELY) :].tolist()
+    over = [renderer.next_turn(renderer.decode(row)) is not None for row in lately]
+    return torch.tensor(over, device=ids.device)
 
 
 def shared_beginning(prompts: Sequence[list[int]]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from misstep.endpoint import Endpoint
-from misstep.engines.base import Completion, Request
+from misstep.engines.base import Completion, Request, completed
 from misstep.engines.openai import Fault, OpenAIEngine
 from misstep.engines.pace import Pace
 from misstep.engines.server import PORT, Server
@@ -79,6 +79,8 @@ class VllmEngine(OpenAIEngine):
                 "stop_token_ids": list(self.renderer.stop_ids),
                 # The model's own list of ends; ours is the one above.
                 "ignore_eos": True,
+                "stop": list(self.renderer.next_turns),
+                "include_stop_str_in_output": True,
             },
         )
         return self._read(raw.content)
@@ -89,9 +91,7 @@ class VllmEngine(OpenAIEngine):
         except ValidationError:
             return Fault(f"expected an answer with token ids, found {content[:80]!r}", "broken")
         with self._rendering:
-            text = self.renderer.decode(ids)
-        ended = bool(ids) and ids[-1] in self.renderer.stop_ids
-        return Completion(text=text, tokens=len(ids), truncated=not ended)
+            return completed(self.renderer, ids)
 
 
 class _Choice(BaseModel):

@@ -1,0 +1,164 @@
+"""The OpenVINO engine with a stand-in for its pipeline: what it takes, refuses and leaves."""
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from misstep.engines import openvino
+from misstep.engines.base import Request
+from misstep.engines.openvino import BLOCK, COMPANIONS, LEAST_ROOM, ROOM, OpenVinoEngine
+from misstep.gguf_header import Header, TensorPlace
+from misstep.models import EMBEDDED, Model, load_tokenizer, locate
+from misstep.records import Message
+from misstep.rendering import Renderer
+
+pytest.importorskip("openvino_genai")
+GIB = 1 << 30
+
+
+class Status(Enum):
+    RUNNING = 1
+    FINISHED = 2
+
+
+class Pipeline:
+    """Answers every request with the same tokens, one step after it came."""
+
+    def __init__(self, says: Sequence[int]) -> None:
+        self.says = says
+        self.asked: list[Any] = []
+
+    def add_request(self, _number: int, _ids: Any, config: Any) -> Any:
+        given = SimpleNamespace(generated_ids=list(self.says))
+        handle = SimpleNamespace(status=Status.RUNNING, cancel=lambda: None)
+        handle.get_status = lambda: handle.status
+        handle.read_all = lambda: [given]
+        handle.config = config
+        self.asked.append(handle)
+        return handle
+
+    def step(self) -> None:
+        for handle in self.asked:
+            handle.status = Status.FINISHED
+
+    def has_non_finished_requests(self) -> bool:
+        return False
+
+
+Make = Callable[..., OpenVinoEngine]
+
+
+@pytest.fixture
+def make(untuned_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes engines whose model says a text, from a file that need not be real."""
+    renderer = Renderer(load_tokenizer(locate(str(untuned_model))))
+    genai = SimpleNamespace(GenerationStatus=Status, GenerationConfig=SimpleNamespace)
+
+    def merge(_path: Path, _adapter: Path | None, out: Path) -> Path:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(b"GGUF")
+        return out
+
+    def made(says: str = "", blocks: int = 100, **options: Any) -> OpenVinoEngine:
+        pipeline = Pipeline(renderer.plain(says))
+        monkeypatch.setattr(openvino, "_pipeline", lambda *_: pipeline)
+        monkeypatch.setattr(openvino, "_cache_blocks", lambda _: blocks)
+        (tmp_path / "m.gguf").write_bytes(b"GGUF")
+        return OpenVinoEngine(Model("m", tmp_path / "m.gguf"), **options)
+
+    monkeypatch.setattr(openvino, "_library", lambda: genai)
+    monkeypatch.setattr(openvino, "identity", lambda *_: "stand-in")
+    monkeypatch.setattr(openvino, "read_header", lambda _: None)
+    monkeypatch.setattr(openvino, "merge_adapter", merge)
+    monkeypatch.setattr(Renderer, "for_model", lambda _: renderer)
+    return made
+
+
+def ask(text: str, **options: Any) -> Request:
+    return Request(messages=(Message(role="user", content=text),), **options)
+
+
+def test_one_prompt_that_does_not_fit_leaves_the_others_their_answers(make: Make) -> None:
+    with make("Yes.\nUser: And?", blocks=COMPANIONS + 8) as engine:
+        found = engine.generate([ask("Hi"), ask("w" * 200), ask("Hi", max_tokens=300)])
+    assert [answer.text for answer in found] == ["Yes.", "", ""]
+    assert not found[0].truncated
+    for answer in found[1:]:
+        assert answer.error and f"OpenVINO's cache of {8 * BLOCK} tokens" in answer.error
+
+
+def test_weights_of_an_adapter_go_with_their_engine(make: Make, tmp_path: Path) -> None:
+    scratch, adapter = tmp_path / "scratch", tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    with make(scratch=scratch) as base:
+        with make(adapter=adapter, scratch=scratch):
+            assert len(list(scratch.iterdir())) == 2
+        assert len(list(scratch.iterdir())) == 1
+    assert base._merged is None
+    assert len(list(scratch.iterdir())) == 1
+
+
+def family(layers: int, heads: int, groups: int, width: int, weights: int) -> Header:
+    values = {
+        "general.architecture": "llama",
+        "llama.block_count": layers,
+        "llama.attention.head_count": heads,
+        "llama.attention.head_count_kv": groups,
+        "llama.embedding_length": width,
+    }
+    place = TensorPlace("w", (1000, weights // 1000), 1, 0)
+    return Header(dict(values), {}, b"", 5, (place,))
+
+
+SMOLLM2_135M = family(30, 9, 3, 576, 135_000_000)
+QWEN2_5_500M = family(24, 14, 2, 896, 494_000_000)
+QWEN2_5_1_5B = family(28, 12, 2, 1536, 1_540_000_000)
+LLAMA_2_7B = family(32, 32, 32, 4096, 6_740_000_000)
+LLAMA_2_13B = family(40, 40, 40, 5120, 13_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("header", "blocks"), [(SMOLLM2_135M, 1456), (QWEN2_5_500M, 2730), (QWEN2_5_1_5B, 1170)]
+)
+def test_models_of_which_1_gib_holds_enough_have_that(
+    header: Header, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino, "_precision", lambda: "bf16")
+    for memory in (1, 1000):
+        monkeypatch.setattr(openvino, "_memory", lambda memory=memory: memory * GIB)
+        assert openvino._cache_blocks(header) == blocks
+
+
+@pytest.mark.parametrize(
+    ("header", "precision", "memory", "room"),
+    [
+        (LLAMA_2_7B, "bf16", 64, ROOM),
+        (LLAMA_2_7B, "f32", 64, ROOM),
+        (LLAMA_2_13B, "bf16", 64, ROOM),
+        (LLAMA_2_13B, "f32", 64, None),
+        (LLAMA_2_7B, "bf16", 24, 10_048),
+        (LLAMA_2_7B, "bf16", 16, None),
+    ],
+)
+def test_large_models_have_room_for_prompts_or_another_engine(
+    header: Header,
+    precision: str,
+    memory: int,
+    room: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(openvino, "_precision", lambda: precision)
+    monkeypatch.setattr(openvino, "_memory", lambda: memory * GIB)
+    monkeypatch.setattr(openvino, "read_header", lambda _: header)
+    obstacle = OpenVinoEngine.reads(locate(EMBEDDED))
+    if room is None:
+        assert obstacle and f"and {LEAST_ROOM} are needed" in obstacle
+        return
+    assert obstacle is None
+    found = (openvino._cache_blocks(header) - COMPANIONS) * BLOCK
+    assert found == room
