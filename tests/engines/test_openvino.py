@@ -11,7 +11,7 @@ import pytest
 from misstep.engines import openvino
 from misstep.engines.base import Request
 from misstep.engines.openvino import BLOCK, COMPANIONS, LEAST_ROOM, ROOM, OpenVinoEngine
-from misstep.gguf_header import Header, TensorPlace
+from misstep.gguf_header import Header, Scalar, TensorPlace
 from misstep.models import EMBEDDED, Model, load_tokenizer, locate
 from misstep.records import Message
 from misstep.rendering import Renderer
@@ -104,7 +104,7 @@ def test_weights_of_an_adapter_go_with_their_engine(make: Make, tmp_path: Path) 
 
 
 def family(layers: int, heads: int, groups: int, width: int, weights: int) -> Header:
-    values = {
+    values: dict[str, Scalar] = {
         "general.architecture": "llama",
         "llama.block_count": layers,
         "llama.attention.head_count": heads,
@@ -112,7 +112,7 @@ def family(layers: int, heads: int, groups: int, width: int, weights: int) -> He
         "llama.embedding_length": width,
     }
     place = TensorPlace("w", (1000, weights // 1000), 1, 0)
-    return Header(dict(values), {}, b"", 5, (place,))
+    return Header(values, {}, b"", 5, (place,))
 
 
 SMOLLM2_135M = family(30, 9, 3, 576, 135_000_000)
