@@ -30,6 +30,7 @@ HEAVY = (
 LAYERS = [
     "misstep",
     "misstep.errors",
+    "misstep.claims",
     "misstep.records",
     "misstep.shelf",
     "misstep.documents",

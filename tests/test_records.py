@@ -2,6 +2,8 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,20 @@ def test_text_is_replaced_in_one_step_and_nothing_is_left_over(tmp_path: Path) -
         write_text(tmp_path / "deep" / "a.txt", content)
         assert (tmp_path / "deep" / "a.txt").read_text(encoding="utf-8") == content
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.txt"]
+
+
+def test_several_may_replace_a_text_at_once(tmp_path: Path) -> None:
+    texts = [letter * 100_000 for letter in "abcd"]
+    with ThreadPoolExecutor(4) as writers:
+        list(writers.map(partial(write_text, tmp_path / "a.txt"), texts * 25))
+    assert (tmp_path / "a.txt").read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a.txt", "half a character: \ud83d")
+    assert list(tmp_path.iterdir()) == []
 
 
 GOOD = Prompt.of("fine").model_dump_json()

@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
+from misstep.claims import claimed
 from misstep.config import RunConfig, put, read_recipe
 from misstep.documents import KeyPath, check
 from misstep.errors import InputError, RecipeError
@@ -127,15 +128,15 @@ def compare_methods(
     """
     cells = load_cells(recipe, overrides)
     inputs = [check_inputs(cell.config) for cell in cells]
-    folder = writable(out or Path("runs") / cells[0].config.name)
-    _check_folder(folder)
-    corrections: Corrections = {}
-    for number, (cell, read) in enumerate(zip(cells, inputs, strict=True), 1):
-        progress.say(f"Cell {number} of {len(cells)}: {cell.folder}")
-        made = _run_cell(folder, cell, read, progress)
-        corrections |= {(cell.title, metric): of for metric, of in made.items()}
-        # After each cell, so that a comparison can be read while it goes on.
-        _gather(folder, cells[:number], corrections)
+    with claimed(writable(out or Path("runs") / cells[0].config.name)) as folder:
+        _check_folder(folder)
+        corrections: Corrections = {}
+        for number, (cell, read) in enumerate(zip(cells, inputs, strict=True), 1):
+            progress.say(f"Cell {number} of {len(cells)}: {cell.folder}")
+            made = _run_cell(folder, cell, read, progress)
+            corrections |= {(cell.title, metric): of for metric, of in made.items()}
+            # After each cell, so that a comparison can be read while it goes on.
+            _gather(folder, cells[:number], corrections)
     return folder
 
 

@@ -20,6 +20,7 @@ from misstep.check_results import (
     pair_score,
     write_check,
 )
+from misstep.claims import claimed
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
 from misstep.engines.cached import CachedEngine
@@ -146,8 +147,12 @@ def check_judge(
     if trained is not None:
         writable(Path(trained))
     short = Path(judge.rpartition(":")[2]).stem
-    folder = writable(out or Path("runs") / f"check-{short}")
+    with claimed(writable(out or Path("runs") / f"check-{short}")) as folder:
+        _check_into(folder, inputs, progress)
+    return folder
 
+
+def _check_into(folder: Path, inputs: CheckInputs, progress: Progress) -> None:
     def engine(chosen: Chosen) -> AbstractContextManager[Engine]:
         return _cached(chosen, folder, progress)
 
@@ -159,10 +164,9 @@ def check_judge(
     write_jsonl(folder / "judged.jsonl", [case for of in cases.values() for case in of])
     counted = _counted(inputs, asked, cases)
     write_check(folder / "check.json", counted)
-    if trained is not None:
-        enter_check(Path(trained), counted)
+    if inputs.judge.config.classifier is not None:
+        enter_check(Path(inputs.judge.config.classifier), counted)
     write_check_report(folder)
-    return folder
 
 
 @contextmanager

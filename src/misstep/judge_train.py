@@ -19,6 +19,7 @@ from pydantic import Field
 
 from misstep import __version__
 from misstep.check_results import JudgedCase, measure_data
+from misstep.claims import claimed
 from misstep.config import parse_override, put
 from misstep.documents import check
 from misstep.errors import DataError, RecipeError
@@ -149,7 +150,13 @@ def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
         InputError: the folder cannot be written, or is no place for this model's classifier.
         RunError: the training failed.
     """
-    folder, cases = writable(out), _parted(inputs)
+    with claimed(writable(out)) as folder:
+        _train_into(folder, inputs, progress)
+    return folder
+
+
+def _train_into(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
+    cases = _parted(inputs)
     for name, of in cases.items():
         counts = ", ".join(f"{part} {len(of[part])}" for part in PARTS)
         progress.say(f"{name}: {counts}")
@@ -168,7 +175,6 @@ def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
     write_card(folder, card)
     tested = _tested(inputs, cases, folder, progress)
     write_card(folder, card.model_copy(update={"data": tested}))
-    return folder
 
 
 class Rows(NamedTuple):

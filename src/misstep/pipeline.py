@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from misstep import __version__
 from misstep.check_results import Check, correction, read_check
+from misstep.claims import claimed
 from misstep.config import RunConfig, changed_keys, load_recipe
 from misstep.endpoint import PREFIX
 from misstep.engines.cached import CachedEngine
@@ -791,8 +792,8 @@ def run(
         RunError: the run failed; the same command goes on from there.
     """
     inputs = read_inputs(recipe, overrides)
-    folder = writable(out or Path("runs") / inputs.config.name)
-    Run(inputs, folder, progress).through(last)
+    with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
+        Run(inputs, folder, progress).through(last)
     return folder
 
 
@@ -805,8 +806,8 @@ def masked_rows(
         InputError: as `run` does.
     """
     inputs = read_inputs(recipe, overrides)
-    folder = writable(out or Path("runs") / inputs.config.name)
-    return Run(inputs, folder, progress).masks(count)
+    with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
+        return Run(inputs, folder, progress).masks(count)
 
 
 def writable(folder: Path) -> Path:
@@ -819,7 +820,7 @@ def writable(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-probe"
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as fault:
         raise InputError(
             f"{folder}: expected a folder that can be written ({fault.strerror}). "

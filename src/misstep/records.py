@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TextIO, TypeVar
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
 
@@ -266,11 +267,17 @@ R = TypeVar("R", bound=Record)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a killed process leaves the old one or the new one."""
+    """Replace a file in one step: a killed process leaves the old one or the new one.
+
+    Several processes may do so at once, as a report of a run that goes on; the last one stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -296,8 +303,9 @@ def read_json(path: Path, kind: type[R]) -> R:
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
-    """Write records one a line, in one step."""
+    """Write records one a line, in one step; one process at a time, which claims the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Written for hours, it may be large when its process is killed: the next one overwrites it.
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as out:
         for record in records:

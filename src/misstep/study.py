@@ -21,6 +21,7 @@ from shutil import rmtree
 from typing import Any, NamedTuple
 
 from misstep import __version__
+from misstep.claims import claimed
 from misstep.config import changed_keys
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
@@ -288,7 +289,7 @@ def run_study(recipe: Path, out: Path | None, overrides: list[str], progress: Pr
         RunError: the study failed; the same command goes on from there.
     """
     inputs = read_study_inputs(recipe, overrides)
-    folder = writable(out or Path("runs") / inputs.config.name)
-    StudyRun(inputs, folder, progress).through()
-    write_study_report(folder)
+    with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
+        StudyRun(inputs, folder, progress).through()
+        write_study_report(folder)
     return folder
