@@ -80,6 +80,15 @@ def test_records_are_frozen_and_refuse_unknown_fields() -> None:
         Prompt.of("one", refrence="two")
 
 
+def test_a_mistake_that_was_cut_is_the_same_mistake() -> None:
+    whole = Mistake(prompt=Prompt.of("p"), response="r", source="induced")
+    cut = whole.model_copy(update={"truncated": True})
+    assert cut.id == whole.id == "9c90ebd77611a193"
+    assert cut != whole and Mistake.model_validate_json(cut.model_dump_json()) == cut
+    assert "truncated" not in whole.model_dump_json()
+    assert Mistake.model_validate_json(whole.model_dump_json()) == whole
+
+
 def test_the_text_of_a_conversation_is_its_last_user_turn() -> None:
     turns = [("system", "s"), ("user", "first"), ("assistant", "a"), ("user", "last")]
     messages = tuple(Message.model_validate({"role": r, "content": c}) for r, c in turns)

@@ -143,6 +143,21 @@ class Mistake(Record):
     source: MistakeSource
     confirmed: bool = True
     """False for a user's report that no judge and no person has confirmed."""
+    truncated: bool = False
+    """Whether the response stopped at the token limit; no part of the mistake's name."""
+
+    @cached_property
+    def id(self) -> str:
+        """The mistake's name: what was said to what, however it ended."""
+        # Analyses are sampled by this name, and a limit draws by it.
+        return digest(self.model_dump(mode="json", exclude={"truncated"}))
+
+    @model_serializer(mode="wrap")
+    def _without_whole(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        fields = write(self)
+        if not self.truncated:
+            fields.pop("truncated", None)
+        return fields
 
 
 class Analysis(Record):
@@ -303,7 +318,7 @@ def read_json(path: Path, kind: type[R]) -> R:
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
-    """Write records one a line, in one step; one process at a time, which claims the folder."""
+    """Write records one a line, in one step; for one process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Written for hours, it may be large when its process is killed: the next one overwrites it.
     temporary = path.with_name(path.name + ".tmp")

@@ -211,6 +211,27 @@ def test_mistakes_without_a_good_answer_make_no_pair() -> None:
             METHODS[name].rows(materials(mistakes=unknown))
 
 
+def test_an_answer_that_was_cut_is_no_end_to_learn() -> None:
+    cut = [m.model_copy(update={"truncated": i < 2}) for i, m in enumerate(MISTAKES)]
+    analyses = [
+        a.model_copy(update={"mistake": m}) for a, m in zip(ANALYSES, cut, strict=False)
+    ]
+    for name, method in METHODS.items():
+        before = method.rows(materials(mix=MixSettings(good_answers=9)))
+        found = method.rows(
+            materials(mistakes=cut, analyses=analyses, mix=MixSettings(good_answers=9))
+        )
+        shown = [row.model_dump_json() for row in found]
+        if name in ("coh", "dpo", "rlhf", "self_guard"):
+            assert len(found) == len(before)
+            assert any(MISTAKES[2].response in row for row in shown)
+            assert not any(m.response in row for m in MISTAKES[:2] for row in shown)
+        else:
+            assert found == before
+    none_whole = [m.model_copy(update={"truncated": True}) for m in MISTAKES]
+    assert materials(mistakes=none_whole).pairs() == materials().pairs()
+
+
 def test_system_turns_stay_with_their_prompt() -> None:
     system = Message(role="system", content="Be brief.")
     prompt = Prompt(messages=(system, Message(role="user", content="Hi")), reference="Hello.")

@@ -182,3 +182,9 @@ def test_no_mistake_is_known_only_at_the_end() -> None:
     prompts = [Prompt.of(f"How do I do thing {i}?") for i in range(AT_ONCE + 3)]
     late = ScriptedEngine(lambda r: "bad" if of_number(r) == AT_ONCE + 2 else "good")
     assert [m.prompt for m in run(prompts, late, samples=1).mistakes] == prompts[-1:]
+
+
+def test_a_mistake_knows_whether_it_was_cut() -> None:
+    engine = ScriptedEngine(lambda r: "bad" + " and worse" * of_number(r))
+    found = run(PLAIN, engine, samples=1, max_tokens=7)
+    assert [m.truncated for m in found.mistakes] == [False] * 4 + [True] * 2

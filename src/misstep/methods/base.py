@@ -73,12 +73,18 @@ class Materials(NamedTuple):
         return list(islice(cycle(drawn), wanted)) if drawn else []
 
     def pairs(self) -> list[Pair]:
-        """Every mistake beside a good answer to the same prompt, where one is known."""
-        return [
-            Pair(messages=m.prompt.messages, chosen=m.prompt.reference, rejected=m.response)
+        """Every mistake beside a good answer to the same prompt, where one is known.
+
+        A response that stopped at the token limit would teach that a bad answer ends abruptly:
+        it is left out, unless there is no other.
+        """
+        known = [
+            (m, Pair(messages=m.prompt.messages, chosen=good, rejected=m.response))
             for m in self.mistakes
-            if m.prompt.reference
+            if (good := m.prompt.reference)
         ]
+        whole = [pair for mistake, pair in known if not mistake.truncated]
+        return whole or [pair for _, pair in known]
 
 
 class Method(ABC):

@@ -157,4 +157,9 @@ def _kept(
         else:
             found.add(response.text)
             tally.kept += 1
-            yield Mistake(prompt=response.prompt, response=response.text, source="induced")
+            yield Mistake(
+                prompt=response.prompt,
+                response=response.text,
+                source="induced",
+                truncated=response.truncated,
+            )
