@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from misstep.records import Score
 from misstep.results import Setting, pool
 from misstep.stats import Interval, corrected_rate, wilson
 
@@ -41,7 +42,7 @@ CASES = (
 )
 
 
-def drawn(case: Case, world: np.random.Generator) -> dict[int, dict[str, float]]:
+def drawn(case: Case, world: np.random.Generator) -> dict[int, dict[str, Score]]:
     """What the judge says of each prompt's answer under each seed."""
     shape = (case.rate * case.spread, (1 - case.rate) * case.spread)
     likely: NDArray[Any] = world.beta(*shape, size=case.prompts)
@@ -51,8 +52,12 @@ def drawn(case: Case, world: np.random.Generator) -> dict[int, dict[str, float]]
         mistakes = world.random(case.prompts) < moved
         says = np.where(mistakes, case.sensitivity, 1 - case.specificity)
         judged = world.random(case.prompts) < says
-        found[seed] = {str(i): float(v) for i, v in enumerate(judged)}
+        found[seed] = {str(i): _score(float(v)) for i, v in enumerate(judged)}
     return found
+
+
+def _score(value: float) -> Score:
+    return Score(response_id="", metric="mistake_rate", value=value, judge="")
 
 
 def coverage(case: Case, rounds: int) -> tuple[float, float]:

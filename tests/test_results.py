@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from misstep.errors import DataError
 from misstep.records import Prompt, Response, Score
 from misstep.results import (
-    BySeed,
     Comparison,
     Metric,
     Results,
@@ -175,27 +174,29 @@ def test_what_a_comparison_adds_is_absent_from_a_run(tmp_path: Path) -> None:
 
 
 def test_seeds_are_pooled_over_the_prompts_that_all_of_them_scored() -> None:
-    by_seed: BySeed = {0: {"a": 1.0, "b": 0.0, "c": None}, 1: {"a": 1.0, "b": 1.0, "c": 1.0}}
+    by_seed = {
+        0: {"a": scored(1.0), "b": scored(0.0), "c": scored(None)},
+        1: {"a": scored(1.0), "b": scored(1.0), "c": scored(1.0)},
+    }
     found = pool(OURS, "attacks", "mistake_rate", by_seed, 0)
     assert (found.value, found.n, found.unscored) == (0.75, 2, 1)
     assert found.by_seed == {0: 0.5, 1: 1.0}
-    assert pool(OURS, "t", "m", {0: {"a": None}}, 0).value is None
+    assert pool(OURS, "t", "m", {0: {"a": scored(None)}}, 0).value is None
 
 
 def test_one_seed_is_pooled_as_a_rate() -> None:
-    found = pool(
-        OURS, "attacks", "mistake_rate", {4: {str(i): float(i < 3) for i in range(9)}}, 0
-    )
+    scores = {str(i): scored(float(i < 3)) for i in range(9)}
+    found = pool(OURS, "attacks", "mistake_rate", {4: scores}, 0)
     assert (found.value, found.low, found.high, found.n) == wilson(3, 9)
 
 
 def test_pooled_settings_are_compared_prompt_by_prompt_and_seed_by_seed() -> None:
     prompts = [str(i) for i in range(60)]
-    base: dict[str, float | None] = {p: float(int(p) < 30) for p in prompts}
+    base = {p: scored(float(int(p) < 30)) for p in prompts}
     values: Values = {
         (BASE, "t", "m"): {0: base, 1: base, 2: base},
         (OURS, "t", "m"): {
-            seed: {p: float(int(p) < 6 + seed) for p in prompts} for seed in (0, 1, 2)
+            seed: {p: scored(float(int(p) < 6 + seed)) for p in prompts} for seed in (0, 1, 2)
         },
     }
     found = compare_pooled(OURS, BASE, "t", "m", values, 0)
@@ -208,6 +209,39 @@ def test_pooled_settings_are_compared_prompt_by_prompt_and_seed_by_seed() -> Non
     (alone,) = adjusted([found])
     assert alone.p_adjusted == found.p
     assert all(c.p_adjusted == min(1, 2 * found.p) for c in adjusted([found, found]))
+
+
+def of_cases(prompts: list[str], shares: list[tuple[float, int]]) -> dict[str, Score]:
+    """Scores of which each is the share of so many cases."""
+    return {
+        prompt: scored(share, Response(prompt=Prompt.of(prompt), text="").id, "m").model_copy(
+            update={"cases": cases}
+        )
+        for prompt, (share, cases) in zip(prompts, shares, strict=True)
+    }
+
+
+def test_pooled_prompts_of_several_cases_weigh_as_they_do_in_a_run() -> None:
+    prompts = ["p", "q", "r"]
+    ours = of_cases(prompts, [(1.0, 1), (0.0, 3), (0.5, 2)])
+    base = of_cases(prompts, [(0.0, 1), (1 / 3, 3), (1.0, 2)])
+    row = metric_from_scores(list(ours.values()))
+    one, three = (
+        pool(OURS, "t", "m", dict.fromkeys(range(seeds), ours), 0) for seeds in (1, 3)
+    )
+    assert (one.value, one.low, one.high, one.n) == (2 / 6, row.low, row.high, 3)
+    assert three.value == pytest.approx(2 / 6) == three.by_seed[2]
+    for seeds in (1, 3):
+        values: Values = {
+            (OURS, "t", "m"): dict.fromkeys(range(seeds), ours),
+            (BASE, "t", "m"): dict.fromkeys(range(seeds), base),
+        }
+        pooled = compare_pooled(OURS, BASE, "t", "m", values, 0)
+        assert pooled is not None and pooled.difference == pytest.approx(-1 / 6)
+    responses = [Response(prompt=Prompt.of(p), text="") for p in prompts]
+    left, right = (Side("", responses, list(scores.values())) for scores in (ours, base))
+    alone = compare(left, right, "m", "t", 0)
+    assert alone is not None and alone.difference == pytest.approx(-1 / 6)
 
 
 @pytest.mark.parametrize(

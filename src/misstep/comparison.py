@@ -198,7 +198,7 @@ def _collect(
         prompt = prompts[item.method, item.guided, item.test_set, item.score.response_id]
         for name in (item.test_set, *(p for p, of in pools.items() if item.test_set in of)):
             by_seed = values[setting, name, item.score.metric]
-            by_seed.setdefault(cell.seed, {})[prompt] = item.score.counted
+            by_seed.setdefault(cell.seed, {})[prompt] = item.score
 
 
 def _pooled(values: Values, corrections: Corrections, seed: int) -> Iterator[Pooled]:

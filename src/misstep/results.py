@@ -50,9 +50,9 @@ class Setting(NamedTuple):
         return f"{self.method}{variant}/{'guided' if self.guided else 'unguided'}"
 
 
-BySeed = Mapping[int, Mapping[str, float | None]]
+BySeed = Mapping[int, Mapping[str, Score]]
 """Of one setting, test set and metric: training seed, prompt, score."""
-Values = dict[tuple[Setting, str, str], dict[int, dict[str, float | None]]]
+Values = dict[tuple[Setting, str, str], dict[int, dict[str, Score]]]
 """Setting, test set and metric of a comparison."""
 
 
@@ -229,11 +229,7 @@ def compare(a: Side, b: Side, metric: str, test_set: str, seed: int) -> Comparis
     common = sorted(left.keys() & right.keys())
     if not common:
         return None
-    # A prompt of several cases weighs so much: their number over its mean.
-    each = sum(left[prompt].cases for prompt in common) / len(common)
-    of_a, of_b = (
-        [side[p].value * side[p].cases / each for p in common] for side in (left, right)
-    )
+    of_a, of_b = (_weighed([side[prompt] for prompt in common]) for side in (left, right))
     if _binary(of_a + of_b):
         found = paired_binary([bool(value) for value in of_a], [bool(value) for value in of_b])
     else:
@@ -244,8 +240,11 @@ def compare(a: Side, b: Side, metric: str, test_set: str, seed: int) -> Comparis
 
 
 def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: int) -> Pooled:
-    """A metric over all seeds, on the prompts that are scored under each of them."""
-    from misstep.stats import crossed_mean, mean_interval, wilson
+    """A metric over all seeds, on the prompts that are scored under each of them.
+
+    Of one seed it is the metric of that seed's row; `n` counts prompts.
+    """
+    from misstep.stats import crossed_mean
 
     common, table = _tabled([by_seed])
     given = {prompt for scores in by_seed.values() for prompt in scores}
@@ -254,14 +253,22 @@ def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: in
     if not common:
         return Pooled(**of, value=None, low=None, high=None, n=0, unscored=unscored, by_seed={})
     (lines,) = table
+    found: Interval | Metric
     if len(lines) > 1:
-        interval = crossed_mean(lines)
-    elif _binary(lines[0]):
-        interval = wilson(int(sum(lines[0])), len(lines[0]))
+        found = crossed_mean(lines)
     else:
-        interval = mean_interval(lines[0], seed)
+        (scores,) = by_seed.values()
+        found = metric_from_scores(list(scores.values()), seed)
     means = {s: sum(line) / len(line) for s, line in zip(by_seed, lines, strict=True)}
-    return Pooled(**of, **interval._asdict(), unscored=unscored, by_seed=means)
+    return Pooled(
+        **of,
+        value=found.value,
+        low=found.low,
+        high=found.high,
+        n=len(common),
+        unscored=unscored,
+        by_seed=means,
+    )
 
 
 def compare_pooled(
@@ -305,12 +312,18 @@ def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _tabled(sides: Sequence[BySeed]) -> tuple[list[str], list[list[list[float]]]]:
-    """The prompts that are scored everywhere, and each side's scores: a line a seed."""
+    """The prompts that are scored everywhere, and each side's values: a line a seed."""
     lines = [scores for side in sides for scores in side.values()]
-    scored = [{p for p, value in line.items() if value is not None} for line in lines]
+    scored = [{p for p, score in line.items() if score.scored} for line in lines]
     common = sorted(set.intersection(*scored)) if scored else []
+    if not common:
+        return [], []
     return common, [
-        [[float(s[p] or 0) for p in common] for s in side.values()] for side in sides
+        [
+            _weighed([_Mean(scores[p].counted or 0.0, scores[p].cases) for p in common])
+            for scores in side.values()
+        ]
+        for side in sides
     ]
 
 
@@ -344,6 +357,12 @@ def _binary(values: Sequence[float]) -> bool:
 class _Mean(NamedTuple):
     value: float
     cases: int
+
+
+def _weighed(means: Sequence[_Mean]) -> list[float]:
+    """The values, each times its number of cases over the mean number."""
+    each = sum(of.cases for of in means) / len(means)
+    return [of.value * of.cases / each for of in means]
 
 
 def _by_prompt(side: Side, metric: str) -> Mapping[str, _Mean]:
