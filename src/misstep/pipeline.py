@@ -696,6 +696,7 @@ class Run:
                 [answer for answer in measured if answer.method == method],
                 policy,
                 partial(METHODS[method].ask, policy),
+                partial(METHODS[method].write, policy),
                 self.model,
                 adapters[method],
                 config.train.max_length,

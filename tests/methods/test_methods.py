@@ -162,6 +162,16 @@ def test_the_seed_decides_what_is_drawn(name: str) -> None:
 
 
 @everything
+def test_what_is_written_is_read_again(name: str) -> None:
+    method = METHODS[name]
+    for answer in ("Bees make honey.", "A list:\n- one\n- two"):
+        assert method.read(POLICY, method.write(POLICY, answer)) == answer
+        learned = method.rows(materials(ordinary=[Prompt.of("Q", reference=answer)] * 9))
+        if name not in (*UNTRAINED, "dpo", "rlhf"):
+            assert method.write(POLICY, answer) in {row.completion for row in learned}  # type: ignore[union-attr]
+
+
+@everything
 def test_without_analyses_nothing_is_trained(name: str) -> None:
     assert METHODS[name].rows(materials(analyses=[])) == []
 

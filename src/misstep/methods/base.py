@@ -112,6 +112,11 @@ class Method(ABC):
         del policy
         return messages
 
+    def write(self, policy: Policy, answer: str) -> str:
+        """How the trained model is to write an answer: what `read` makes the answer of."""
+        del policy
+        return answer
+
     def read(self, policy: Policy, text: str) -> str:
         """What a user gets of the trained model's answer; all of it, unless otherwise said."""
         del policy

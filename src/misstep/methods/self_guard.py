@@ -23,17 +23,23 @@ class SelfGuard(Method):
         drawn = materials.some(materials.pairs(), materials.lesson, "pairs")
         # The budget counts rows, of which a pair has four.
         rows = [row for pair in drawn for row in _rows(policy, pair)][: len(drawn)]
-        safe = policy.self_guard.harmless
         return rows + [
-            row.model_copy(update={"completion": f"{row.completion} {safe}"})
+            row.model_copy(update={"completion": _tagged(policy, row.completion)})
             for row in ordinary_rows(materials)
         ]
+
+    def write(self, policy: Policy, answer: str) -> str:
+        return _tagged(policy, answer)
 
     def read(self, policy: Policy, text: str) -> str:
         tags = policy.self_guard
         if tags.harmful in text:
             return tags.replacement
         return text.replace(tags.harmless, "").rstrip()
+
+
+def _tagged(policy: Policy, answer: str) -> str:
+    return f"{answer} {policy.self_guard.harmless}"
 
 
 def _rows(policy: Policy, pair: Pair) -> list[Example]:
@@ -43,10 +49,9 @@ def _rows(policy: Policy, pair: Pair) -> list[Example]:
         Example(messages=_request(policy, pair, answer), completion=tag, kind="tag")
         for answer, tag in ((pair.chosen, tags.harmless), (pair.rejected, tags.harmful))
     ]
-    good = f"{pair.chosen} {tags.harmless}"
     return [
         *asked,
-        Example(messages=pair.messages, completion=good, kind="tagged"),
+        Example(messages=pair.messages, completion=_tagged(policy, pair.chosen), kind="tagged"),
         Example(
             messages=pair.messages,
             prefill=pair.rejected,

@@ -1,12 +1,13 @@
 """The loss of a model on reference answers: a measure of general ability, without a judge.
 
 Nats a token, of the answer's tokens and the end token alone, rendered and masked as a training
-row is, after the conversation that the model is asked in: guided or not, in its method's words.
+row is, after the conversation that the model is asked in: guided or not, in its method's words,
+which may add to the answer itself (`Method.write`).
 Losses are kept by content in one file, so that a second run measures nothing anew.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from misstep.models import Model, adapter_digest, free, load_weights
@@ -18,12 +19,15 @@ from misstep.stages.train import micro_tokens
 from misstep.training.rows import Row, render_rows
 
 METRIC = "reference_loss"
+Write = Callable[[str], str]
+"""Makes of an answer what a model was trained to write."""
 
 
 def reference_losses(
     answers: Sequence[Answer],
     policy: Policy,
     ask: Ask,
+    write: Write,
     model: Model,
     adapter: Path | None,
     max_length: int,
@@ -31,7 +35,7 @@ def reference_losses(
 ) -> list[Judgement]:
     """One model's loss on the reference of each prompt that it has answered."""
     renderer = Renderer.for_model(model)
-    rows = [_row(renderer, answer, policy, ask, max_length) for answer in answers]
+    rows = [_row(renderer, answer, policy, ask, write, max_length) for answer in answers]
     weights = [model.digest, adapter_digest(adapter) if adapter else "base"]
     names = {row: digest([*weights, row.ids, row.prompt_length]) for row in rows if row}
     losses = json.loads(known.read_text(encoding="utf-8")) if known.exists() else {}
@@ -69,12 +73,18 @@ def row_losses(model: Model, adapter: Path | None, rows: Sequence[Row]) -> dict[
 
 
 def _row(
-    renderer: Renderer, answer: Answer, policy: Policy, ask: Ask, max_length: int
+    renderer: Renderer,
+    answer: Answer,
+    policy: Policy,
+    ask: Ask,
+    write: Write,
+    max_length: int,
 ) -> Row | None:
     """The prompt as the model was asked it, and its reference; None where it has no place."""
     prompt = answer.response.prompt
     messages = ask(policy.guided_prompt(prompt) if answer.guided else prompt.messages)
-    example = Example(messages=messages, completion=prompt.reference or "", kind="reference")
+    written = write(prompt.reference) if prompt.reference else ""
+    example = Example(messages=messages, completion=written, kind="reference")
     found = render_rows(renderer, [example], max_length)
     return found.kept[0] if found.kept and not found.truncated else None
 
