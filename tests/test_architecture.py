@@ -81,6 +81,8 @@ LAYERS = [
     "misstep.judging",
     "misstep.progress",
     "misstep.report*",
+    "misstep.inputs",
+    "misstep.run_folder",
     "misstep.pipeline",
     "misstep.comparison",
     "misstep.study",

@@ -15,11 +15,12 @@ import pytest
 from served import serve
 
 from misstep.errors import InputError, RecipeError
+from misstep.inputs import read_inputs
 from misstep.judge_card import SEEN, read_card
 from misstep.judge_check import check_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
-from misstep.pipeline import Run, read_inputs, run
+from misstep.pipeline import Run, run
 from misstep.progress import Silent
 from misstep.records import (
     Message,

@@ -22,8 +22,9 @@ from misstep.claims import claimed
 from misstep.config import RunConfig, put, read_recipe
 from misstep.documents import KeyPath, check
 from misstep.errors import InputError, RecipeError
+from misstep.inputs import Inputs, check_inputs
 from misstep.methods.registry import METHODS
-from misstep.pipeline import Inputs, Run, check_inputs, writable
+from misstep.pipeline import Run
 from misstep.progress import Progress
 from misstep.records import Answer, Judgement, read_jsonl, write_text
 from misstep.report.compared import write_comparison
@@ -39,6 +40,7 @@ from misstep.results import (
     read_results,
     write_results,
 )
+from misstep.run_folder import writable
 from misstep.stages.base import Settings
 from misstep.stages.evaluate import Correct, agreements
 

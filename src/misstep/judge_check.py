@@ -30,10 +30,10 @@ from misstep.judge_card import enter_check, unseen
 from misstep.judges.base import AnyJudge, PairJudge
 from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.labelled import Case, DataSet, load_labelled
-from misstep.pipeline import writable
 from misstep.progress import Progress
 from misstep.records import VERDICTS, write_jsonl
 from misstep.report.check import write_check_report
+from misstep.run_folder import writable
 from misstep.sources import Source, check_source
 
 TIE = 0.5

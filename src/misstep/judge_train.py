@@ -38,10 +38,10 @@ from misstep.judge_check import judge_cases, labelled_sets
 from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer, name_of
 from misstep.labelled import Case, DataSet, Part, part_of
 from misstep.models import Model, load_weights, locate
-from misstep.pipeline import writable
 from misstep.progress import Progress
 from misstep.records import digest
 from misstep.rendering import Renderer
+from misstep.run_folder import writable
 from misstep.sources import question_of
 from misstep.stages.base import Settings
 

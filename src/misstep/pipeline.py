@@ -6,41 +6,27 @@ first one came to, passes through what is done and goes on where it stopped; a c
 pays only for what the change reaches.
 """
 
-import json
-import os
-import platform
-import resource
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from misstep import __version__
-from misstep.check_results import Check, correction, read_check
 from misstep.claims import claimed
-from misstep.config import RunConfig, changed_keys, load_recipe
-from misstep.endpoint import PREFIX
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
-from misstep.errors import DataError, InputError, RecipeError, RunError
-from misstep.folding import check_adapter, folded
-from misstep.judge_card import seen_questions, was_seen
+from misstep.errors import RunError
+from misstep.folding import folded
+from misstep.inputs import Inputs, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges, mistake_judge
-from misstep.judges.instructions import check_instructions
 from misstep.judges.seats import Seat, seated
-from misstep.judging import JudgeInputs, locate_judging, opened, read_judge
-from misstep.labelled import MISTAKES
+from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
-from misstep.models import Model, locate
-from misstep.policy import Policy, load_policy
-from misstep.preferred import load_preferred
+from misstep.models import Model
 from misstep.progress import Progress
 from misstep.records import (
     Analysis,
@@ -52,14 +38,12 @@ from misstep.records import (
     Prompt,
     RecordFile,
     Revision,
-    digest,
     write_jsonl,
-    write_text,
 )
 from misstep.report.page import write_report
 from misstep.results import Results, write_results
+from misstep.run_folder import Manifest, writable
 from misstep.shelf import Names, Shelf
-from misstep.sources import check_source, load_mistakes, load_prompts, source_digest
 from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import analyse
 from misstep.stages.base import Tally
@@ -74,312 +58,12 @@ from misstep.stages.induce import NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
-from misstep.stages.reward import require_trl
 from misstep.stages.train import input_digest, train
-from misstep.training import processes
 from misstep.training.mask import MaskedRow, show_mask
 
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai", "openai")
 FOCUS = "mistake_analysis"
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
-UNTRAINED = ("vanilla", "guided")
-"""Methods without training rows, as a model behind an endpoint needs them."""
-
-
-class Inputs(NamedTuple):
-    """All that a run reads, checked before any model loads."""
-
-    config: RunConfig
-    left_out: tuple[str, ...]
-    """Methods of the default that the data have no good answers for."""
-    policy: Policy
-    model: Model
-    """As the recipe names it; the run adds the recipe's adapter to it."""
-    adapter: Path | None
-    analyst: Model
-    judge: Model
-    """What a policy's rubric is put to, and judges that name no model."""
-    of_mistakes: JudgeInputs | None
-    """In the place of the policy's own judge."""
-    judges: dict[str, JudgeInputs]
-    """Further ones, by name."""
-    prompts: Sequence[Prompt]
-    """Of induced mistakes: what the model is asked."""
-    given: Sequence[Mistake]
-    """Of labelled data and reports: the mistakes themselves."""
-    ordinary: list[Prompt]
-    tests: dict[str, Sequence[Prompt]]
-    checks: tuple[Check, ...]
-    """Of the run's judges, where the recipe names some."""
-    helpful: Sequence[Pair] = ()
-    """On helpfulness alone, for RLHF; without them mistakes and good answers are its pairs."""
-
-
-def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
-    """Read and check everything that a run depends on.
-
-    Raises:
-        InputError: what is wrong with the recipe, the policy, the data or the model.
-    """
-    return check_inputs(load_recipe(recipe, overrides))
-
-
-def check_inputs(config: RunConfig) -> Inputs:
-    """Read and check all that a configuration names.
-
-    Raises:
-        InputError: what is wrong with the policy, the data or the model.
-    """
-    policy = load_policy(config.policy)
-    _check_policy(config, policy)
-    _check_trainable(config)
-    for source in config.sources().values():
-        check_source(source)
-    model = locate(config.model)
-    judge = locate_judging(config)
-    mistakes, seed = config.mistakes, config.seed
-    induced = mistakes.source == "induced"
-    prompts: Sequence[Prompt] = load_prompts(mistakes.data, seed) if induced else []
-    given: Sequence[Mistake] = (
-        [] if induced else load_mistakes(mistakes.data, mistakes.source, seed)
-    )
-    methods = _possible(config, prompts or (mistake.prompt for mistake in given))
-    return Inputs(
-        config=config.model_copy(update={"methods": methods}),
-        left_out=tuple(name for name in config.methods if name not in methods),
-        policy=policy,
-        model=model,
-        adapter=check_adapter(config.adapter) if config.adapter else None,
-        analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
-        judge=judge,
-        of_mistakes=read_judge_of_mistakes(config, judge),
-        judges={
-            name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
-        },
-        prompts=prompts,
-        given=given,
-        ordinary=_with_references(load_prompts(config.ordinary, seed)),
-        tests=load_tests(config),
-        checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
-        helpful=load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else (),
-    )
-
-
-def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
-    """The judge in the place of the policy's own, where the recipe names one.
-
-    Raises:
-        InputError: what is wrong with it, or it is none of mistakes.
-    """
-    if config.judge_file is None:
-        return None
-    found = read_judge(config.judge_file, otherwise=otherwise)
-    if (metric := found.probe().metric) != MISTAKES:
-        raise RecipeError(
-            f"judge: {config.judge_file}: expected a judge of mistakes ({MISTAKES}), found one "
-            f"of {metric}. Name it under evaluate.judges."
-        )
-    return found
-
-
-def load_tests(config: RunConfig) -> dict[str, Sequence[Prompt]]:
-    """The test sets of a recipe, once all is there that their judges need.
-
-    Raises:
-        InputError: the data are wrong, or what a judge needs is not installed.
-    """
-    found = {k: load_prompts(s, config.seed) for k, s in config.evaluate.tests.items()}
-    check_instructions(prompt for prompts in found.values() for prompt in prompts)
-    for name in config.evaluate.reference_loss:
-        if not any(prompt.reference for prompt in found[name]):
-            raise RecipeError(
-                f"evaluate.reference_loss: expected reference answers in '{name}', found "
-                f"none. Map their column with evaluate.tests.{name}.fields: "
-                "{reference: COLUMN}, or leave the set out."
-            )
-    return found
-
-
-def read_judge_check(path: str) -> Check:
-    """A check that rates can be corrected by, so that no run ends without a rate.
-
-    Raises:
-        DataError: it is none.
-    """
-    check = read_check(Path(path))
-    try:
-        correction(check)
-    except DataError as error:
-        raise DataError(f"evaluate.judge_check: {path}: {error}") from error
-    return check
-
-
-def _possible(config: RunConfig, asked: Iterable[Prompt]) -> tuple[str, ...]:
-    """The recipe's methods, without those of the default that the data have nothing for."""
-    needing = [name for name in config.methods if METHODS[name].needs_good_answers]
-    if not needing or any(prompt.reference for prompt in asked):
-        return config.methods
-    if "methods" in config.model_fields_set:
-        raise RecipeError(
-            f"methods: {', '.join(needing)}: expected good answers to the prompts of the "
-            "mistakes, found none. Map their column with mistakes.data.fields: "
-            "{reference: COLUMN}, or leave these methods out."
-        )
-    return tuple(name for name in config.methods if name not in needing)
-
-
-def _check_policy(config: RunConfig, policy: Policy) -> None:
-    revising = [name for name in config.methods if METHODS[name].uses_revisions]
-    if revising and policy.critique is None:
-        raise RecipeError(
-            f"methods: {revising[0]} needs a policy with the key 'critique' (requests for a "
-            f"critique and a revision), found none in {policy.name}."
-        )
-    if any(METHODS[name].trainer == "reinforce" for name in config.methods):
-        require_trl()
-        if processes.count() > 1:
-            raise RecipeError(
-                "methods: expected methods that several processes can train, found one that "
-                "trains for a reward. Leave it out under `accelerate launch`; train it with "
-                "plain `misstep train`."
-            )
-
-
-def _check_trainable(config: RunConfig) -> None:
-    """A model behind an endpoint answers, judges and analyses; nothing can be trained on it."""
-    if not config.model.startswith(PREFIX):
-        return
-    if config.evaluate.reference_loss:
-        raise RecipeError(
-            f"evaluate.reference_loss: the weights of {config.model} are not here, so that no "
-            "loss can be measured. Leave the key out."
-        )
-    training = [name for name in config.methods if name not in UNTRAINED]
-    if training:
-        raise RecipeError(
-            f"methods: expected methods that train nothing ({', '.join(UNTRAINED)}), since the "
-            f"weights of {config.model} are not here; found {', '.join(training)}. Leave these "
-            "out, or name a model's folder, GGUF file or Hub id as model."
-        )
-    if config.adapter:
-        raise RecipeError(
-            f"adapter: expected none for {config.model}, whose weights are not here; found "
-            f"{config.adapter}. Let the server load it, under a name of its own."
-        )
-
-
-def _with_references(prompts: Iterable[Prompt]) -> list[Prompt]:
-    found = [prompt for prompt in prompts if prompt.reference]
-    if not found:
-        raise RecipeError(
-            "ordinary: expected prompts with reference answers, found none. Map the column "
-            "with fields: {reference: COLUMN}."
-        )
-    return found
-
-
-def seen_by_judges(inputs: Inputs) -> Iterator[str]:
-    """Which test sets hold questions that a trained judge of the run has seen, and how many."""
-    judges = [judge for judge in (inputs.of_mistakes, *inputs.judges.values()) if judge]
-    for folder in dict.fromkeys(folder for judge in judges for folder in judge.trained()):
-        seen = seen_questions(folder)
-        for name, prompts in inputs.tests.items():
-            if known := sum(was_seen(prompt, seen) for prompt in prompts):
-                yield (
-                    f"The judge {folder} was trained or tuned on {known} of the {len(prompts)} "
-                    f"questions of '{name}'; its measured errors do not hold for them. Of a "
-                    "judge that was trained with the default seed, `questions` leaves them out."
-                )
-
-
-class Manifest:
-    """manifest.json: what the run was made from, and what it took."""
-
-    def __init__(self, folder: Path, inputs: Inputs) -> None:
-        self.path = folder / "manifest.json"
-        self.data: dict[str, Any] = self._previous()
-        self.changed = self._changes(inputs.config)
-        self.data.setdefault("stages", {})
-        self.data.setdefault("yields", {})
-        self.data.setdefault("training", {})
-        self.data |= _describe(inputs)
-
-    def _previous(self) -> dict[str, Any]:
-        if not self.path.exists():
-            return {}
-        try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as fault:
-            raise InputError(
-                f"{self.path}: expected the manifest of a run, found something else ({fault}). "
-                "Give another --out, or remove the folder."
-            ) from fault
-        assert isinstance(data, dict)
-        return data
-
-    def _changes(self, config: RunConfig) -> list[str]:
-        old = self.data.get("recipe")
-        if old is None:
-            return []
-        if old.get("name") != config.name:
-            raise InputError(
-                f"{self.path.parent}: this is the run directory of the recipe "
-                f"'{old.get('name')}', found when running '{config.name}'. Give another --out."
-            )
-        return changed_keys(old, config.model_dump(mode="json"))
-
-    def save(self) -> None:
-        """Write the file in one step."""
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        known = self.data.get("peak_memory_mb", 0)
-        self.data["peak_memory_mb"] = max(known, round(memory))
-        write_text(self.path, json.dumps(self.data, indent=2, ensure_ascii=False, default=str))
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the wall time of a stage; a continued stage adds to what it took before."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            spent = self.data["stages"].setdefault(name, {"seconds": 0.0})
-            spent["seconds"] = round(spent["seconds"] + time.monotonic() - start, 2)
-            self.save()
-
-
-def _describe(inputs: Inputs) -> dict[str, Any]:
-    config = inputs.config
-    return {
-        "schema": 1,
-        "recipe": config.model_dump(mode="json"),
-        "seed": config.seed,
-        "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
-        "model": {"name": inputs.model.name, "digest": inputs.model.digest},
-        "data": {key: source_digest(source) for key, source in config.sources().items()}
-        | _check_digests(inputs.checks),
-        "versions": {
-            "misstep": __version__,
-            "python": platform.python_version(),
-            **_versions(),
-        },
-        "device": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
-
-
-def _check_digests(checks: Sequence[Check]) -> dict[str, str]:
-    digests = [digest(check.model_dump(mode="json")) for check in checks]
-    return {"evaluate.judge_check": " ".join(digests)} if digests else {}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 class Run:
@@ -809,22 +493,3 @@ def masked_rows(
     inputs = read_inputs(recipe, overrides)
     with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
         return Run(inputs, folder, progress).masks(count)
-
-
-def writable(folder: Path) -> Path:
-    """Make the run directory, or say why it cannot be written.
-
-    Raises:
-        InputError: no permission, or a file stands in the way.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-probe"
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
-    except OSError as fault:
-        raise InputError(
-            f"{folder}: expected a folder that can be written ({fault.strerror}). "
-            "Give another --out."
-        ) from fault
-    return folder

@@ -29,11 +29,11 @@ from misstep.errors import DataError, InputError, RecipeError
 from misstep.judges.choose import mistake_judge
 from misstep.judges.rule import ObedienceJudge
 from misstep.models import Model, locate
-from misstep.pipeline import LIBRARIES, Manifest, writable
 from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
 from misstep.records import Prompt, Response, Score, write_jsonl
 from misstep.report.study import write_study_report
+from misstep.run_folder import LIBRARIES, Manifest, writable
 from misstep.sources import check_source, load_prompts, source_digest
 from misstep.stages.base import score_all
 from misstep.stages.discriminate import Discrimination, discriminate

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import pytest
 
 from misstep.engines.base import Completion, Engine, Request
+from misstep.inputs import UNTRAINED
 from misstep.judges.base import Judge
 from misstep.judges.seats import Seat
 from misstep.methods.registry import METHODS
-from misstep.pipeline import UNTRAINED
 from misstep.policy import load_policy
 from misstep.records import Answer, Message, Mistake, Prompt, Response, Score
 from misstep.sources import Source

@@ -23,9 +23,9 @@ from pydantic import Field
 
 from misstep import __version__
 from misstep.errors import RunError
-from misstep.pipeline import LIBRARIES
 from misstep.progress import Progress
 from misstep.records import Record, write_text
+from misstep.run_folder import LIBRARIES
 
 LINES_OF_A_FAILURE = 15
 OURS = "misstep"

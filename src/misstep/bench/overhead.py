@@ -20,8 +20,9 @@ from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.choose import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import Store
+from misstep.inputs import Inputs
 from misstep.models import Model
-from misstep.pipeline import Inputs, Run
+from misstep.pipeline import Run
 from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import Record

@@ -1,0 +1,236 @@
+"""What a run reads: recipe, policy, data, models and judges, all of it checked before any work.
+
+What is wrong ends here, with the key that it stands under, before any model loads. Knows what
+the stages need; runs none of them and writes nothing.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from misstep.check_results import Check, correction, read_check
+from misstep.config import RunConfig, load_recipe
+from misstep.endpoint import PREFIX
+from misstep.errors import DataError, RecipeError
+from misstep.folding import check_adapter
+from misstep.judge_card import seen_questions, was_seen
+from misstep.judges.instructions import check_instructions
+from misstep.judging import JudgeInputs, locate_judging, read_judge
+from misstep.labelled import MISTAKES
+from misstep.methods.registry import METHODS
+from misstep.models import Model, locate
+from misstep.policy import Policy, load_policy
+from misstep.preferred import load_preferred
+from misstep.records import Mistake, Pair, Prompt
+from misstep.sources import check_source, load_mistakes, load_prompts
+from misstep.stages.reward import require_trl
+from misstep.training import processes
+
+UNTRAINED = ("vanilla", "guided")
+"""Methods without training rows, as a model behind an endpoint needs them."""
+
+
+class Inputs(NamedTuple):
+    """All that a run reads, checked before any model loads."""
+
+    config: RunConfig
+    left_out: tuple[str, ...]
+    """Methods of the default that the data have no good answers for."""
+    policy: Policy
+    model: Model
+    """As the recipe names it; the run adds the recipe's adapter to it."""
+    adapter: Path | None
+    analyst: Model
+    judge: Model
+    """What a policy's rubric is put to, and judges that name no model."""
+    of_mistakes: JudgeInputs | None
+    """In the place of the policy's own judge."""
+    judges: dict[str, JudgeInputs]
+    """Further ones, by name."""
+    prompts: Sequence[Prompt]
+    """Of induced mistakes: what the model is asked."""
+    given: Sequence[Mistake]
+    """Of labelled data and reports: the mistakes themselves."""
+    ordinary: list[Prompt]
+    tests: dict[str, Sequence[Prompt]]
+    checks: tuple[Check, ...]
+    """Of the run's judges, where the recipe names some."""
+    helpful: Sequence[Pair] = ()
+    """On helpfulness alone, for RLHF; without them mistakes and good answers are its pairs."""
+
+
+def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
+    """Read and check everything that a run depends on.
+
+    Raises:
+        InputError: what is wrong with the recipe, the policy, the data or the model.
+    """
+    return check_inputs(load_recipe(recipe, overrides))
+
+
+def check_inputs(config: RunConfig) -> Inputs:
+    """Read and check all that a configuration names.
+
+    Raises:
+        InputError: what is wrong with the policy, the data or the model.
+    """
+    policy = load_policy(config.policy)
+    _check_policy(config, policy)
+    _check_trainable(config)
+    for source in config.sources().values():
+        check_source(source)
+    model = locate(config.model)
+    judge = locate_judging(config)
+    mistakes, seed = config.mistakes, config.seed
+    induced = mistakes.source == "induced"
+    prompts: Sequence[Prompt] = load_prompts(mistakes.data, seed) if induced else []
+    given: Sequence[Mistake] = (
+        [] if induced else load_mistakes(mistakes.data, mistakes.source, seed)
+    )
+    methods = _possible(config, prompts or (mistake.prompt for mistake in given))
+    return Inputs(
+        config=config.model_copy(update={"methods": methods}),
+        left_out=tuple(name for name in config.methods if name not in methods),
+        policy=policy,
+        model=model,
+        adapter=check_adapter(config.adapter) if config.adapter else None,
+        analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
+        judge=judge,
+        of_mistakes=read_judge_of_mistakes(config, judge),
+        judges={
+            name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
+        },
+        prompts=prompts,
+        given=given,
+        ordinary=_with_references(load_prompts(config.ordinary, seed)),
+        tests=load_tests(config),
+        checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
+        helpful=load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else (),
+    )
+
+
+def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
+    """The judge in the place of the policy's own, where the recipe names one.
+
+    Raises:
+        InputError: what is wrong with it, or it is none of mistakes.
+    """
+    if config.judge_file is None:
+        return None
+    found = read_judge(config.judge_file, otherwise=otherwise)
+    if (metric := found.probe().metric) != MISTAKES:
+        raise RecipeError(
+            f"judge: {config.judge_file}: expected a judge of mistakes ({MISTAKES}), found one "
+            f"of {metric}. Name it under evaluate.judges."
+        )
+    return found
+
+
+def load_tests(config: RunConfig) -> dict[str, Sequence[Prompt]]:
+    """The test sets of a recipe, once all is there that their judges need.
+
+    Raises:
+        InputError: the data are wrong, or what a judge needs is not installed.
+    """
+    found = {k: load_prompts(s, config.seed) for k, s in config.evaluate.tests.items()}
+    check_instructions(prompt for prompts in found.values() for prompt in prompts)
+    for name in config.evaluate.reference_loss:
+        if not any(prompt.reference for prompt in found[name]):
+            raise RecipeError(
+                f"evaluate.reference_loss: expected reference answers in '{name}', found "
+                f"none. Map their column with evaluate.tests.{name}.fields: "
+                "{reference: COLUMN}, or leave the set out."
+            )
+    return found
+
+
+def read_judge_check(path: str) -> Check:
+    """A check that rates can be corrected by, so that no run ends without a rate.
+
+    Raises:
+        DataError: it is none.
+    """
+    check = read_check(Path(path))
+    try:
+        correction(check)
+    except DataError as error:
+        raise DataError(f"evaluate.judge_check: {path}: {error}") from error
+    return check
+
+
+def _possible(config: RunConfig, asked: Iterable[Prompt]) -> tuple[str, ...]:
+    """The recipe's methods, without those of the default that the data have nothing for."""
+    needing = [name for name in config.methods if METHODS[name].needs_good_answers]
+    if not needing or any(prompt.reference for prompt in asked):
+        return config.methods
+    if "methods" in config.model_fields_set:
+        raise RecipeError(
+            f"methods: {', '.join(needing)}: expected good answers to the prompts of the "
+            "mistakes, found none. Map their column with mistakes.data.fields: "
+            "{reference: COLUMN}, or leave these methods out."
+        )
+    return tuple(name for name in config.methods if name not in needing)
+
+
+def _check_policy(config: RunConfig, policy: Policy) -> None:
+    revising = [name for name in config.methods if METHODS[name].uses_revisions]
+    if revising and policy.critique is None:
+        raise RecipeError(
+            f"methods: {revising[0]} needs a policy with the key 'critique' (requests for a "
+            f"critique and a revision), found none in {policy.name}."
+        )
+    if any(METHODS[name].trainer == "reinforce" for name in config.methods):
+        require_trl()
+        if processes.count() > 1:
+            raise RecipeError(
+                "methods: expected methods that several processes can train, found one that "
+                "trains for a reward. Leave it out under `accelerate launch`; train it with "
+                "plain `misstep train`."
+            )
+
+
+def _check_trainable(config: RunConfig) -> None:
+    """A model behind an endpoint answers, judges and analyses; nothing can be trained on it."""
+    if not config.model.startswith(PREFIX):
+        return
+    if config.evaluate.reference_loss:
+        raise RecipeError(
+            f"evaluate.reference_loss: the weights of {config.model} are not here, so that no "
+            "loss can be measured. Leave the key out."
+        )
+    training = [name for name in config.methods if name not in UNTRAINED]
+    if training:
+        raise RecipeError(
+            f"methods: expected methods that train nothing ({', '.join(UNTRAINED)}), since the "
+            f"weights of {config.model} are not here; found {', '.join(training)}. Leave these "
+            "out, or name a model's folder, GGUF file or Hub id as model."
+        )
+    if config.adapter:
+        raise RecipeError(
+            f"adapter: expected none for {config.model}, whose weights are not here; found "
+            f"{config.adapter}. Let the server load it, under a name of its own."
+        )
+
+
+def _with_references(prompts: Iterable[Prompt]) -> list[Prompt]:
+    found = [prompt for prompt in prompts if prompt.reference]
+    if not found:
+        raise RecipeError(
+            "ordinary: expected prompts with reference answers, found none. Map the column "
+            "with fields: {reference: COLUMN}."
+        )
+    return found
+
+
+def seen_by_judges(inputs: Inputs) -> Iterator[str]:
+    """Which test sets hold questions that a trained judge of the run has seen, and how many."""
+    judges = [judge for judge in (inputs.of_mistakes, *inputs.judges.values()) if judge]
+    for folder in dict.fromkeys(folder for judge in judges for folder in judge.trained()):
+        seen = seen_questions(folder)
+        for name, prompts in inputs.tests.items():
+            if known := sum(was_seen(prompt, seen) for prompt in prompts):
+                yield (
+                    f"The judge {folder} was trained or tuned on {known} of the {len(prompts)} "
+                    f"questions of '{name}'; its measured errors do not hold for them. Of a "
+                    "judge that was trained with the default seed, `questions` leaves them out."
+                )
