@@ -1,6 +1,7 @@
 """Cells of a comparison: what is run, what is shared, what is pooled, what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,17 @@ def test_the_directory_of_a_run_is_left_alone(recipe: Path, tmp_path: Path) -> N
     folder = run(tmp_path / "run.yaml", tmp_path / "run", [], Silent(), "induce")
     with pytest.raises(InputError, match="that of a run"):
         compare_methods(recipe, folder, [], Silent())
+
+
+def test_a_comparison_never_writes_over_what_others_wrote(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("mine")
+    with pytest.raises(InputError, match=r"found results\.json, which would be overwritten"):
+        compare_methods(recipe, tmp_path, [], Silent())
+    mine = tmp_path / "out/cells" / load_cells(recipe)[-1].folder / "mistakes.jsonl"
+    mine.parent.mkdir(parents=True)
+    shutil.copy(recipe.parent / "c.jsonl", mine)
+    with pytest.raises(InputError, match=r"ordinary: expected a path that the run does not"):
+        compare_methods(recipe, tmp_path / "out", [f"ordinary.path={mine}"], Silent())
 
 
 def test_revisions_need_a_policy_that_asks_for_them(recipe: Path, tmp_path: Path) -> None:

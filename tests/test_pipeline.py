@@ -20,7 +20,7 @@ from misstep.judge_card import SEEN, read_card
 from misstep.judge_check import check_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
-from misstep.pipeline import Run, run
+from misstep.pipeline import Run, masked_rows, run
 from misstep.progress import Silent
 from misstep.records import (
     Message,
@@ -334,6 +334,71 @@ def test_the_directory_of_another_recipe_is_refused(recipe: Path, finished: Path
     other.write_text(recipe.read_text())
     with pytest.raises(InputError, match="run directory of the recipe 'tiny'"):
         run(other, finished, [], Silent())
+
+
+def test_a_run_never_writes_over_what_it_reads(recipe: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copy(recipe.parent / "mistakes.jsonl", tmp_path))
+    before = mine.read_bytes()
+    with pytest.raises(InputError, match=r"mistakes\.data: expected a path that"):
+        run(recipe, tmp_path, [f"mistakes.data.path={mine}"], Silent(), "induce")
+    with pytest.raises(InputError, match=r"found mistakes\.jsonl, which would be overwritten"):
+        run(recipe, tmp_path, [], Silent(), "induce")
+    assert mine.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"mistakes.jsonl", ".lock"}
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"name": "an extension", "version": 3}'])
+def test_a_manifest_of_something_else_is_refused(
+    recipe: Path, tmp_path: Path, text: str
+) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match="expected the manifest of a run, found something"):
+        run(recipe, tmp_path, [], Silent(), "induce")
+    assert (tmp_path / "manifest.json").read_text() == text
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".html"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def test_looking_at_rows_leaves_a_finished_run_as_it_is(recipe: Path, finished: Path) -> None:
+    before, paid = files(finished), cache_size(finished)
+    shown = masked_rows(recipe, finished, ["methods=[coh]", "seed=3"], Silent(), 2)
+    assert len(shown) == 2
+    after = files(finished)
+    assert {name: after[name] for name in before} == before
+    # The analyses of another seed were paid for, and are kept for the run that will ask.
+    assert cache_size(finished) > paid
+
+
+def test_results_stand_beside_the_manifest_that_they_came_from(
+    recipe: Path, finished: Path
+) -> None:
+    before, heard = files(finished), Heard()
+    run(recipe, finished, ["seed=3"], heard, "induce")
+    assert any("former recipe are in" in line for line in heard.lines)
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["recipe"]["seed"] == 3
+    assert (list(manifest["yields"]), manifest["training"]) == (["induce"], {})
+    assert not any((finished / name).exists() for name in ("results.json", "report.html"))
+    former = files(finished / "former/1")
+    assert {"results.json", "report.html", "manifest.json", "scores.jsonl"} <= set(former)
+    assert former == {name: before[name] for name in former}
+    run(recipe, finished, [], Silent())
+    assert (finished / "results.json").read_bytes() == before["results.json"]
+    assert not (finished / "former/2").exists()
+
+
+def test_data_of_another_content_are_a_change(recipe: Path, tmp_path: Path) -> None:
+    data = tmp_path / "clean.jsonl"
+    shutil.copy(recipe.parent / "clean.jsonl", data)
+    given = (recipe, tmp_path / "run", [f"ordinary.path={data}"])
+    run(*given, Silent(), "induce")
+    data.write_text(data.read_text() * 2)
+    heard = Heard()
+    run(*given, heard, "induce")
+    assert any("data.ordinary" in line for line in heard.lines)
 
 
 def test_bad_input_ends_before_any_model_loads(recipe: Path, tmp_path: Path) -> None:

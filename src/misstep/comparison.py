@@ -40,11 +40,13 @@ from misstep.results import (
     read_results,
     write_results,
 )
-from misstep.run_folder import writable
+from misstep.run_folder import MANIFEST, Manifest, refuse_foreign, refuse_own, writable
 from misstep.stages.base import Settings
 from misstep.stages.evaluate import Correct, agreements
 
 CELLS = "cells"
+OWN = (MANIFEST, "results.json", "report.html", "adapters")
+"""What is written beside the cells, under names that a user may use, too."""
 Corrections = dict[tuple[str, str], Correct]
 """By variant and metric."""
 Variant = tuple[tuple[str, Any], ...]
@@ -131,7 +133,7 @@ def compare_methods(
     cells = load_cells(recipe, overrides)
     inputs = [check_inputs(cell.config) for cell in cells]
     with claimed(writable(out or Path("runs") / cells[0].config.name)) as folder:
-        _check_folder(folder)
+        _check_folder(folder, cells)
         corrections: Corrections = {}
         for number, (cell, read) in enumerate(zip(cells, inputs, strict=True), 1):
             progress.say(f"Cell {number} of {len(cells)}: {cell.folder}")
@@ -142,12 +144,16 @@ def compare_methods(
     return folder
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: Path, cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        refuse_own(folder / CELLS / cell.folder, Manifest.own, cell.config.paths())
+        refuse_own(folder, OWN, cell.config.paths())
     if (folder / "mistakes.jsonl").exists():
         raise InputError(
             f"{folder}: expected the directory of a comparison, found that of a run. "
             "Give another --out."
         )
+    refuse_foreign(folder, OWN, CELLS)
 
 
 def _run_cell(

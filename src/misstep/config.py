@@ -187,6 +187,11 @@ class RunConfig(Settings):
             **tests,
         }
 
+    def paths(self) -> dict[str, str | None]:
+        """What the run reads and a run may have written, by its key: data, model, adapter."""
+        data = {key: source.path for key, source in self.sources().items()}
+        return {**data, "model": self.model, "adapter": self.adapter}
+
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a recipe and put the overrides (`key.inner=value`, YAML values) over it.

@@ -42,7 +42,7 @@ from misstep.records import (
 )
 from misstep.report.page import write_report
 from misstep.results import Results, write_results
-from misstep.run_folder import Manifest, writable
+from misstep.run_folder import Manifest, refuse_own, set_aside, writable
 from misstep.shelf import Names, Shelf
 from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import analyse
@@ -84,6 +84,7 @@ class Run:
         self.config = inputs.config
         self.folder = folder
         self.progress = progress
+        refuse_own(folder, Manifest.own, self.config.paths())
         self.manifest = Manifest(folder, inputs)
         self.scratch = folder / "scratch"
         self.model, self.analyst, self.judge = (
@@ -101,11 +102,18 @@ class Run:
         for warning in seen_by_judges(inputs):
             progress.say(warning)
         if self.manifest.changed:
-            progress.say(
-                f"The recipe has changed since the last run: "
-                f"{', '.join(self.manifest.changed)}. Only what depends on that is done again."
-            )
+            self._begin_anew()
         self.manifest.save()
+
+    def _begin_anew(self) -> None:
+        changed = ", ".join(self.manifest.changed)
+        self.progress.say(
+            f"The recipe has changed since the last run: {changed}. Only what depends on that "
+            "is done again."
+        )
+        if (self.folder / "results.json").exists():
+            place = set_aside(self.folder)
+            self.progress.say(f"The results of the former recipe are in {place}.")
 
     def _corrections(self) -> dict[str, Correct]:
         if not self.inputs.checks:
@@ -133,7 +141,7 @@ class Run:
         """The recipe's model with the recipe's adapter in it; any other model as it is."""
         if self.inputs.adapter is None or model != self.inputs.model:
             return model
-        return folded(model, self.inputs.adapter, self.folder / "base")
+        return folded(model, self.inputs.adapter, (self.store or self.folder) / "base")
 
     def _through(self, last: Stage) -> None:
         mistakes = self.induce()
@@ -492,4 +500,5 @@ def masked_rows(
     """
     inputs = read_inputs(recipe, overrides)
     with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
-        return Run(inputs, folder, progress).masks(count)
+        # What is only looked at leaves the run as it is; it shares the run's model calls.
+        return Run(inputs, folder / "mask", progress, store=folder).masks(count)

@@ -1,6 +1,7 @@
 """A run directory and its manifest: what the run was made from, and what it took.
 
-Knows the folder and what a run reads; knows no stage.
+What was not written by a run is never overwritten, and results stand beside the manifest of the
+recipe that they came from and no other. Knows files and what a run reads; knows no stage.
 """
 
 import json
@@ -8,20 +9,31 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
-from typing import Any
+from shutil import copy2
+from typing import Any, ClassVar
 
 from misstep import __version__
 from misstep.check_results import Check
-from misstep.config import RunConfig, changed_keys
+from misstep.config import changed_keys
 from misstep.errors import InputError
 from misstep.inputs import Inputs
 from misstep.records import digest, write_text
 from misstep.sources import source_digest
 
+MANIFEST = "manifest.json"
+RECORDS = (
+    *("mistakes.jsonl", "analyses.jsonl", "revisions.jsonl", "examples.jsonl"),
+    *("responses.jsonl", "scores.jsonl", "report.html", "results.json"),
+)
+"""What the stages leave, the results last."""
+WORK = ("adapter", "adapters", "rounds", "scratch")
+"""Folders that are filled and emptied."""
+FORMER = "former"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai", "openai")
 
 
@@ -44,41 +56,106 @@ def writable(folder: Path) -> Path:
     return folder
 
 
+def refuse_foreign(folder: Path, own: Iterable[str], mark: str) -> None:
+    """Pass where nothing would be overwritten that this program did not write.
+
+    Args:
+        folder: the directory that is to be filled.
+        own: the names that are written there.
+        mark: what stands there from the beginning, in a folder of ours.
+
+    Raises:
+        InputError: names the first file or folder in the way.
+    """
+    found = [name for name in own if (folder / name).exists()]
+    if found and not (folder / mark).exists():
+        raise InputError(
+            f"{folder}: expected an empty folder, or one that an earlier run began; found "
+            f"{found[0]}, which would be overwritten, and no {mark}. Give another --out."
+        )
+
+
+def refuse_own(folder: Path, own: Iterable[str], read: Mapping[str, str | None]) -> None:
+    """Pass where nothing is read that stands where the run itself writes.
+
+    Args:
+        folder: the run directory.
+        own: the names that are written there.
+        read: paths by their keys in the recipe; names that are no path do no harm.
+
+    Raises:
+        InputError: names the key and the file.
+    """
+    home, written = folder.resolve(), {MANIFEST, *own}
+    for key, path in read.items():
+        place = Path(path or "").expanduser().resolve()
+        if place.is_relative_to(home) and written & set(place.relative_to(home).parts[:1]):
+            raise InputError(
+                f"{key}: expected a path that the run does not write to, found {path} in its "
+                f"own directory {folder}. Copy it to another place, or give another --out."
+            )
+
+
+def set_aside(folder: Path) -> Path:
+    """Move what a finished run left, with a copy of its manifest, to a folder that is new."""
+    numbered = (folder / FORMER / str(number) for number in count(1))
+    place = next(place for place in numbered if not place.exists())
+    place.mkdir(parents=True)
+    copy2(folder / MANIFEST, place)
+    for name in RECORDS:
+        if (folder / name).exists():
+            (folder / name).rename(place / name)
+    return place
+
+
 class Manifest:
     """manifest.json: what the run was made from, and what it took."""
 
+    own: ClassVar[tuple[str, ...]] = (*RECORDS, *WORK)
+    """What is written beside it, under names that a user may use, too."""
+
     def __init__(self, folder: Path, inputs: Inputs) -> None:
-        self.path = folder / "manifest.json"
+        self.path = folder / MANIFEST
         self.data: dict[str, Any] = self._previous()
-        self.changed = self._changes(inputs.config)
-        self.data.setdefault("stages", {})
-        self.data.setdefault("yields", {})
-        self.data.setdefault("training", {})
-        self.data |= _describe(inputs)
+        described = _describe(inputs)
+        self.changed = self._changes(described)
+        if self.changed:
+            # They are counted anew while the stages pass.
+            self.data |= {"yields": {}, "training": {}}
+        self.data = {"stages": {}, "yields": {}, "training": {}} | self.data | described
 
     def _previous(self) -> dict[str, Any]:
+        refuse_foreign(self.path.parent, self.own, MANIFEST)
         if not self.path.exists():
             return {}
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as fault:
-            raise InputError(
-                f"{self.path}: expected the manifest of a run, found something else ({fault}). "
-                "Give another --out, or remove the folder."
-            ) from fault
-        assert isinstance(data, dict)
+        except (OSError, ValueError) as fault:
+            raise self._foreign(str(fault)) from fault
+        if not isinstance(data, dict) or not {"recipe", "stages"} <= set(data):
+            raise self._foreign("it has no recipe and stages")
         return data
 
-    def _changes(self, config: RunConfig) -> list[str]:
-        old = self.data.get("recipe")
-        if old is None:
+    def _foreign(self, why: str) -> InputError:
+        return InputError(
+            f"{self.path}: expected the manifest of a run, found something else ({why}). "
+            "Give another --out."
+        )
+
+    def _changes(self, now: Mapping[str, Any]) -> list[str]:
+        """Keys of the recipe; where it is the same, what it names and has another content."""
+        if not self.data:
             return []
-        if old.get("name") != config.name:
+        old, new = self.data["recipe"], now["recipe"]
+        if old.get("name") != new["name"] or "evaluate" not in old:
             raise InputError(
                 f"{self.path.parent}: this is the run directory of the recipe "
-                f"'{old.get('name')}', found when running '{config.name}'. Give another --out."
+                f"'{old.get('name')}', found when running '{new['name']}'. Give another --out."
             )
-        return changed_keys(old, config.model_dump(mode="json"))
+        changed = changed_keys(old, new)
+        for key in () if changed else ("policy", "model", "data"):
+            changed += changed_keys(self.data.get(key, {}), now[key], f"{key}.")
+        return changed
 
     def save(self) -> None:
         """Write the file in one step."""

@@ -33,7 +33,7 @@ from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
 from misstep.records import Prompt, Response, Score, write_jsonl
 from misstep.report.study import write_study_report
-from misstep.run_folder import LIBRARIES, Manifest, writable
+from misstep.run_folder import LIBRARIES, MANIFEST, Manifest, refuse_own, writable
 from misstep.sources import check_source, load_prompts, source_digest
 from misstep.stages.base import score_all
 from misstep.stages.discriminate import Discrimination, discriminate
@@ -131,8 +131,13 @@ def _judge(config: StudyConfig, policy: Policy) -> Model | None:
 class StudyManifest(Manifest):
     """manifest.json of a study: described by its own inputs, kept as a run's is."""
 
+    own = (
+        *("responses.jsonl", "analyses.jsonl", "scores.jsonl"),
+        *("study.json", "study.html", "scratch"),
+    )
+
     def __init__(self, folder: Path, inputs: StudyInputs) -> None:
-        self.path = folder / "manifest.json"
+        self.path = folder / MANIFEST
         self.data: dict[str, Any] = self._previous()
         self.changed = self._differences(inputs.config)
         self.data.setdefault("stages", {})
@@ -178,6 +183,7 @@ class StudyRun:
         self.config = inputs.config
         self.folder = folder
         self.progress = progress
+        refuse_own(folder, StudyManifest.own, {"prompts": self.config.prompts.path})
         self.manifest = StudyManifest(folder, inputs)
         self.scratch = folder / "scratch"
         self._said: set[str] = set()
