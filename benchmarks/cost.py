@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from misstep.config import RunConfig, load_recipe
-from misstep.pipeline import UNTRAINED
+from misstep.config import RunConfig, load_recipe, trained
 from misstep.sources import load_mistakes, load_prompts
 
 
@@ -33,6 +32,7 @@ class Work(NamedTuple):
 def works(config: RunConfig, row_tokens: int) -> Iterator[Work]:
     """The work of each stage; a judge that asks a model is not counted."""
     mistakes = config.mistakes
+    assert mistakes is not None, "the recipe names no mistakes"
     if mistakes.source == "induced":
         prompts = len(load_prompts(mistakes.data, config.seed))
         asked = prompts * mistakes.samples
@@ -44,9 +44,8 @@ def works(config: RunConfig, row_tokens: int) -> Iterator[Work]:
     found = min(found, mistakes.limit or found)
     asked = found * (config.analysis.n if config.analysis.temperature else 1)
     yield Work("analyse", asked, "mistakes x `analysis.n`", asked * config.analysis.max_tokens)
-    trained = [name for name in config.methods if name not in UNTRAINED]
     share = 1 + config.mix.ordinary + config.mix.good_answers
-    rows = round(found * share * config.train.epochs) * len(trained)
+    rows = round(found * share * config.train.epochs) * len(trained(config.methods))
     what = "analyses x (1 + `mix.ordinary` + `mix.good_answers`) x `train.epochs` x methods"
     yield Work("train", rows, what, rows * row_tokens)
     tests = sum(len(load_prompts(s, config.seed)) for s in config.evaluate.tests.values())

@@ -147,6 +147,7 @@ def as_trl(row: Example) -> dict[str, Any]:
 
 def induce(model: Model, lm: Any, inputs: Inputs) -> list[Mistake]:
     settings = inputs.config.mistakes
+    assert settings is not None, "the recipe names no mistakes"
     asked = [prompt for prompt in inputs.prompts for _ in range(settings.samples)]
     messages = [prompt.messages for prompt in asked]
     answers = model.answer(lm, messages, settings.max_tokens, settings.temperature)

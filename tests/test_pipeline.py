@@ -548,15 +548,56 @@ def test_an_endpoint_serves_and_analyses(recipe: Path, tmp_path: Path) -> None:
         patch.setenv("MISSTEP_KEY_127_0_0_1", "sk-secret")
         name = f"openai:m@{served.url}"
         overrides = [f"model={name}", f"analysis.engine={name}", "methods=[vanilla, guided]"]
-        folder = run(recipe, tmp_path / "run", overrides, Silent())
+        folder = run(recipe, tmp_path / "run", overrides, Silent(), "analyse")
+        analysed = len(served.calls)
+        assert analysed and (folder / "analyses.jsonl").read_text()
+        run(recipe, folder, overrides, Silent())
         asked = len(served.calls)
-        assert asked and run(recipe, folder, overrides, Silent()) == folder
+        # The tests once plain and, for both methods alike, once guided.
+        assert asked == analysed + 2 * 8 and run(recipe, folder, overrides, Silent()) == folder
         assert len(served.calls) == asked
     written = [file.read_bytes() for file in folder.rglob("*") if file.is_file()]
     assert not any(b"sk-secret" in content for content in written)
     results = json.loads((folder / "results.json").read_text())
     assert results["model"] == name
     assert {row["method"] for row in results["rows"]} == {"vanilla", "guided"}
+
+
+def untrained(recipe: Path, *left_out: str) -> Path:
+    """The recipe without some of its keys, whose methods train nothing."""
+    data = json.loads(recipe.read_text(encoding="utf-8")) | {"methods": ["vanilla", "guided"]}
+    path = recipe.parent / "untrained.yaml"
+    kept = {key: value for key, value in data.items() if key not in left_out}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+    return path
+
+
+def test_where_nothing_trains_nothing_is_collected(recipe: Path, tmp_path: Path) -> None:
+    path = untrained(recipe, "mistakes", "ordinary")
+    folder = run(path, tmp_path / "run", [], Silent())
+    results = json.loads((folder / "results.json").read_text())
+    assert {row["method"] for row in results["rows"]} == {"vanilla", "guided"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert list(manifest["stages"]) == ["respond", "evaluate"]
+    assert "What each stage kept" not in (folder / "report.html").read_text()
+    assert markdown_page(folder)
+    assert not (folder / "mistakes.jsonl").exists()
+    for stage in ("induce", "analyse"):
+        with pytest.raises(RecipeError, match=f"mistakes: expected a source, which {stage}"):
+            run(path, folder, [], Silent(), stage)
+    with pytest.raises(RecipeError, match="methods: expected one that trains, found vanilla"):
+        masked_rows(path, folder, [], Silent(), 1)
+    # Where they are named, they can be looked at all the same.
+    run(untrained(recipe, "ordinary"), tmp_path / "look", [], Silent(), "analyse")
+    assert (tmp_path / "look/analyses.jsonl").read_text()
+
+
+@pytest.mark.parametrize("key", ["mistakes", "ordinary"])
+def test_methods_that_train_need_something_to_learn_from(
+    recipe: Path, tmp_path: Path, key: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"'{key}' is missing.*that train \\(sft\\)"):
+        run(untrained(recipe, key), tmp_path / "run", ["methods=[vanilla, sft]"], Silent())
 
 
 def test_pairs_on_helpfulness_leave_harmlessness_to_the_mistakes(

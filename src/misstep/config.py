@@ -102,11 +102,12 @@ class RunConfig(Settings):
     mistakes and analyses; `seed` where left out."""
     data: str | None = None
     """Where every source reads that names neither a suite nor a path."""
-    mistakes: InduceSettings
+    mistakes: InduceSettings | None = None
+    """Where mistakes come from; needed where a method trains, as `ordinary` is."""
     analysis: AnalyseSettings = AnalyseSettings()
     revision: ReviseSettings = ReviseSettings()
     """How mistakes are revised; read by methods that train on revisions."""
-    ordinary: Source
+    ordinary: Source | None = None
     """Ordinary prompts with reference answers."""
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
@@ -152,13 +153,30 @@ class RunConfig(Settings):
         return methods
 
     @model_validator(mode="after")
-    def _rounds_induce(self) -> "RunConfig":
-        if self.rounds > 1 and self.mistakes.source != "induced":
+    def _something_to_learn_from(self) -> "RunConfig":
+        given = {"mistakes": self.mistakes, "ordinary": self.ordinary}
+        missing = [key for key, of in given.items() if of is None]
+        if missing and self.trains:
             raise ValueError(
-                "rounds: more than one needs mistakes.source: induced, since only a model that "
-                f"is asked again shows what it still does wrong; found {self.mistakes.source}"
+                f"the key '{missing[0]}' is missing, which methods learn from. Give it, or "
+                f"leave out the methods that train ({', '.join(trained(self.methods))})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rounds_induce(self) -> "RunConfig":
+        source = self.mistakes and self.mistakes.source
+        if self.rounds > 1 and source != "induced":
+            raise ValueError(
+                "rounds: more than one needs mistakes.source: induced, since only a model that "
+                f"is asked again shows what it still does wrong; found {source}"
+            )
+        return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether any method does; else mistakes, analyses and training have no reader."""
+        return bool(trained(self.methods))
 
     @property
     def judge_file(self) -> str | None:
@@ -179,18 +197,23 @@ class RunConfig(Settings):
     def sources(self) -> dict[str, Source]:
         """Every place that the run reads data from, by its key."""
         tests = {f"evaluate.tests.{k}": v for k, v in self.evaluate.tests.items()}
-        pairs = {} if self.helpful_pairs is None else {"helpful_pairs": self.helpful_pairs}
-        return {
-            "mistakes.data": self.mistakes.data,
+        known = {
+            "mistakes.data": self.mistakes and self.mistakes.data,
             "ordinary": self.ordinary,
-            **pairs,
+            "helpful_pairs": self.helpful_pairs,
             **tests,
         }
+        return {key: source for key, source in known.items() if source is not None}
 
     def paths(self) -> dict[str, str | None]:
         """What the run reads and a run may have written, by its key: data, model, adapter."""
         data = {key: source.path for key, source in self.sources().items()}
         return {**data, "model": self.model, "adapter": self.adapter}
+
+
+def trained(methods: Sequence[str]) -> list[str]:
+    """The methods that train something."""
+    return [name for name in methods if METHODS[name].trains]
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

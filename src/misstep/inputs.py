@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from misstep.check_results import Check, correction, read_check
-from misstep.config import RunConfig, load_recipe
+from misstep.config import RunConfig, load_recipe, trained
 from misstep.endpoint import PREFIX
 from misstep.errors import DataError, RecipeError
 from misstep.folding import check_adapter
@@ -25,9 +25,6 @@ from misstep.records import Mistake, Pair, Prompt
 from misstep.sources import check_source, load_mistakes, load_prompts
 from misstep.stages.reward import require_trl
 from misstep.training import processes
-
-UNTRAINED = ("vanilla", "guided")
-"""Methods without training rows, as a model behind an endpoint needs them."""
 
 
 class Inputs(NamedTuple):
@@ -81,12 +78,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         check_source(source)
     model = locate(config.model)
     judge = locate_judging(config)
-    mistakes, seed = config.mistakes, config.seed
-    induced = mistakes.source == "induced"
-    prompts: Sequence[Prompt] = load_prompts(mistakes.data, seed) if induced else []
-    given: Sequence[Mistake] = (
-        [] if induced else load_mistakes(mistakes.data, mistakes.source, seed)
-    )
+    seed, (prompts, given) = config.seed, _cases(config)
     methods = _possible(config, prompts or (mistake.prompt for mistake in given))
     return Inputs(
         config=config.model_copy(update={"methods": methods}),
@@ -102,11 +94,21 @@ def check_inputs(config: RunConfig) -> Inputs:
         },
         prompts=prompts,
         given=given,
-        ordinary=_with_references(load_prompts(config.ordinary, seed)),
+        ordinary=_ordinary(config),
         tests=load_tests(config),
         checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
         helpful=load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else (),
     )
+
+
+def _cases(config: RunConfig) -> tuple[Sequence[Prompt], Sequence[Mistake]]:
+    """What mistakes are to be induced on, and those that are given."""
+    of, seed = config.mistakes, config.seed
+    if of is None:
+        return [], []
+    if of.source == "induced":
+        return load_prompts(of.data, seed), []
+    return [], load_mistakes(of.data, of.source, seed)
 
 
 def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
@@ -198,12 +200,12 @@ def _check_trainable(config: RunConfig) -> None:
             f"evaluate.reference_loss: the weights of {config.model} are not here, so that no "
             "loss can be measured. Leave the key out."
         )
-    training = [name for name in config.methods if name not in UNTRAINED]
-    if training:
+    if config.trains:
+        able = ", ".join(name for name, method in METHODS.items() if not method.trains)
         raise RecipeError(
-            f"methods: expected methods that train nothing ({', '.join(UNTRAINED)}), since the "
-            f"weights of {config.model} are not here; found {', '.join(training)}. Leave these "
-            "out, or name a model's folder, GGUF file or Hub id as model."
+            f"methods: expected methods that train nothing ({able}), since the weights of "
+            f"{config.model} are not here; found {', '.join(trained(config.methods))}. Leave "
+            "these out, or name a model's folder, GGUF file or Hub id as model."
         )
     if config.adapter:
         raise RecipeError(
@@ -212,8 +214,10 @@ def _check_trainable(config: RunConfig) -> None:
         )
 
 
-def _with_references(prompts: Iterable[Prompt]) -> list[Prompt]:
-    found = [prompt for prompt in prompts if prompt.reference]
+def _ordinary(config: RunConfig) -> list[Prompt]:
+    if config.ordinary is None:
+        return []
+    found = [p for p in load_prompts(config.ordinary, config.seed) if p.reference]
     if not found:
         raise RecipeError(
             "ordinary: expected prompts with reference answers, found none. Map the column "

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from misstep.claims import claimed
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
-from misstep.errors import RunError
+from misstep.errors import RecipeError, RunError
 from misstep.folding import folded
 from misstep.inputs import Inputs, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
@@ -54,7 +54,7 @@ from misstep.stages.evaluate import (
     corrections,
     judge_answers,
 )
-from misstep.stages.induce import NoMistakeError, confirm, induce, some_mistakes
+from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
 from misstep.stages.respond import respond
 from misstep.stages.revise import revise
@@ -63,6 +63,8 @@ from misstep.training.mask import MaskedRow, show_mask
 
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
 FOCUS = "mistake_analysis"
+LOOKING: tuple[Stage, ...] = ("induce", "analyse")
+"""Stages that are worth their while though nothing is trained."""
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
 
 
@@ -122,14 +124,28 @@ class Run:
             return corrections(self.inputs.checks, {s.metric: s.judge.name for s in seats})
 
     def through(self, last: Stage) -> None:
-        """Do the stages up to and including one; weights merged for serving go at the end."""
+        """Do the stages up to and including one; weights merged for serving go at the end.
+
+        Raises:
+            RecipeError: the stage is about mistakes, and the recipe names none.
+        """
+        if last in LOOKING and self.config.mistakes is None:
+            raise RecipeError(f"mistakes: expected a source, which {last} reads; found none.")
         try:
             self._through(last)
         finally:
             rmtree(self.scratch, ignore_errors=True)
 
     def masks(self, count: int) -> list[MaskedRow]:
-        """Training rows of the method under test, or of the last one, with what is learned."""
+        """Training rows of the method under test, or of the last one, with what is learned.
+
+        Raises:
+            RecipeError: none of the methods trains.
+        """
+        if not self.config.trains:
+            raise RecipeError(
+                f"methods: expected one that trains, found {', '.join(self.config.methods)}."
+            )
         mistakes = self.induce()
         analyses = self.analyse(mistakes)
         rows = self.rows(mistakes, analyses, self.revise(mistakes))
@@ -144,24 +160,35 @@ class Run:
         return folded(model, self.inputs.adapter, (self.store or self.folder) / "base")
 
     def _through(self, last: Stage) -> None:
-        mistakes = self.induce()
-        if last == "induce":
-            return
-        analyses = self.analyse(mistakes)
-        if last == "analyse":
-            return
-        mistakes, analyses = self.further_rounds(mistakes, analyses)
-        adapters = self.train(mistakes, analyses, self.revise(mistakes))
-        if last == "train":
+        adapters = self._learned(last)
+        if last in (*LOOKING, "train"):
             return
         answers = self.respond(adapters)
         if last == "respond":
             return
         self.evaluate(answers, adapters)
 
+    def _learned(self, last: Stage) -> dict[str, Path | None]:
+        """The adapters; mistakes and analyses are what methods that train learn from."""
+        if not self.config.trains and last not in LOOKING:
+            return dict.fromkeys(self.config.methods)
+        mistakes = self.induce()
+        if last == "induce":
+            return {}
+        analyses = self.analyse(mistakes)
+        if last == "analyse":
+            return {}
+        mistakes, analyses = self.further_rounds(mistakes, analyses)
+        return self.train(mistakes, analyses, self.revise(mistakes))
+
+    @property
+    def _settings(self) -> InduceSettings:
+        assert self.config.mistakes is not None
+        return self.config.mistakes
+
     def induce(self) -> Iterable[Mistake]:
         """Collect the mistakes, into mistakes.jsonl."""
-        inputs, settings = self.inputs, self.config.mistakes
+        inputs, settings = self.inputs, self._settings
         with self.manifest.stage("induce"), self._judge_of_mistakes() as judge:
             tally = Tally()
             if settings.source == "induced":
@@ -174,7 +201,7 @@ class Run:
     def _induced(
         self, judge: Judge, tally: Tally, adapter: Path | None = None
     ) -> Iterator[Mistake]:
-        inputs, settings, seed = self.inputs, self.config.mistakes, self.config.seed
+        inputs, settings, seed = self.inputs, self._settings, self.config.seed
         with self._engine(self.model, "inducing", adapter) as engine:
             yield from induce(
                 inputs.prompts, inputs.policy, engine, judge, settings, seed, tally
@@ -182,7 +209,7 @@ class Run:
 
     def _keep_mistakes(self, mistakes: Iterable[Mistake], tally: Tally) -> Iterable[Mistake]:
         kept = RecordFile(self.folder / "mistakes.jsonl", Mistake)
-        limit, rounds = self.config.mistakes.limit, self.config.rounds
+        limit, rounds = self._settings.limit, self.config.rounds
         if limit is None and rounds == 1:
             kept.fill(mistakes)
         else:
@@ -414,7 +441,7 @@ class Run:
     def _sources_of(self, method: str) -> dict[str, Any]:
         config, of = self.config, METHODS[method]
         return {
-            "mistake_source": config.mistakes.source if of.uses_mistakes else None,
+            "mistake_source": self._settings.source if of.uses_mistakes else None,
             "analysis_source": config.analysis.engine if of.uses_analyses else None,
         }
 

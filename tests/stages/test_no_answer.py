@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import pytest
 
 from misstep.engines.base import Completion, Engine, Request
-from misstep.inputs import UNTRAINED
 from misstep.judges.base import Judge
 from misstep.judges.seats import Seat
 from misstep.methods.registry import METHODS
@@ -121,9 +120,8 @@ def test_answers_that_came_keep_the_names_that_they_had() -> None:
     assert Response.model_validate_json(failed.model_dump_json()) == failed
 
 
-def test_methods_for_endpoints_are_those_without_rows() -> None:
-    trained = {name for name, m in METHODS.items() if _reads_materials(m)}
-    assert set(METHODS) - trained == set(UNTRAINED)
+def test_methods_say_rightly_whether_they_train() -> None:
+    assert all(method.trains == _reads_materials(method) for method in METHODS.values())
 
 
 def _reads_materials(method: object) -> bool:

@@ -93,6 +93,8 @@ class Method(ABC):
     name: ClassVar[str]
     about: ClassVar[str]
     """One line, with the source."""
+    trains: ClassVar[bool] = True
+    """Whether there are rows at all; without them the model answers as it is."""
     uses_mistakes: ClassVar[bool] = False
     uses_analyses: ClassVar[bool] = False
     uses_revisions: ClassVar[bool] = False

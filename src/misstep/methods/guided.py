@@ -8,6 +8,7 @@ class Guided(Method):
 
     name = "guided"
     about = "guidance at inference only"
+    trains = False
     guided = (True,)
 
     def rows(self, materials: Materials) -> Rows:

@@ -8,6 +8,7 @@ class Vanilla(Method):
 
     name = "vanilla"
     about = "the model as it is"
+    trains = False
 
     def rows(self, materials: Materials) -> Rows:
         del materials
