@@ -524,6 +524,22 @@ def test_without_good_answers_the_main_job_is_done_without_sft(
     assert trained["ordinary"]["rows"] == trained["mistake_analysis"]["rows"] == 16
 
 
+@pytest.mark.parametrize("source", ["reported", "induced"])
+def test_prompts_that_no_judge_can_tell_of_are_refused_at_once(
+    recipe: Path, tmp_path: Path, source: str
+) -> None:
+    rows = [{"prompt": f"{q} Say: Soup", "response": "Soup"} for q in QUESTIONS]
+    without = write_jsonl(tmp_path / "reports.jsonl", rows)
+    given = [f"mistakes={{source: {source}, data: {{path: {without}}}}}"]
+    with pytest.raises(InputError, match=r"mistakes\.data: .*column 'target'.*found none"):
+        read_inputs(recipe, [*given, "methods=[ordinary]"])
+    read_inputs(recipe, [*given, "methods=[ordinary]", "policy=harmlessness"])
+    read_inputs(recipe, [*given, "methods=[vanilla]"])
+    one = write_jsonl(tmp_path / "reports.jsonl", [*rows, rows[0] | {"prompt": "Soup!", "target": "Soup"}])
+    assert one == without
+    read_inputs(recipe, [*given, "methods=[ordinary]"])
+
+
 def test_a_method_that_the_data_have_nothing_for_is_refused_at_once(
     no_good_answers: Path, tmp_path: Path
 ) -> None:

@@ -11,9 +11,12 @@ from typing import NamedTuple
 from misstep.check_results import Check, correction, read_check
 from misstep.config import RunConfig, load_recipe, trained
 from misstep.endpoint import PREFIX
+from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, RecipeError
 from misstep.folding import check_adapter
 from misstep.judge_card import seen_questions, was_seen
+from misstep.judges.base import AnyJudge, Judge
+from misstep.judges.choose import mistake_judge
 from misstep.judges.instructions import check_instructions
 from misstep.judging import JudgeInputs, locate_judging, read_judge
 from misstep.labelled import MISTAKES
@@ -80,6 +83,13 @@ def check_inputs(config: RunConfig) -> Inputs:
     judge = locate_judging(config)
     seed, (prompts, given) = config.seed, _cases(config)
     methods = _possible(config, prompts or (mistake.prompt for mistake in given))
+    of_mistakes = read_judge_of_mistakes(config, judge)
+    if config.trains and config.mistakes and config.mistakes.source != "origin":
+        check_judgeable(
+            "mistakes.data",
+            prompts or (mistake.prompt for mistake in given),
+            of_mistakes.probe() if of_mistakes else mistake_judge(policy, ScriptedEngine()),
+        )
     return Inputs(
         config=config.model_copy(update={"methods": methods}),
         left_out=tuple(name for name in config.methods if name not in methods),
@@ -88,7 +98,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         adapter=check_adapter(config.adapter) if config.adapter else None,
         analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
         judge=judge,
-        of_mistakes=read_judge_of_mistakes(config, judge),
+        of_mistakes=of_mistakes,
         judges={
             name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
         },
@@ -126,6 +136,21 @@ def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeI
             f"of {metric}. Name it under evaluate.judges."
         )
     return found
+
+
+def check_judgeable(key: str, prompts: Iterable[Prompt], judge: AnyJudge) -> None:
+    """Pass where the judge can tell of one prompt at least whether an answer is a mistake.
+
+    Raises:
+        DataError: what the prompts lack, and the key that names their source.
+    """
+    assert isinstance(judge, Judge)
+    if not any(map(judge.applies, prompts)):
+        raise DataError(
+            f"{key}: expected attacks with their target texts (column 'target'), which the "
+            f"judge {judge.name} looks for; found none. Map the column with {key}.fields: "
+            f"{{target: COLUMN}}, or find them in the prompts with {key}.target_pattern."
+        )
 
 
 def load_tests(config: RunConfig) -> dict[str, Sequence[Prompt]]:

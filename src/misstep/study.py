@@ -25,9 +25,10 @@ from misstep.claims import claimed
 from misstep.config import changed_keys
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
+from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
+from misstep.inputs import check_judgeable
 from misstep.judges.choose import mistake_judge
-from misstep.judges.rule import ObedienceJudge
 from misstep.models import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
@@ -95,12 +96,7 @@ def read_study_inputs(recipe: Path, overrides: list[str]) -> StudyInputs:
 def _check_prompts(prompts: Sequence[Prompt], policy: Policy) -> None:
     if not prompts:
         raise DataError("prompts: expected at least one prompt, found none.")
-    if policy.judge.rule and not any(map(ObedienceJudge().applies, prompts)):
-        raise DataError(
-            f"prompts: expected attacks with their target texts, which the rule of the policy "
-            f"{policy.name} looks for; found none in {len(prompts)} prompts. Map the column "
-            "with fields: {target: COLUMN}, or give a target_pattern."
-        )
+    check_judgeable("prompts", prompts, mistake_judge(policy, ScriptedEngine()))
 
 
 def names_of(models: list[Model]) -> list[str]:

@@ -149,6 +149,15 @@ def test_reports_are_confirmed_dropped_or_left_as_candidates() -> None:
     assert tally.kept + tally.refused.total() == tally.given
 
 
+def test_reports_of_which_none_is_confirmed_end_the_run_with_the_tally() -> None:
+    reports = [
+        Mistake(prompt=PLAIN[0], response=text, source="reported", confirmed=False)
+        for text in ("good", "so good", "who knows")
+    ]
+    with pytest.raises(RunError, match=r"none of 3 reports.*judge's eyes\": 2.*no score'?: 1"):
+        list(confirm(reports, WordJudge(), Tally()))
+
+
 def test_a_smaller_limit_draws_a_part_of_a_larger_one() -> None:
     mistakes = [
         Mistake(

@@ -44,7 +44,7 @@ class InduceSettings(Settings):
 
 
 class NoMistakeError(RunError):
-    """The model made no mistake at all."""
+    """The model made no mistake at all, or none that the judge confirms."""
 
 
 def induce(
@@ -96,6 +96,9 @@ def confirm(candidates: Iterable[Mistake], judge: Judge, tally: Tally) -> Iterat
     """Let the judge look at users' reports: confirmed, dropped, or left as candidates.
 
     A report that the judge cannot score stays a candidate; candidates are not trained on.
+
+    Raises:
+        NoMistakeError: none was confirmed; at the end.
     """
     for some in portions(candidates):
         responses = [Response(prompt=m.prompt, text=m.response) for m in some]
@@ -109,6 +112,12 @@ def confirm(candidates: Iterable[Mistake], judge: Judge, tally: Tally) -> Iterat
                 yield candidate.model_copy(update={"confirmed": True})
             else:
                 tally.refused["no mistake in the judge's eyes"] += 1
+    if not tally.kept:
+        raise NoMistakeError(
+            f"none of {tally.given} reports was confirmed ({tally.counts.refused}). Look at "
+            "some of them: name a better judge (judge), or, where they can be believed without "
+            "one, mistakes.source: origin."
+        )
 
 
 def some_mistakes(mistakes: Sequence[Mistake], limit: int, seed: int) -> Iterator[Mistake]:
