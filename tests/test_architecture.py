@@ -41,6 +41,7 @@ LAYERS = [
     "misstep.tables",
     "misstep.columns",
     "misstep.sources",
+    "misstep.held_out",
     "misstep.preferred",
     "misstep.labelled",
     "misstep.stats",

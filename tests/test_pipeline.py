@@ -535,9 +535,34 @@ def test_prompts_that_no_judge_can_tell_of_are_refused_at_once(
         read_inputs(recipe, [*given, "methods=[ordinary]"])
     read_inputs(recipe, [*given, "methods=[ordinary]", "policy=harmlessness"])
     read_inputs(recipe, [*given, "methods=[vanilla]"])
-    one = write_jsonl(tmp_path / "reports.jsonl", [*rows, rows[0] | {"prompt": "Soup!", "target": "Soup"}])
-    assert one == without
+    rows.append({"prompt": "Say soup", "response": "Soup", "target": "soup"})
+    write_jsonl(tmp_path / "reports.jsonl", rows)
     read_inputs(recipe, [*given, "methods=[ordinary]"])
+
+
+def test_test_prompts_that_are_learned_from_are_told_everywhere(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    # The recipe tests on its ordinary data; they are four.
+    said = "4 of the prompts of clean are asked in ordinary, too"
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["overlaps"] == {"clean": {"ordinary": 4}}
+    assert said in (finished / "report.html").read_text()
+    assert said in markdown_page(finished)
+    heard, away = Heard(), tmp_path / "else.jsonl"
+    write_jsonl(away, [{"prompt": "What is rain?", "reference": "Water."}])
+    Run(read_inputs(recipe, []), tmp_path / "a", heard)
+    assert f"Not held out: {said}." in heard.lines
+    held_out = read_inputs(recipe, [f"ordinary.path={away}"])
+    assert held_out.overlaps == {}
+    assert read_inputs(recipe, ["methods=[vanilla]"]).overlaps == {}
+    both = {"again": {"path": str(recipe.parent / "mistakes.jsonl"), "n": 3}}
+    pairs = write_jsonl(
+        tmp_path / "pairs.jsonl", [{"prompt": QUESTIONS[0], "chosen": "x", "rejected": "y"}]
+    )
+    given = [f"evaluate.tests={json.dumps(both)}", f"helpful_pairs.path={pairs}"]
+    assert read_inputs(recipe, given).overlaps == {"again": {"mistakes.data": 3}}
+    assert read_inputs(recipe, given[1:]).overlaps["clean"]["helpful_pairs"] == 1
 
 
 def test_a_method_that_the_data_have_nothing_for_is_refused_at_once(

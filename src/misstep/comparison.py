@@ -22,6 +22,7 @@ from misstep.claims import claimed
 from misstep.config import RunConfig, put, read_recipe
 from misstep.documents import KeyPath, check
 from misstep.errors import InputError, RecipeError
+from misstep.held_out import largest
 from misstep.inputs import Inputs, check_inputs
 from misstep.methods.registry import METHODS
 from misstep.pipeline import Run
@@ -262,6 +263,7 @@ def _write_manifest(folder: Path, cells: Sequence[Cell]) -> None:
     recipe = {key: value for key, value in first["recipe"].items() if key != "train_seed"}
     whole = {key: first[key] for key in kept} | {
         "recipe": recipe,
+        "overlaps": largest(of["overlaps"] for of in manifests.values()),
         "cells": {
             name: {key: of[key] for key in ("stages", "yields", "peak_memory_mb")}
             | {"variant": cell.title, "seed": cell.seed}

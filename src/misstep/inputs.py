@@ -14,6 +14,7 @@ from misstep.endpoint import PREFIX
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, RecipeError
 from misstep.folding import check_adapter
+from misstep.held_out import Overlaps, overlaps
 from misstep.judge_card import seen_questions, was_seen
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import mistake_judge
@@ -55,6 +56,8 @@ class Inputs(NamedTuple):
     tests: dict[str, Sequence[Prompt]]
     checks: tuple[Check, ...]
     """Of the run's judges, where the recipe names some."""
+    overlaps: Overlaps
+    """Of the tests with what is learned from."""
     helpful: Sequence[Pair] = ()
     """On helpfulness alone, for RLHF; without them mistakes and good answers are its pairs."""
 
@@ -84,6 +87,13 @@ def check_inputs(config: RunConfig) -> Inputs:
     seed, (prompts, given) = config.seed, _cases(config)
     methods = _possible(config, prompts or (mistake.prompt for mistake in given))
     of_mistakes = read_judge_of_mistakes(config, judge)
+    tests, ordinary = load_tests(config), _ordinary(config)
+    helpful = load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else ()
+    learned = {
+        "mistakes.data": prompts or (mistake.prompt for mistake in given),
+        "ordinary": ordinary,
+        "helpful_pairs": (Prompt(messages=pair.messages) for pair in helpful),
+    }
     if config.trains and config.mistakes and config.mistakes.source != "origin":
         check_judgeable(
             "mistakes.data",
@@ -104,10 +114,11 @@ def check_inputs(config: RunConfig) -> Inputs:
         },
         prompts=prompts,
         given=given,
-        ordinary=_ordinary(config),
-        tests=load_tests(config),
+        ordinary=ordinary,
+        tests=tests,
         checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
-        helpful=load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else (),
+        helpful=helpful,
+        overlaps=overlaps(tests, learned) if config.trains else {},
     )
 
 

@@ -19,6 +19,7 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
 from misstep.errors import RecipeError, RunError
 from misstep.folding import folded
+from misstep.held_out import told
 from misstep.inputs import Inputs, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges, mistake_judge
@@ -103,6 +104,8 @@ class Run:
             )
         for warning in seen_by_judges(inputs):
             progress.say(warning)
+        for phrase in told(inputs.overlaps):
+            progress.say(f"Not held out: {phrase}.")
         if self.manifest.changed:
             self._begin_anew()
         self.manifest.save()

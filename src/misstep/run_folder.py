@@ -186,6 +186,7 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
         "model": {"name": inputs.model.name, "digest": inputs.model.digest},
         "data": {key: source_digest(source) for key, source in config.sources().items()}
         | _check_digests(inputs.checks),
+        "overlaps": inputs.overlaps,
         "versions": {
             "misstep": __version__,
             "python": platform.python_version(),

@@ -204,6 +204,7 @@ def _inputs(data: Path, model: Model) -> Inputs:
         ordinary=[],
         tests={"again": prompts},
         checks=(),
+        overlaps={},
     )
 
 

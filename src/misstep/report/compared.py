@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from misstep.errors import DataError
+from misstep.held_out import told
 from misstep.records import base_metric
 from misstep.report import words
 from misstep.report.pictures import scale
@@ -58,6 +59,7 @@ def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": manifest["recipe"]["name"],
         "results": results,
+        "overlaps": list(told(manifest.get("overlaps", {}))),
         "manifest": manifest,
         "scatter": scatter(results.pooled),
         "metrics": [(words.metric_title(m), words.direction(m)) for m in metrics],

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from misstep.held_out import told
 from misstep.report.compared import (
     by_test_set,
     cell,
@@ -45,6 +46,7 @@ def markdown_page(folder: Path) -> str:
     parts = [
         f"# {manifest['recipe']['name']}: {results.policy} on {results.model}",
         made_by(manifest),
+        *_overlaps(manifest),
         "## Rates with 95 % intervals",
         rows_table(results),
         *([CORRECTED] if is_corrected(results) else []),
@@ -55,6 +57,11 @@ def markdown_page(folder: Path) -> str:
         _yields(manifest["yields"]),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _overlaps(manifest: dict[str, Any]) -> list[str]:
+    found = list(told(manifest.get("overlaps", {})))
+    return [f"**Not all test prompts are held out:** {'; '.join(found)}."] if found else []
 
 
 def is_corrected(results: Results) -> bool:
@@ -86,6 +93,7 @@ def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
         "`results.json` and `manifest.json` lie beside this page.\n"
         f"Machine: {manifest['device']}. Training seeds {', '.join(map(str, seeds))}. "
         f"{len(manifest['cells'])} cells, {duration(spent)} in all.",
+        *_overlaps(manifest),
         "## Rates with 95 % intervals",
         pooled_table(results),
         *([CORRECTED] if is_corrected(results) else []),

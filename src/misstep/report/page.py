@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from misstep.held_out import told
 from misstep.report.headline import findings, headline
 from misstep.report.pictures import kinds_panel, losses, panels, squares
 from misstep.report.reading import Run, read_run
@@ -28,6 +29,7 @@ def _content(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "missing": run.missing,
+        "overlaps": list(told(run.manifest.overlaps)),
         "manifest": run.manifest,
         "view": view,
         "headline": headline(view),

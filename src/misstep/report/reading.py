@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from misstep.errors import DataError
+from misstep.held_out import Overlaps
 from misstep.records import Analysis, Answer, Judgement, Record, Score, describe, read_jsonl
 from misstep.results import Results, read_results
 
@@ -65,6 +66,8 @@ class Manifest(Part):
     model: dict[str, str] = Field(default_factory=dict)
     """Name and digest, as of the policy."""
     data: dict[str, str] = Field(default_factory=dict)
+    overlaps: Overlaps = Field(default_factory=dict)
+    """Of the test sets with what was learned from."""
     versions: dict[str, str] = Field(default_factory=dict)
     device: str = ""
     stages: dict[str, Stage] = Field(default_factory=dict)
