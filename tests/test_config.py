@@ -1,12 +1,15 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from misstep.comparison import load_cells
 from misstep.config import MAIN_JOB, RunConfig, changed_keys, load_recipe
 from misstep.errors import RecipeError
 from misstep.methods.registry import METHODS
+from misstep.study_config import load_study_recipe
 
 RECIPE = """\
 policy: goal-hijacking
@@ -96,11 +99,20 @@ def test_a_section_without_keys_can_be_overridden(tmp_path: Path) -> None:
     [
         ("epochs: 2", "epoch: 2", "line 7: unknown key 'train.epoch'. Did you mean 'epochs'?"),
         ("seed: 3", "sede: 3", "line 2: unknown key 'sede'. Did you mean 'seed'?"),
-        ("seed: 3", "seed: three", "line 2: 'seed': Input should be a valid integer"),
-        ("seed: 3", "seed: -1", "line 2: 'seed': Input should be greater than or equal to 0"),
-        ("epochs: 2", "epochs: 0", "line 7: 'train.epochs': Input should be greater than 0"),
+        ("seed: 3", "seed: three", "line 2: 'seed': expected a whole number (found 'three')."),
+        ("seed: 3", "seed: -1", "line 2: 'seed': expected 0 or more (found -1)."),
+        ("epochs: 2", "epochs: 0", "line 7: 'train.epochs': expected more than 0 (found 0)."),
         ("seed: 3", "methods: [sft, stf]", "line 2: 'methods': no method 'stf'. Did you mean"),
-        ("seed: 3", "methods: []", "line 2: 'methods'"),
+        ("seed: 3", "methods: []", "line 2: 'methods': expected at least 1 of them"),
+        ("seed: 3", "methods: sft", "line 2: 'methods': expected a list (found 'sft')."),
+        ("seed: 3", "methods: [sft, sft]", "line 2: 'methods': expected each once; twice or"),
+        (
+            "seed: 3",
+            "respond: {guided: []}",
+            "'respond.guided': expected at least 1 of them",
+        ),
+        ("seed: 3", "respond: {guided: [true, true]}", "expected each once; twice or more: Tr"),
+        ("{ path: pairs.jsonl }", "pairs.jsonl", "'ordinary': expected keys with values"),
         ("split: train", "split: tran", "line 4: 'mistakes.data': a suite needs split"),
         ("split: train", "split: train, kinds: unseen", "has no unseen kinds in its train"),
         (
@@ -129,26 +141,56 @@ def test_a_wrong_recipe_says_where_and_why(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("train.epochs=many", "'train.epochs': Input should be a valid number"),
+        ("train.epochs=many", "'train.epochs': expected a number (found 'many')."),
         ("train.epoch=3", "unknown key 'train.epoch'. Did you mean 'epochs'?"),
         ("trian.epochs=3", "unknown key 'trian'. Did you mean 'train'?"),
         ("seed", "--set seed: expected KEY=VALUE"),
         ("=3", "--set =3: expected KEY=VALUE"),
         ("seed=[", "--set seed=[: the value is no valid YAML"),
         ("seed.inner=3", "--set seed.inner=3: 'seed' has no keys below it"),
+        ("train={epochs: 2, rang: 3}", "unknown key 'train.rang'. Did you mean 'rank'?"),
+        ("mistakes={source: origin}", "the key 'mistakes.data' is missing"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path: Path, override: str, said: str) -> None:
     found = fault(tmp_path, override)
     assert said in found
+    assert found.startswith(f"--set {override}: ")
     # The fault is on the command line: no line of the file may be blamed for it.
     assert ", line" not in found
 
 
 def test_faults_of_file_and_command_line_are_named_together(tmp_path: Path) -> None:
     found = fault(tmp_path, "seed=x", recipe=RECIPE.replace("epochs", "epoch"))
-    assert "'seed'" in found
-    assert "'train.epoch'" in found
+    first, second = found.splitlines()
+    assert first.startswith("--set seed=x: 'seed'")
+    assert second.startswith(f"{tmp_path / 'trial.yaml'}, line 7: unknown key 'train.epoch'")
+
+
+def test_a_fault_of_the_whole_shows_no_document(tmp_path: Path) -> None:
+    found = fault(tmp_path, recipe=RECIPE.replace("ordinary: { path: pairs.jsonl }\n", ""))
+    assert found.startswith(f"{tmp_path / 'trial.yaml'}: the key 'ordinary' is missing")
+    assert "{" not in found
+
+
+@pytest.mark.parametrize(
+    ("load", "recipe", "command"),
+    [
+        (load_recipe, RECIPE + "seeds: [0, 1]\n", "compare"),
+        (load_recipe, RECIPE + "sweep: {}\n", "compare"),
+        (load_recipe, "models: [a]\nprompts: {}\n", "study"),
+        (load_cells, "models: [a]\nprompts: {}\n", "study"),
+        (load_study_recipe, RECIPE + "seeds: [0, 1]\n", "compare"),
+        (load_study_recipe, RECIPE, "run"),
+    ],
+)
+def test_a_recipe_of_another_command_is_sent_there(
+    tmp_path: Path, load: Callable[[Path], object], recipe: str, command: str
+) -> None:
+    path = tmp_path / "trial.yaml"
+    path.write_text(recipe, encoding="utf-8")
+    with pytest.raises(RecipeError, match=f"another command: misstep {command} {path}$"):
+        load(path)
 
 
 def test_a_resolved_recipe_loads_again_as_itself(tmp_path: Path) -> None:

@@ -42,11 +42,11 @@ def test_a_right_document_becomes_its_schema(tmp_path: Path) -> None:
         ("name: x\nlisted:\n- {}\n- rouns: 2\n", "line 4: unknown key 'listed.1.rouns'. Did"),
         ("name: x\nzzz: 2\n", "line 2: unknown key 'zzz'. Known here: inner, listed, name"),
         ("inner: {}\n", "the key 'name' is missing"),
-        ("name: x\ninner:\n  rounds: many\n", "line 3: 'inner.rounds': Input should be"),
-        ("name: x\ninner:\n  rounds: 0\n", "greater than or equal to 1 (found 0)"),
-        ("name: x\ninner: 5\n", "line 2: 'inner': Input should be a valid dictionary"),
+        ("name: x\ninner:\n  rounds: many\n", "line 3: 'inner.rounds': expected a whole"),
+        ("name: x\ninner:\n  rounds: 0\n", "expected 1 or more (found 0)"),
+        ("name: x\ninner: 5\n", "line 2: 'inner': expected keys with values (found 5)."),
         # The names that pydantic gives to the members of a union are no keys of the user's.
-        ("name: x\ninner:\n  either: {}\n", "line 3: 'inner.either': Input should be"),
+        ("name: x\ninner:\n  either: {}\n", "line 3: 'inner.either': expected a"),
         ("name: x\n\nname: y\n", "line 3: the key 'name' stands on line 1 already"),
         (
             "name: x\ninner: {rounds: 1,\n  rounds: 2}\n",

@@ -329,6 +329,14 @@ def test_a_check_that_tells_nothing_is_refused_at_once(recipe: Path, tmp_path: P
         run(recipe, tmp_path / "run", [f"evaluate.judge_check={path}"], Silent())
 
 
+def test_an_engine_is_named_where_one_is_asked(recipe: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    run(recipe, tmp_path / "run", [], heard, "induce")
+    assert not any(line.startswith("Engine") for line in heard.lines), "a rule asks none"
+    run(recipe, tmp_path / "run", [], heard, "analyse")
+    assert any(line.startswith("Engine: transformers") for line in heard.lines)
+
+
 def test_the_directory_of_another_recipe_is_refused(recipe: Path, finished: Path) -> None:
     other = finished.parent / "other.yaml"
     other.write_text(recipe.read_text())

@@ -256,7 +256,7 @@ def test_a_bad_recipe_ends_with_status_2_before_any_model_loads(
     ("overrides", "kind", "said"),
     [
         (["models=[]"], RecipeError, "'models'"),
-        (["models=[a, a]"], RecipeError, "expected each model once; twice or more: a"),
+        (["models=[a, a]"], RecipeError, "expected each once; twice or more: a"),
         (["models=[absent.gguf]"], ModelError, "absent.gguf"),
         (["analyse.temprature=1"], RecipeError, "Did you mean 'temperature'?"),
         (["respond.guided=[true]"], RecipeError, "unknown key 'respond.guided'"),

@@ -19,8 +19,8 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field
 
 from misstep.claims import claimed
-from misstep.config import RunConfig, put, read_recipe
-from misstep.documents import KeyPath, check
+from misstep.config import RunConfig, overridden, put, read_recipe
+from misstep.documents import Places, check
 from misstep.errors import InputError, RecipeError
 from misstep.held_out import largest
 from misstep.inputs import Inputs, check_inputs
@@ -91,7 +91,7 @@ def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
     Raises:
         RecipeError: a line for each fault, of the recipe itself or of a variant.
     """
-    data, lines = read_recipe(path, overrides)
+    data, lines = read_recipe(path, overrides, "compare")
     own: dict[str, Any] = {k: data.pop(k) for k in ("seeds", "sweep") if k in data}
     settings = check(ComparedSettings, own, RecipeError, str(path), lines)
     swept = [[(key, value) for value in values] for key, values in settings.sweep.items()]
@@ -110,16 +110,18 @@ def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
 def _config(
     path: Path,
     data: Mapping[str, Any],
-    lines: Mapping[KeyPath, int],
+    lines: Places,
     variant: Variant,
     seed: int,
 ) -> RunConfig:
     copy = json.loads(json.dumps(data))
     for key, value in variant:
-        put(copy, tuple(key.split(".")), value, f"{path}: sweep.{key}")
+        keys, said = tuple(key.split(".")), f"{path}: sweep.{key}"
+        put(copy, keys, value, said)
+        lines = overridden(lines, keys, said)
     if "train_seed" in copy:
         raise RecipeError(f"{path}: train_seed: a comparison takes it from 'seeds'.")
-    return check(RunConfig, copy | {"train_seed": seed}, RecipeError, str(path), dict(lines))
+    return check(RunConfig, copy | {"train_seed": seed}, RecipeError, str(path), lines)
 
 
 def compare_methods(

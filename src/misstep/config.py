@@ -7,12 +7,12 @@ no model; nothing here loads or runs anything.
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from misstep.documents import KeyPath, check, read_yaml, suggestion
+from misstep.documents import KeyPath, Places, check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.judge_config import names_judge
@@ -20,7 +20,7 @@ from misstep.methods.base import MixSettings
 from misstep.methods.registry import METHODS
 from misstep.sources import Source
 from misstep.stages.analyse import AnalyseSettings
-from misstep.stages.base import Settings
+from misstep.stages.base import Settings, each_once
 from misstep.stages.induce import InduceSettings
 from misstep.stages.reinforce import ReinforceSettings
 from misstep.stages.respond import RespondSettings
@@ -29,6 +29,20 @@ from misstep.stages.train import TrainSettings
 
 MAIN_JOB = ("vanilla", "ordinary", "sft", "mistake_analysis")
 """The model as it was, the method, and the two controls that its effect is read against."""
+
+Command = Literal["run", "compare", "study"]
+OWN_KEYS: dict[Command, tuple[str, ...]] = {
+    "run": ("mistakes", "ordinary", "evaluate"),
+    "compare": ("seeds", "sweep"),
+    "study": ("models", "prompts"),
+}
+"""Keys by which a recipe is known for that of a command."""
+OTHERS: dict[Command, tuple[Command, ...]] = {
+    "run": ("compare", "study"),
+    "compare": ("study",),
+    "study": ("compare", "run"),
+}
+"""Whose keys are refused; a comparison's recipe is a run's with keys of its own."""
 
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 
@@ -119,7 +133,9 @@ class RunConfig(Settings):
     rounds: Annotated[int, Field(ge=1)] = 1
     """How often mistakes are induced, analysed and trained on; each further round takes the new
     model's mistakes."""
-    methods: Annotated[tuple[MethodName, ...], Field(min_length=1)] = MAIN_JOB
+    methods: Annotated[
+        tuple[MethodName, ...], Field(min_length=1), AfterValidator(each_once)
+    ] = MAIN_JOB
     """What is trained, or left as it is, and tested."""
     respond: RespondSettings = RespondSettings()
     evaluate: EvaluateSettings
@@ -222,24 +238,32 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         RecipeError: a line for each fault: file, line, key, what was expected, what was found.
     """
-    data, lines = read_recipe(path, overrides)
+    data, lines = read_recipe(path, overrides, "run")
     return check(RunConfig, data, RecipeError, str(path), lines)
 
 
 def read_recipe(
-    path: Path, overrides: Sequence[str] = ()
-) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    """A recipe with its overrides as plain data, and the lines that its keys stand on.
+    path: Path, overrides: Sequence[str], command: Command
+) -> tuple[dict[str, Any], Places]:
+    """A recipe with its overrides as plain data, and where each of its keys was written.
 
     Raises:
-        RecipeError: the file is no YAML, or an override is none.
+        RecipeError: the file is no YAML, an override is none, or it is for another command.
     """
-    data, lines = read_yaml(path, RecipeError)
+    data, written = read_yaml(path, RecipeError)
+    lines: Places = written
     data.setdefault("name", path.stem)
     for override in overrides:
         keys, value = parse_override(override)
         put(data, keys, value, f"--set {override}")
-        lines = _without(lines, keys)
+        lines = overridden(lines, keys, f"--set {override}")
+    for other in OTHERS[command]:
+        for key in OWN_KEYS[other]:
+            if key in data:
+                raise RecipeError(
+                    f"{path}: expected a recipe for misstep {command}, found the key '{key}', "
+                    f"by which it is one for another command: misstep {other} {path}"
+                )
     return data, lines
 
 
@@ -273,9 +297,10 @@ def put(data: dict[str, Any], keys: KeyPath, value: Any, said: str) -> None:
     data[str(keys[-1])] = value
 
 
-def _without(lines: Mapping[KeyPath, int], keys: KeyPath) -> dict[KeyPath, int]:
-    """The lines without those of a key that the command line gave another value."""
-    return {path: line for path, line in lines.items() if path[: len(keys)] != keys}
+def overridden(lines: Places, keys: KeyPath, said: str) -> Places:
+    """The lines without those of a key that got another value, and what gave it that."""
+    kept = {path: line for path, line in lines.items() if path[: len(keys)] != keys}
+    return kept | {keys: said}
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

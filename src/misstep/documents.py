@@ -15,6 +15,30 @@ from misstep.errors import InputError
 
 M = TypeVar("M", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
+Places = Mapping[KeyPath, int | str]
+"""Of each key the line of the document, or what else put its value there."""
+
+WORDS = {
+    "string_type": "expected text",
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "literal_error": "expected {expected}",
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "too_short": "expected at least {min_length} of them",
+    "dict_type": "expected keys with values",
+    "model_type": "expected keys with values",
+    "greater_than": "expected more than {gt:g}",
+    "greater_than_equal": "expected {ge:g} or more",
+    "less_than": "expected less than {lt:g}",
+    "less_than_equal": "expected {le:g} or less",
+}
+"""For kinds of faults that pydantic names in Python's words."""
 
 
 def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -56,7 +80,7 @@ def check(
     data: Mapping[str, Any],
     error: type[InputError],
     source: str,
-    lines: Mapping[KeyPath, int] | None = None,
+    lines: Places | None = None,
 ) -> M:
     """Validate data against a schema, or name all that is wrong with it at once.
 
@@ -67,26 +91,38 @@ def check(
         return schema.model_validate(data)
     except ValidationError as fault:
         faults = fault.errors(include_url=False)
-        phrases = [_phrase(f, schema, data, lines or {}) for f in faults]
-        raise error("\n".join(f"{source}{phrase}" for phrase in phrases)) from fault
+        phrases = [_phrase(f, schema, data, source, lines or {}) for f in faults]
+        raise error("\n".join(phrases)) from fault
 
 
 def _phrase(
-    fault: Any, schema: type[BaseModel], data: Mapping[str, Any], lines: Mapping[KeyPath, int]
+    fault: Any, schema: type[BaseModel], data: Mapping[str, Any], source: str, lines: Places
 ) -> str:
     keys = tuple(fault["loc"])
     known = _given(data, keys)
-    line = f", line {lines[known]}" if known in lines else ""
-    name = ".".join(map(str, known)) or "the whole document"
+    place, name = _place(known, source, lines), ".".join(map(str, known))
     if fault["type"] == "extra_forbidden":
         meant = suggestion(str(keys[-1]), _fields(schema, keys[:-1]))
-        return f"{line}: unknown key '{name}'.{meant}"
+        return f"{place}: unknown key '{name}'.{meant}"
     if fault["type"] == "missing":
-        return f"{line}: the key '{'.'.join(map(str, keys))}' is missing."
+        return f"{place}: the key '{'.'.join(map(str, keys))}' is missing."
+    words = WORDS.get(fault["type"])
+    plain = words.format(**fault.get("ctx", {})) if words else fault["msg"]
+    message = plain.removeprefix("Value error, ")
+    if not known:
+        return f"{place}: {message}."
     found = repr(fault["input"])
     found = found if len(found) <= 80 else found[:77] + "..."
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{line}: '{name}': {message} (found {found})."
+    return f"{place}: '{name}': {message} (found {found})."
+
+
+def _place(keys: KeyPath, source: str, lines: Places) -> str:
+    """Where a value was written: the line of its key, or what put it there."""
+    if isinstance(line := lines.get(keys), int):
+        return f"{source}, line {line}"
+    around = [lines.get(keys[:depth]) for depth in range(len(keys), 0, -1)]
+    inside = [said for key, said in lines.items() if keys and key[: len(keys)] == keys]
+    return next((said for said in around + inside if isinstance(said, str)), source)
 
 
 def _given(data: Any, keys: KeyPath) -> KeyPath:

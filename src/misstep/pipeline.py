@@ -17,6 +17,7 @@ from typing import Any, Literal
 from misstep.claims import claimed
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
+from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RecipeError, RunError
 from misstep.folding import folded
 from misstep.held_out import told
@@ -456,6 +457,10 @@ class Run:
     @contextmanager
     def _judge_of_mistakes(self) -> Iterator[Judge]:
         inputs = self.inputs
+        if inputs.of_mistakes is None and inputs.policy.judge.rubric is None:
+            # A rule asks no engine, so none is chosen.
+            yield mistake_judge(inputs.policy, ScriptedEngine())
+            return
         if inputs.of_mistakes is None:
             with self._engine(self.judge, "judging") as engine:
                 yield mistake_judge(inputs.policy, engine)

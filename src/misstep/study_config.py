@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from misstep.config import read_recipe
 from misstep.documents import check
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.sources import Source
-from misstep.stages.base import Settings
+from misstep.stages.base import Settings, each_once
 from misstep.stages.discriminate import DiscriminateSettings
 
 
@@ -35,7 +35,7 @@ class StudyConfig(Settings):
     """Names the study, in letters, digits, `.`, `_` and `-`."""
     policy: str
     """A shipped policy, or the path of a policy file."""
-    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    models: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(each_once)]
     """Each `smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
     `openai:MODEL@URL`."""
     engine: Kind = "auto"
@@ -51,14 +51,6 @@ class StudyConfig(Settings):
     respond: AnswerSettings = AnswerSettings()
     analyse: DiscriminateSettings = DiscriminateSettings()
 
-    @field_validator("models")
-    @classmethod
-    def _each_once(cls, models: tuple[str, ...]) -> tuple[str, ...]:
-        twice = sorted({name for name in models if models.count(name) > 1})
-        if twice:
-            raise ValueError(f"expected each model once; twice or more: {', '.join(twice)}")
-        return models
-
 
 def load_study_recipe(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     """Read a study's recipe and put the overrides (`key.inner=value`, YAML values) over it.
@@ -66,5 +58,5 @@ def load_study_recipe(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         RecipeError: a line for each fault: file, line, key, what was expected, what was found.
     """
-    data, lines = read_recipe(path, overrides)
+    data, lines = read_recipe(path, overrides, "study")
     return check(StudyConfig, data, RecipeError, str(path), lines)

@@ -274,7 +274,7 @@ def test_no_probability_is_certain_and_none_overflows() -> None:
     [
         (["epoch=2"], "unknown key 'epoch'"),
         (["dev=0.6", "held_out=0.5"], "leave nothing"),
-        (["epochs=0"], "greater than 0"),
+        (["epochs=0"], "more than 0"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_loads(

@@ -28,6 +28,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    """Values of a recipe, of which none stands there twice.
+
+    Raises:
+        ValueError: names those that do.
+    """
+    twice = dict.fromkeys(str(value) for value in values if values.count(value) > 1)
+    if twice:
+        raise ValueError(f"expected each once; twice or more: {', '.join(twice)}")
+    return values
+
+
 class Yield(Record):
     """How much of what went into a stage came out of it, and why the rest did not."""
 

@@ -7,12 +7,12 @@ record keeps the prompt as it was.
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy
 from misstep.records import Prompt, Response
-from misstep.stages.base import Ask, Settings, ask, derive_seed
+from misstep.stages.base import Ask, Settings, ask, derive_seed, each_once
 
 Read = Callable[[str], str]
 """Takes from a model's text what a user gets to see."""
@@ -25,7 +25,10 @@ class RespondSettings(Settings):
     """The longest answer."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy decoding, so that a difference is the model's and not the dice's."""
-    guided: tuple[bool, ...] = (False, True)
+    guided: Annotated[tuple[bool, ...], Field(min_length=1), AfterValidator(each_once)] = (
+        False,
+        True,
+    )
     """Whether the policy's guide stands around the prompt: without it, with it, or both."""
 
 
