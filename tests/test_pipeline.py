@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from served import serve
 
+from misstep.cli import train
 from misstep.errors import InputError, RecipeError
 from misstep.inputs import read_inputs
 from misstep.judge_card import SEEN, read_card
@@ -571,6 +572,41 @@ def test_test_prompts_that_are_learned_from_are_told_everywhere(
     given = [f"evaluate.tests={json.dumps(both)}", f"helpful_pairs.path={pairs}"]
     assert read_inputs(recipe, given).overlaps == {"again": {"mistakes.data": 3}}
     assert read_inputs(recipe, given[1:]).overlaps["clean"]["helpful_pairs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.report_to=[nowhere]"], r"train\.report_to: expected trackers.*found nowhere"),
+        (["methods=[dpo]", "train.adapter=full"], r"train\.adapter: expected lora for dpo"),
+        (["methods=[sft, rlhf]", "train.adapter=full"], "expected lora for rlhf"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_at_once(
+    recipe: Path, overrides: list[str], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        read_inputs(recipe, overrides)
+
+
+def test_a_training_that_may_drop_less_is_not_done_again(recipe: Path, finished: Path) -> None:
+    adapter = finished / "adapter/adapter_model.safetensors"
+    written = adapter.stat().st_mtime_ns
+    run(recipe, finished, ["train.max_dropped=0.99"], Silent(), "train")
+    assert adapter.stat().st_mtime_ns == written
+
+
+def test_training_names_the_folders_that_it_wrote(
+    recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    train(recipe, finished, ["methods=[vanilla, ordinary, sft]"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [Path(line) for line in lines] == [
+        finished / "adapters" / name for name in ("ordinary", "sft")
+    ]
+    assert all((Path(line) / "adapter_model.safetensors").is_file() for line in lines)
+    train(untrained(recipe), tmp_path / "none", [])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_method_that_the_data_have_nothing_for_is_refused_at_once(

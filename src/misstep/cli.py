@@ -114,16 +114,22 @@ def train(
     ] = 0,
 ) -> None:
     """Train on the analyses, and the recipe's other methods on their rows."""
+    from misstep.progress import progress
+
     if show_mask:
         from misstep.pipeline import masked_rows
-        from misstep.progress import progress
         from misstep.training.mask import print_mask
 
         with progress() as shown:
             rows = masked_rows(recipe, out, overrides, shown, show_mask)
         print_mask(rows)
         return
-    print(_run(recipe, out, overrides, "train") / "adapter")
+    from misstep.pipeline import run_training
+
+    with progress() as shown:
+        folders = run_training(recipe, out, overrides, shown)
+    for folder in folders:
+        print(folder)
 
 
 @app.command()

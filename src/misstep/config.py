@@ -221,6 +221,11 @@ class RunConfig(Settings):
         }
         return {key: source for key, source in known.items() if source is not None}
 
+    def hub_datasets(self) -> list[str]:
+        """What is learned from and lies on the Hub."""
+        learned = [s for key, s in self.sources().items() if not key.startswith("evaluate.")]
+        return sorted({s.path for s in learned if s.path and not s.is_file})
+
     def paths(self) -> dict[str, str | None]:
         """What the run reads and a run may have written, by its key: data, model, adapter."""
         data = {key: source.path for key, source in self.sources().items()}

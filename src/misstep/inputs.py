@@ -28,6 +28,7 @@ from misstep.preferred import load_preferred
 from misstep.records import Mistake, Pair, Prompt
 from misstep.sources import check_source, load_mistakes, load_prompts
 from misstep.stages.reward import require_trl
+from misstep.stages.train import check_trackers
 from misstep.training import processes
 
 
@@ -217,6 +218,14 @@ def _check_policy(config: RunConfig, policy: Policy) -> None:
             f"methods: {revising[0]} needs a policy with the key 'critique' (requests for a "
             f"critique and a revision), found none in {policy.name}."
         )
+    on_pairs = [name for name in config.methods if METHODS[name].pairs]
+    if on_pairs and config.train.adapter == "full":
+        raise RecipeError(
+            f"train.adapter: expected lora for {on_pairs[0]}, which trains on pairs, found "
+            "full. The reference that it compares with is the model without its adapter."
+        )
+    if config.trains:
+        check_trackers(config.train)
     if any(METHODS[name].trainer == "reinforce" for name in config.methods):
         require_trl()
         if processes.count() > 1:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 EMBEDDED = "smollm2-135m"
 """A small instruct model that comes as a Python package, for trials without the Hub."""
+PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Its name on the Hub, with the weights that the package holds in four bits."""
 
 WEIGHTS = "*.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -52,6 +54,11 @@ class Model:
     """A folder of safetensors or a GGUF file; None for a Hub id and for an endpoint."""
     endpoint: Endpoint | None = None
     """The server that answers for the model; its weights are not here."""
+
+    @property
+    def published(self) -> str:
+        """The name by which others load it, for files that are handed on."""
+        return PUBLISHED if self.name == EMBEDDED else self.name
 
     @property
     def is_gguf(self) -> bool:

@@ -96,6 +96,8 @@ class Run:
         )
         self._said: set[str] = set()
         self.corrections = self._corrections()
+        self.adapters: dict[str, Path | None] = {}
+        """Of the methods as far as they are trained; None where a method trains nothing."""
         self.share = 0.0
         """Of the prompts that mistakes were induced on: those with one, before any limit."""
         if inputs.left_out:
@@ -164,7 +166,7 @@ class Run:
         return folded(model, self.inputs.adapter, (self.store or self.folder) / "base")
 
     def _through(self, last: Stage) -> None:
-        adapters = self._learned(last)
+        adapters = self.adapters = self._learned(last)
         if last in (*LOOKING, "train"):
             return
         answers = self.respond(adapters)
@@ -175,6 +177,7 @@ class Run:
     def _learned(self, last: Stage) -> dict[str, Path | None]:
         """The adapters; mistakes and analyses are what methods that train learn from."""
         if not self.config.trains and last not in LOOKING:
+            self.progress.say("No method of the recipe trains: nothing is collected.")
             return dict.fromkeys(self.config.methods)
         mistakes = self.induce()
         if last == "induce":
@@ -336,11 +339,12 @@ class Run:
             self.progress.update(f"{method}: {what}", done, total)
 
         config, seed = self.config, self.config.training_seed
+        datasets = config.hub_datasets()
         if METHODS[method].trainer == "reinforce":
             given = (self._feedback(rows), config.train, config.reinforce)
-            report = rewarded.reinforce(self.model, *given, seed, folder, notify)
+            report = rewarded.reinforce(self.model, *given, seed, folder, notify, datasets)
         else:
-            report = train(self.model, rows, config.train, seed, folder, notify)
+            report = train(self.model, rows, config.train, seed, folder, notify, datasets)
         self.manifest.data["training"][method] = report.model_dump(mode="json")
         self.manifest.save()
         return folder
@@ -519,10 +523,30 @@ def run(
         InputError: recipe, data, policy, model or folder; before any model loads.
         RunError: the run failed; the same command goes on from there.
     """
+    return _through(recipe, out, overrides, progress, last).folder
+
+
+def run_training(
+    recipe: Path, out: Path | None, overrides: list[str], progress: Progress
+) -> list[Path]:
+    """Run a recipe through training and give the folders of what was trained.
+
+    Raises:
+        InputError: as `run` does.
+        RunError: as `run` does.
+    """
+    done = _through(recipe, out, overrides, progress, "train")
+    return [folder for folder in done.adapters.values() if folder is not None]
+
+
+def _through(
+    recipe: Path, out: Path | None, overrides: list[str], progress: Progress, last: Stage
+) -> Run:
     inputs = read_inputs(recipe, overrides)
     with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
-        Run(inputs, folder, progress).through(last)
-    return folder
+        whole = Run(inputs, folder, progress)
+        whole.through(last)
+    return whole
 
 
 def masked_rows(

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -39,12 +40,19 @@ from transformers.models.granite import GraniteForCausalLM
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
 from misstep import models as models_module
-from misstep.errors import TrainingError
+from misstep.errors import RecipeError, TrainingError
 from misstep.models import Model, load_weights, locate
 from misstep.records import Example, Message, Pair
 from misstep.rendering import Renderer
 from misstep.stages import train as stage
-from misstep.stages.train import PreferenceSettings, TrainReport, TrainSettings, train
+from misstep.stages.train import (
+    PreferenceSettings,
+    TrainReport,
+    TrainSettings,
+    input_digest,
+    model_card,
+    train,
+)
 from misstep.training import loss as loss_module
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
@@ -489,7 +497,52 @@ def test_the_card_and_the_config_name_the_base(undisturbed: Path, model: Model) 
     assert config["base_model_name_or_path"] == model.name
     card = (undisturbed / "README.md").read_text()
     assert card.startswith("---\nbase_model: ")
-    assert "library_name: peft" in card and "tags: [misstep, lora]" in card
+    facts = yaml.safe_load(card.split("---")[1])
+    assert facts == {
+        "base_model": model.name,
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["misstep", "lora"],
+    }
+
+
+def test_the_embedded_model_is_called_what_others_load_it_by(undisturbed: Path) -> None:
+    embedded = locate("smollm2-135m")
+    card = model_card(embedded, QUICK, report_of(undisturbed), ["PKU-Alignment/PKU-SafeRLHF"])
+    facts = yaml.safe_load(card.split("---")[1])
+    assert facts["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert facts["license"] == "apache-2.0"
+    assert facts["datasets"] == ["PKU-Alignment/PKU-SafeRLHF"]
+    assert "smollm2-135m" not in card
+
+
+def test_what_comes_of_a_training_alone_names_it(model: Model) -> None:
+    def name(**changed: Any) -> str:
+        return input_digest(model, EXAMPLES, TrainSettings(**changed), 0)
+
+    assert name(report_to=("trackio",)) == name(max_dropped=1.0) == name()
+    assert name(rank=8) != name()
+
+
+def test_finished_trainings_keep_their_names() -> None:
+    # Read from adapters of version 0.1: these change with FORMAT, and only with it.
+    fixed = cast("Model", SimpleNamespace(digest="0" * 16))
+    asked = (Message(role="user", content="q"),)
+    rows = [Example(messages=asked, completion="a", kind="x")]
+    pairs = [Pair(messages=asked, chosen="a", rejected="b")]
+    assert input_digest(fixed, rows, TrainSettings(), 0) == "551efaccc0d783eb"
+    assert input_digest(fixed, pairs, TrainSettings(), 0) == "73cd2f14e3fb3d0a"
+
+
+def test_a_finished_training_is_refused_where_it_now_drops_too_much(
+    model: Model, tmp_path: Path
+) -> None:
+    given_rows = [*EXAMPLES[:3], example(1, completion=" ")]
+    lenient = QUICK.model_copy(update={"max_dropped": 0.25, "epochs": 0.5})
+    train(model, given_rows, lenient, 0, tmp_path)
+    with pytest.raises(TrainingError, match="of 4 rows 1 have nothing to learn"):
+        train(model, given_rows, lenient.model_copy(update={"max_dropped": 0.2}), 0, tmp_path)
 
 
 def test_merged_and_unmerged_adapter_give_the_same_logits(
@@ -794,7 +847,7 @@ def test_a_loss_that_is_no_number_names_the_step(model: Model, tmp_path: Path) -
 
 def test_a_tracker_that_is_not_installed_is_refused(model: Model, tmp_path: Path) -> None:
     tracked = QUICK.model_copy(update={"report_to": ("nowhere",)})
-    with pytest.raises(TrainingError, match=r"train\.report_to.*nowhere"):
+    with pytest.raises(RecipeError, match=r"train\.report_to.*nowhere"):
         train(model, EXAMPLES, tracked, 0, tmp_path)
 
 

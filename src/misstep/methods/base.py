@@ -102,6 +102,8 @@ class Method(ABC):
     """Whether nothing can be trained without good answers to the prompts of mistakes."""
     trainer: ClassVar[Literal["fine-tune", "reinforce"]] = "fine-tune"
     """`reinforce`: the pairs make a reward model, whose reward the policy is optimised for."""
+    pairs: ClassVar[bool] = False
+    """Whether the rows are pairs, which are compared with the model without its adapter."""
     guided: ClassVar[tuple[bool, ...]] = (False, True)
     """The settings of guidance in which the method is a setting of its own."""
 

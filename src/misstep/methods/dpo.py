@@ -14,6 +14,7 @@ class DPO(Method):
     about = "direct preference optimisation on pairs of good answer and mistake"
     needs_good_answers = True
     uses_mistakes = True
+    pairs = True
 
     def rows(self, materials: Materials) -> Rows:
         share = materials.lesson + materials.mix.ordinary

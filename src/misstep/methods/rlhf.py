@@ -15,6 +15,7 @@ class RLHF(Method):
     about = "a reward model from pairs of good answer and mistake, then RLOO"
     needs_good_answers = True
     uses_mistakes = True
+    pairs = True
     trainer = "reinforce"
 
     def rows(self, materials: Materials) -> Rows:

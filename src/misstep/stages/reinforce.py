@@ -14,7 +14,6 @@ policy is not gone on with after an interruption: it begins anew, on the kept re
 process; TRL is an optional library. This module knows settings, files and reports.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ from misstep.stages.train import (
     finished,
     peak_memory_mb,
 )
+from misstep.training.card import card_head
 from misstep.training.report import ReinforceReport, RewardReport
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Job(NamedTuple):
     setup: Setup
     settings: ReinforceSettings
     folder: Path
+    datasets: Sequence[str] = ()
 
     @property
     def renderer(self) -> Renderer:
@@ -108,6 +109,7 @@ def reinforce(
     seed: int,
     folder: Path,
     notify: Notify | None = None,
+    datasets: Sequence[str] = (),
 ) -> TrainReport:
     """Train reward model and policy; write the policy's adapter, card and report into a folder.
 
@@ -123,7 +125,7 @@ def reinforce(
         require_trl()
         tell = notify or (lambda *_: None)
         setup = Setup(model, Renderer.for_model(model), train, seed, tell)
-        report = _reinforce(Job(setup, settings, folder), feedback, inputs)
+        report = _reinforce(Job(setup, settings, folder, datasets), feedback, inputs)
         free()
     return report
 
@@ -270,12 +272,15 @@ def _save(job: Job, adapted: Any, report: TrainReport) -> None:
     """Write weights, card and, last, the report: with it the folder is finished."""
     from misstep.training.weights import save_adapter
 
-    save_adapter(adapted, job.setup.model.name, job.folder)
-    write_text(job.folder / CARD, policy_card(job.setup.model.name, job.settings, report))
+    model = job.setup.model
+    save_adapter(adapted, model.published, job.folder)
+    write_text(job.folder / CARD, policy_card(model, job.settings, report, job.datasets))
     write_text(job.folder / REPORT, report.model_dump_json(indent=2) + "\n")
 
 
-def policy_card(base: str, settings: ReinforceSettings, report: TrainReport) -> str:
+def policy_card(
+    base: Model, settings: ReinforceSettings, report: TrainReport, datasets: Sequence[str]
+) -> str:
     """The card of a policy's adapter: its base, its reward models, and how it was trained."""
     done = report.reinforced
     assert done is not None
@@ -283,14 +288,10 @@ def policy_card(base: str, settings: ReinforceSettings, report: TrainReport) -> 
     values = settings.model_dump(exclude={"reward"})
     return "\n".join(
         [
-            "---",
-            f"base_model: {json.dumps(base)}",
-            "library_name: peft",
-            "pipeline_tag: text-generation",
-            "tags: [misstep, lora, rloo]",
-            "---",
+            card_head(base, ["lora", "rloo"], datasets),
             "",
-            f"# {base}, optimised for a reward on {report.trained} prompts with misstep",
+            f"# {base.published}, optimised for a reward on {report.trained} prompts with "
+            "misstep",
             "",
             "A LoRA adapter on all linear layers, trained by TRL's RLOO (arXiv 2402.14740).",
             "",

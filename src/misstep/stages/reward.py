@@ -23,7 +23,7 @@ from misstep.models import Model, free, load_weights
 from misstep.records import Pair, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
-from misstep.stages.train import HOW, TrainSettings, micro_tokens, usable_rows
+from misstep.stages.train import HOW, TrainSettings, micro_tokens, naming, usable_rows
 from misstep.training.report import RewardReport
 from misstep.training.rows import PairRow, Rows
 
@@ -103,7 +103,7 @@ def require_trl() -> None:
 
 def used(train: TrainSettings) -> dict[str, Any]:
     """The settings of `train` that reward models and policies share with other methods."""
-    return train.model_dump(
+    return naming(train).model_dump(
         mode="json", exclude={"learning_rate", "epochs", "preferences", "report_to", *HOW}
     )
 
@@ -203,7 +203,7 @@ def _train(
         loss_curve=tuple(curve),
         seconds=round(seconds, 1),
     )
-    save_adapter(model, setup.model.name, folder)
+    save_adapter(model, setup.model.published, folder)
     write_text(folder / REPORT, report.model_dump_json(indent=2) + "\n")
     return report
 

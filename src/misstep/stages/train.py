@@ -10,7 +10,6 @@ This module knows settings, files and reports. Tokens, loss and loop are in `mis
 loaded when training begins; it knows no method: a row's kind only names a number in the report.
 """
 
-import json
 import resource
 import shutil
 import sys
@@ -24,12 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeGuard, cast
 from pydantic import Field, ValidationError
 
 from misstep import __version__
-from misstep.errors import TrainingError
+from misstep.errors import RecipeError, TrainingError
 from misstep.models import Model, free, load_weights
 from misstep.records import Example, Pair, Record, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
 from misstep.training import processes
+from misstep.training.card import card_head
 from misstep.training.report import RankReport, ReinforceReport
 from misstep.training.rows import (
     PairRow,
@@ -60,6 +60,9 @@ OUTPUTS = (
     *("config.json", "generation_config.json", "model*.safetensors*"),
     *("tokenizer*", "special_tokens_map.json", "chat_template*"),
 )
+ASIDE = ("report_to", "max_dropped")
+"""Settings of what is told and what is refused. A training is named as if they had their
+defaults, which stand in the names of finished ones."""
 HOW = ("gradient_checkpointing", "compile")
 """Settings that change the time and the memory of a training, and nothing that comes of it."""
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
@@ -165,12 +168,23 @@ def train(
     seed: int,
     folder: Path,
     notify: Notify | None = None,
+    datasets: Sequence[str] = (),
 ) -> TrainReport:
     """Fine-tune a model and write the adapter, its card and the report into a folder.
 
+    Args:
+        model: the base.
+        rows: what is learned.
+        settings: how.
+        seed: of the order of the rows, and of what the adapter begins with.
+        folder: of the result; checkpoints lie in it until it is there.
+        notify: told of the steps.
+        datasets: of the Hub, for the card: where the rows come from.
+
     Raises:
-        TrainingError: no rows, too many of them unusable, a tracker that is not installed,
-            pairs where all weights are to be trained, or a loss that is not a number.
+        RecipeError: a tracker is not installed.
+        TrainingError: no rows, too many of them unusable, pairs where all weights are to be
+            trained, or a loss that is not a number.
         ModelError: the weights cannot be loaded.
     """
     order = Order(
@@ -181,10 +195,13 @@ def train(
         seed=seed,
         folder=folder,
         inputs=input_digest(model, rows, settings, seed),
+        datasets=tuple(datasets),
     )
     report = finished(folder, order.inputs)
-    if report is None:
-        _check_trackers(settings)
+    if report is not None:
+        _refuse_many(report.rows, report.dropped, report.truncated, settings)
+    else:
+        check_trackers(settings)
         job = order.job()
         _clear(job)
         with processes.together(order.model_dump_json()):
@@ -202,8 +219,14 @@ def follow(order: str) -> None:
 
 def input_digest(model: Model, rows: TrainingRows, settings: TrainSettings, seed: int) -> str:
     """What names a training by content: equal inputs, equal adapter."""
-    used = settings.model_dump(mode="json", exclude=_unused(_are_pairs(rows)))
+    used = naming(settings).model_dump(mode="json", exclude=_unused(_are_pairs(rows)))
     return digest([FORMAT, model.digest, [row.id for row in rows], used, seed])
+
+
+def naming(settings: TrainSettings) -> TrainSettings:
+    """The settings as they stand in a training's name."""
+    default = TrainSettings()
+    return settings.model_copy(update={key: getattr(default, key) for key in ASIDE})
 
 
 def _are_pairs(rows: TrainingRows) -> TypeGuard[Sequence[Pair]]:
@@ -244,19 +267,27 @@ def usable_rows(
         rows = render_pairs(renderer, given, settings.max_length)
     else:
         rows = render_rows(renderer, cast("Sequence[Example]", given), settings.max_length)
-    harmed = rows.dropped + rows.truncated
-    if not rows.kept or harmed > settings.max_dropped * rows.given:
+    _refuse_many(rows.given, rows.dropped, rows.truncated, settings)
+    return rows
+
+
+def _refuse_many(given: int, dropped: int, truncated: int, settings: TrainSettings) -> None:
+    if dropped == given or dropped + truncated > settings.max_dropped * given:
         raise TrainingError(
-            f"training: of {rows.given} rows {rows.dropped} have nothing to learn within "
-            f"{settings.max_length} tokens and {rows.truncated} would lose the end of their "
+            f"training: of {given} rows {dropped} have nothing to learn within "
+            f"{settings.max_length} tokens and {truncated} would lose the end of their "
             f"completion; expected at most {settings.max_dropped:.0%} of them, and one row at "
             "least to train on. Raise train.max_length, shorten the rows, or raise "
             "train.max_dropped."
         )
-    return rows
 
 
-def _check_trackers(settings: TrainSettings) -> None:
+def check_trackers(settings: TrainSettings) -> None:
+    """Pass where all trackers are installed.
+
+    Raises:
+        RecipeError: names those that are not, and those that are.
+    """
     if not settings.report_to:
         return
     from transformers.integrations import get_available_reporting_integrations
@@ -264,7 +295,7 @@ def _check_trackers(settings: TrainSettings) -> None:
     installed = get_available_reporting_integrations()
     missing = sorted(set(settings.report_to) - set(installed))
     if missing:
-        raise TrainingError(
+        raise RecipeError(
             f"train.report_to: expected trackers that are installed "
             f"({', '.join(installed) or 'there are none'}), found {', '.join(missing)}."
         )
@@ -281,6 +312,7 @@ class Job:
     seed: int
     folder: Path
     inputs: str
+    datasets: tuple[str, ...]
 
     @property
     def checkpoints(self) -> Path:
@@ -309,13 +341,15 @@ class Order(Record):
     seed: int
     folder: Path
     inputs: str
+    datasets: tuple[str, ...]
 
     def job(self) -> Job:
         """The training, checked and ready to begin."""
         model = Model(self.model, self.path)
         renderer = Renderer.for_model(model)
         rows = usable_rows(renderer, self.rows, self.settings)
-        return Job(model, renderer, rows, self.settings, self.seed, self.folder, self.inputs)
+        given = (self.settings, self.seed, self.folder, self.inputs, self.datasets)
+        return Job(model, renderer, rows, *given)
 
 
 def _train(job: Job, notify: Notify | None) -> TrainReport:
@@ -544,16 +578,19 @@ def _save(
         tokenizer = job.renderer.tokenizer
         save_all_weights(loss.model, weights, weights_dtype(), tokenizer, job.folder)
     else:
-        save_adapter(loss.model, job.model.name, job.folder, weights)
-    write_text(job.folder / CARD, model_card(job.model.name, job.settings, report))
+        save_adapter(loss.model, job.model.published, job.folder, weights)
+    write_text(job.folder / CARD, model_card(job.model, job.settings, report, job.datasets))
     write_text(job.folder / REPORT, report.model_dump_json(indent=2) + "\n")
 
 
-def model_card(base: str, settings: TrainSettings, report: TrainReport) -> str:
+def model_card(
+    base: Model, settings: TrainSettings, report: TrainReport, datasets: Sequence[str] = ()
+) -> str:
     """The card of an adapter: what it is based on, and how it was trained."""
     lora, what = settings.adapter == "lora", "pairs" if report.ranks else "rows"
     on_pairs = report.ranks is not None
-    left_out = {"adapter", "report_to", "max_dropped", "preferences", *HOW}
+    left_out = {"adapter", "preferences", *ASIDE, *HOW}
+    tags = ["lora" if lora else "full-fine-tune", *(["dpo"] if on_pairs else [])]
     values = settings.model_dump(exclude=left_out)
     if on_pairs:
         values |= settings.preferences.model_dump()
@@ -565,14 +602,9 @@ def model_card(base: str, settings: TrainSettings, report: TrainReport) -> str:
     ]
     return "\n".join(
         [
-            "---",
-            f"base_model: {json.dumps(base)}",
-            f"library_name: {'peft' if lora else 'transformers'}",
-            "pipeline_tag: text-generation",
-            f"tags: [misstep, {'lora' if lora else 'full-fine-tune'}{', dpo' * on_pairs}]",
-            "---",
+            card_head(base, tags, datasets),
             "",
-            f"# {base}, trained on {report.trained} {what} with misstep",
+            f"# {base.published}, trained on {report.trained} {what} with misstep",
             "",
             "Loss fell on completions only. "
             + "Direct preference optimisation (arXiv 2305.18290). " * on_pairs
