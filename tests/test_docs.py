@@ -138,17 +138,12 @@ def test_recipe_keys_that_a_page_names_exist(page: Path) -> None:
 
 
 def _is_key(key: str) -> bool:
-    part: Any = RunConfig
+    part: type[BaseModel] | None = RunConfig
     for name in key.split("."):
-        fields = part.model_fields if _is_section(part) else {}
-        if name not in fields:
+        if part is None or name not in part.model_fields:
             return False
-        part = fields[name].annotation
+        part = model_in(part.model_fields[name].annotation)
     return True
-
-
-def _is_section(part: Any) -> bool:
-    return isinstance(part, type) and issubclass(part, BaseModel)
 
 
 def test_the_method_that_the_page_shows_works_and_keeps_the_budget() -> None:

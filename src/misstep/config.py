@@ -117,12 +117,12 @@ class RunConfig(Settings):
     data: str | None = None
     """Where every source reads that names neither a suite nor a path."""
     mistakes: InduceSettings | None = None
-    """Where mistakes come from; needed where a method trains, as `ordinary` is."""
+    """Where mistakes come from; needed where a method trains."""
     analysis: AnalyseSettings = AnalyseSettings()
     revision: ReviseSettings = ReviseSettings()
     """How mistakes are revised; read by methods that train on revisions."""
     ordinary: Source | None = None
-    """Ordinary prompts with reference answers."""
+    """Ordinary prompts with reference answers; needed where a method trains."""
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
     reinforce: ReinforceSettings = ReinforceSettings()
@@ -214,7 +214,7 @@ class RunConfig(Settings):
         """Every place that the run reads data from, by its key."""
         tests = {f"evaluate.tests.{k}": v for k, v in self.evaluate.tests.items()}
         known = {
-            "mistakes.data": self.mistakes and self.mistakes.data,
+            "mistakes.data": None if self.mistakes is None else self.mistakes.data,
             "ordinary": self.ordinary,
             "helpful_pairs": self.helpful_pairs,
             **tests,
