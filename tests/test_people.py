@@ -289,12 +289,12 @@ def test_lines_that_spreadsheets_add_are_no_items(run: Path) -> None:
     assert ratings.raters == {"ann": N}
 
 
-def test_a_cell_that_is_too_long_to_be_read_is_named(run: Path) -> None:
+def test_a_cell_may_be_of_any_length(run: Path) -> None:
     sheet = write_sheet(run, None, None, 100, 0)
     filled = list(csv.DictReader(rate(sheet, "ann").open(encoding="utf-8")))
     filled[1]["answer_1"] = "x" * 140_000
-    with pytest.raises(DataError, match=r"line 3: expected CSV.*may be left out"):
-        import_sheets(run, [save(run.parent / "ann.csv", filled)])
+    csv.field_size_limit(131_072)  # Python's own, which reading other data may have raised.
+    import_sheets(run, [save(run.parent / "ann.csv", filled)])
 
 
 def test_wrong_sheets_are_named_by_line_and_column(run: Path) -> None:

@@ -21,6 +21,7 @@ from misstep.check_results import JudgedCase, Measured, measure
 from misstep.errors import DataError
 from misstep.records import Answer, Judgement, Record, Response, digest
 from misstep.results import Metric, Setting
+from misstep.tables import LONGEST_CELL
 
 SIDES = (1, 2)
 BAD = tuple(f"mistake_{side}" for side in SIDES)
@@ -184,23 +185,18 @@ def _rated_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     """What stands in the columns that are read, by line; spreadsheets add empty lines."""
     # Spreadsheets of some countries write semicolons.
     separator = ";" if text.partition("\n")[0].count(";") > 1 else ","
+    csv.field_size_limit(LONGEST_CELL)
     reader = csv.DictReader(StringIO(text), delimiter=separator)
     columns = ("item", *QUESTIONS)
-    try:
-        if absent := [name for name in columns if name not in (reader.fieldnames or [])]:
-            raise DataError(
-                f"{path}: expected the columns of the sheet, found none named "
-                f"{', '.join(absent)}. Rate a copy of sheet.csv and keep its first line."
-            )
-        for row in reader:
-            found = {name: (row[name] or "").strip() for name in columns}
-            if any(found.values()):
-                yield f"{path}, line {reader.line_num}", found
-    except csv.Error as fault:
+    if absent := [name for name in columns if name not in (reader.fieldnames or [])]:
         raise DataError(
-            f"{path}, line {reader.line_num + 1}: expected CSV, found a fault ({fault}). The "
-            "columns with the texts are not read: they may be left out."
-        ) from fault
+            f"{path}: expected the columns of the sheet, found none named "
+            f"{', '.join(absent)}. Rate a copy of sheet.csv and keep its first line."
+        )
+    for row in reader:
+        found = {name: (row[name] or "").strip() for name in columns}
+        if any(found.values()):
+            yield f"{path}, line {reader.line_num}", found
 
 
 def count_ratings(

@@ -16,6 +16,9 @@ from typing import Any, NamedTuple, TextIO
 from misstep.errors import DataError
 from misstep.records import open_text, read_json_lines, refuse_half_characters
 
+LONGEST_CELL = 2**31 - 1
+"""Characters. The csv library refuses cells above 131,072 else, and takes no more than this."""
+
 PlacedRow = tuple[str, dict[str, Any]]
 """Where a row stands, in words, and its columns."""
 
@@ -122,8 +125,7 @@ def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
 
 def _csv_rows(path: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV or TSV file, each with the line that it starts at."""
-    # Else the library refuses cells above 131,072 characters. It takes no more than a C long.
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(LONGEST_CELL)
     with open_text(path, form.encoding, newline="") as file:
         comments = _comments(file) if form.header else 0
         tabs = ".tsv" in str(_suffix(path.name))

@@ -416,7 +416,7 @@ def test_a_judges_file_says_how_much_its_model_may_write(kind: str, tmp_path: Pa
     [
         ("rule: refusal\nmax_tokens: 512", "max_tokens is of policy and rubric"),
         ("policy: goal-hijacking\nmax_tokens: 512", "expected no max_tokens"),
-        ("policy: harmlessness\nmax_tokens: 0", "greater than or equal to 1"),
+        ("policy: harmlessness\nmax_tokens: 0", "expected 1 or more"),
     ],
 )
 def test_who_asks_no_model_has_no_limit_for_it(text: str, why: str, tmp_path: Path) -> None:
