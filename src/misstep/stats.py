@@ -319,9 +319,12 @@ def _crossed_variance(data: Floats) -> tuple[float, float]:
     rest = data - of_lines[:, None] - of_columns[None, :] + data.mean()
     left = (lines - 1) * max(1, columns - 1)
     by_chance = float((rest**2).sum()) / left
+    if max(by_lines, by_columns) <= by_chance:
+        # Both effects hold chance, too: together they are never expected to be less.
+        return by_chance / data.size, left
     if by_lines <= by_chance:
         return by_columns / data.size, max(1, columns - 1)
-    total = by_columns + by_lines - by_chance
+    total = max(by_columns + by_lines - by_chance, by_chance)
     squares = (
         by_columns**2 / max(1, columns - 1),
         by_lines**2 / (lines - 1),
