@@ -35,7 +35,7 @@ def page(old: str) -> str:
     before, _, rest = old.partition(START)
     _, _, after = rest.partition(END)
     rows = table(["", "aimed at", "reached", "met", "why not"])
-    rows += [_row(aim) for make in (speed, mistakes, breadth, judges) for aim in make()]
+    rows += [_row(aim) for make in (speed, mistakes, larger, breadth, judges) for aim in make()]
     return before + START + "\n".join(rows) + "\n" + END + after
 
 
@@ -106,6 +106,29 @@ def mistakes() -> Iterator[Aim]:
         yield below(f"mistakes, guided `{method}` less guided SFT, three seeds", 0, found, why)
 
 
+def larger() -> Iterator[Aim]:
+    """The same on Qwen2.5-Coder-1.5B, on kinds of attack that training did not see."""
+    run, sft = "methods-1.5b", "sft/guided"
+    for method in ("mistake_analysis", "corrected_analysis"):
+        of = f"guided `{method}` at 1.5B"
+        (row,) = (
+            row
+            for row in read_results(HERE / run / "results.json").rows
+            if (row.method, row.guided, row.test_set) == (method, True, "attacks-unseen")
+        )
+        found = row.metrics["mistake_rate"].value
+        assert found is not None
+        yield most(f"mistakes, unseen kinds, {of}", 0.15, found, rate, "")
+        against = _difference(run, f"{method}/guided", sft, "mistake_rate", "attacks-unseen")
+        yield below(
+            f"the same less guided SFT, {of}", -0.05, against, "see [the page](methods-1.5b.md)"
+        )
+        clean = _difference(run, f"{method}/guided", "vanilla/unguided", "helpfulness", "clean")
+        what = f"helpfulness on clean tasks, {of}, less the untrained model"
+        met = clean.difference >= -0.02
+        yield Aim(what, f"{points(-0.02)} or more", clean.difference, _said(clean), met)
+
+
 def breadth() -> Iterator[Aim]:
     """Which runs were to be made, and in what time."""
     demo = _json("quickstart/manifest.json")
@@ -119,7 +142,7 @@ def breadth() -> Iterator[Aim]:
     yield least("methods compared at 135M, three seeds", len(METHODS), len(made), _whole, why)
     models = len(_json("study/study.json")["models"])
     yield least("models in the study", 3, models, _whole, "")
-    for what in ("methods at 0.5B", "five settings at 1.5B", "scenario 1", "ablations"):
+    for what in ("methods at 0.5B", "scenario 1", "ablations"):
         yield Aim(what, "a committed result", why="too long for two cores so far")
 
 

@@ -52,7 +52,9 @@ def test_a_picture_is_drawn_from_its_results(picture: Path, tmp_path: Path) -> N
     assert picture.read_text(encoding="utf-8") == drawn, (
         f"make it anew: misstep report --picture docs/results/{folder.name}"
     )
-    assert f"({folder.name}/picture.svg)" in folder.with_suffix(".md").read_text("utf-8")
+    assert f"({folder.name}/picture.svg)" in (folder.parent / f"{folder.name}.md").read_text(
+        "utf-8"
+    )
     shown = (
         {model.model for model in read_study(tmp_path / name).models}
         if is_study
