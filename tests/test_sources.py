@@ -659,6 +659,43 @@ def test_a_good_answer_to_the_same_question_becomes_the_reference(tmp_path: Path
     assert mistake.prompt.reference == "For a reason."
 
 
+def test_an_instruction_goes_on_with_what_it_is_about(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "tasks.jsonl",
+        "\n".join(
+            json.dumps(row)
+            for row in (
+                {"instruction": "1 Shorten.", "input": "So long.", "output": "Short."},
+                {"instruction": "2 Who?", "context": "Ada wrote it.", "response": "Ada."},
+                {"instruction": "3 Why?", "input": "", "output": "So."},
+                {"prompt": "4 Ask", "context": "Not of the prompt.", "output": "Yes."},
+            )
+        ),
+    )
+    found = prompts(path)
+    assert [p.text for p in found] == [
+        "1 Shorten.\n\nSo long.",
+        "2 Who?\n\nAda wrote it.",
+        "3 Why?",
+        "4 Ask",
+    ]
+    assert [p.reference for p in found] == ["Short.", None, "So.", "Yes."]
+
+
+def test_prompts_that_must_have_a_reference_are_counted_after_that(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "labelled.csv",
+        "question,answer,label\n"
+        + "".join(f"q{i},bad,1\nq{i},good,0\n" for i in range(9))
+        + "".join(f"r{i},bad,1\n" for i in range(9)),
+    )
+    found = load_prompts(Source(path=path, n=6), 0, answered=True)
+    assert len(found) == 6
+    assert {p.reference for p in found} == {"good"}
+
+
 def test_a_question_that_comes_twice_is_asked_once(tmp_path: Path) -> None:
     path = tmp_path / "twice.csv"
     path.write_text("question,answer\nWhy?,For a reason.\nWhy?,Just so.\n")

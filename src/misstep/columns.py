@@ -21,6 +21,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         *("prompt", "question", "instruction", "query", "input", "objective"),
         *("问题", "column0"),
     ),
+    "context": ("context", "input"),
     "response": (
         *("response", "answer", "completion", "output", "rejected", "violating_answer"),
         *("assistant_response", "违规回答"),
@@ -40,6 +41,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """Our field names, each with the column names that are recognised unmapped, in this order."""
 WORDS = {"response": "answer"}
 """Field names in the words of a reason."""
+APART = "instruction"
+"""The column whose prompt goes on in another one: Alpaca's in `input`, Dolly's in `context`."""
 
 YES, NO = {"1", "true", "yes"}, {"0", "false", "no"}
 BAD, GOOD = {"bad", "unsafe", "harmful"}, {"good", "safe", "harmless", "unharmful"}
@@ -170,10 +173,23 @@ def _asked(reading: Reading, row: Row, where: str) -> tuple[Turns, str | None]:
         answered = turns[-1].role == "assistant"
         return (turns[:-1], turns[-1].content) if answered else (turns, None)
     if isinstance(value, str) and value.strip():
-        return (Message(role="user", content=value.strip()),), None
+        text = f"{value.strip()}\n\n{_context(reading, row, where)}".strip()
+        return (Message(role="user", content=text),), None
     if value is None and field not in reading.fields:
         return (), None
     raise _refused(reading, row, field, where)
+
+
+def _context(reading: Reading, row: Row, where: str) -> str:
+    """What a prompt is about, where the row keeps it apart."""
+    names = (reading.fields["prompt"],) if "prompt" in reading.fields else COLUMNS["prompt"]
+    asks = next((name for name in names if row.get(name) is not None), None)
+    if "context" not in reading.fields and asks != APART:
+        return ""
+    value = column_of(reading, row, "context")
+    if value is not None and not isinstance(value, str):
+        raise _refused(reading, row, "context", where)
+    return (value or "").strip()
 
 
 def _answer(reading: Reading, row: Row, field: str, where: str) -> Answer | None:

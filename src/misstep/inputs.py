@@ -262,7 +262,7 @@ def _check_trainable(config: RunConfig) -> None:
 def _ordinary(config: RunConfig) -> list[Prompt]:
     if config.ordinary is None:
         return []
-    found = [p for p in load_prompts(config.ordinary, config.seed) if p.reference]
+    found = list(load_prompts(config.ordinary, config.seed, answered=True))
     if not found:
         raise RecipeError(
             "ordinary: expected prompts with reference answers, found none. Map the column "

@@ -142,17 +142,22 @@ def source_digest(source: Source) -> str:
     return digest([settings, content])
 
 
-def load_prompts(source: Source, seed: int) -> Sequence[Prompt]:
+def load_prompts(source: Source, seed: int, answered: bool = False) -> Sequence[Prompt]:
     """The prompts of a source, each once, in an order drawn by the seed.
+
+    With `answered` only those that have a reference, whichever of their rows holds it.
 
     Raises:
         DataError: names file, line and field.
     """
     if source.suite is not None:
-        return _suite_prompts(source, seed)
+        prompts = _suite_prompts(source, seed)
+        return [p for p in prompts if p.reference] if answered else prompts
     seen, found = Names(), Shelf(Prompt)
     for where, row in rows(source):
         prompt = prompt_of(source, row, where)
+        if answered and not prompt.reference:
+            continue
         if wanted(source, prompt) and seen.add(_asked(prompt)):
             found.add(prompt)
     return found.draw(source.n, seed)
