@@ -105,14 +105,15 @@ def split_by_prompt(
 ) -> tuple[list[PairRow], list[PairRow]]:
     """Pairs to train on and pairs to measure on, no prompt in both.
 
-    At least one prompt is held out, so there must be two.
+    At least one prompt is held out, so there must be two. Pairs that come again, to fill the
+    budget, are measured once.
     """
     prompts = sorted({_prompt(pair) for pair in pairs})
     random.Random(f"held out {seed}").shuffle(prompts)
     measured = set(prompts[: max(1, round(held_out * len(prompts)))])
     return (
         [pair for pair in pairs if _prompt(pair) not in measured],
-        [pair for pair in pairs if _prompt(pair) in measured],
+        list(dict.fromkeys(pair for pair in pairs if _prompt(pair) in measured)),
     )
 
 
