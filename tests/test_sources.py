@@ -691,9 +691,13 @@ def test_prompts_that_must_have_a_reference_are_counted_after_that(tmp_path: Pat
         + "".join(f"q{i},bad,1\nq{i},good,0\n" for i in range(9))
         + "".join(f"r{i},bad,1\n" for i in range(9)),
     )
-    found = load_prompts(Source(path=path, n=6), 0, answered=True)
+    source = Source(path=path, n=6, answered=True)
+    found = load_prompts(source, 0)
     assert len(found) == 6
     assert {p.reference for p in found} == {"good"}
+    mistakes = load_mistakes(source, "origin", 0)
+    assert len(mistakes) == 6
+    assert {m.prompt.reference for m in mistakes} == {"good"}
 
 
 def test_a_question_that_comes_twice_is_asked_once(tmp_path: Path) -> None:

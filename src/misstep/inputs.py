@@ -262,7 +262,8 @@ def _check_trainable(config: RunConfig) -> None:
 def _ordinary(config: RunConfig) -> list[Prompt]:
     if config.ordinary is None:
         return []
-    found = list(load_prompts(config.ordinary, config.seed, answered=True))
+    source = config.ordinary.model_copy(update={"answered": True})
+    found = [prompt for prompt in load_prompts(source, config.seed) if prompt.reference]
     if not found:
         raise RecipeError(
             "ordinary: expected prompts with reference answers, found none. Map the column "

@@ -67,6 +67,9 @@ class Source(Reading):
     """Of a file or data set: the questions whose place from 0 to 1, a hash of their text, is in
     this range, its end left out. Ranges that do not overlap have no question in common, in
     whatever files; `misstep judge train` with its default seed holds out the lowest ones."""
+    answered: bool = False
+    """Only what has a good answer, so that every method has one to learn from: of mistakes,
+    those whose prompt was answered well somewhere in the data."""
     n: Annotated[int, Field(ge=1)] | None = None
     """At most so many, drawn by the run's seed; all where it is left out."""
 
@@ -76,8 +79,8 @@ class Source(Reading):
     ) -> dict[str, Any]:
         # A source is named by its keys: one that is not given does not change its name.
         keys = write(self)
-        for key in ("subset", "revision"):
-            if getattr(self, key) is None:
+        for key in ("subset", "revision", "answered"):
+            if not getattr(self, key):
                 keys.pop(key, None)
         return keys
 
@@ -142,21 +145,18 @@ def source_digest(source: Source) -> str:
     return digest([settings, content])
 
 
-def load_prompts(source: Source, seed: int, answered: bool = False) -> Sequence[Prompt]:
+def load_prompts(source: Source, seed: int) -> Sequence[Prompt]:
     """The prompts of a source, each once, in an order drawn by the seed.
-
-    With `answered` only those that have a reference, whichever of their rows holds it.
 
     Raises:
         DataError: names file, line and field.
     """
     if source.suite is not None:
-        prompts = _suite_prompts(source, seed)
-        return [p for p in prompts if p.reference] if answered else prompts
+        return _suite_prompts(source, seed)
     seen, found = Names(), Shelf(Prompt)
     for where, row in rows(source):
         prompt = prompt_of(source, row, where)
-        if answered and not prompt.reference:
+        if source.answered and not prompt.reference:
             continue
         if wanted(source, prompt) and seen.add(_asked(prompt)):
             found.add(prompt)
@@ -181,6 +181,8 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> Sequence[Mi
     for item in _labelled(source):
         if item.bad:
             mistake = _mistake(item, kind, good.note(_asked(item.prompt)))
+            if source.answered and not mistake.prompt.reference:
+                continue
             if seen.add(mistake.id):
                 found.add(mistake)
     if not found:
