@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from misstep.check_results import read_check
 from misstep.errors import InputError
@@ -37,6 +38,7 @@ from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import Labelled, LabelLoss, balance
 from misstep.training.loss import mean_loss
 from misstep.training.scoring import Scorer
+from misstep.training.sharing import can_share
 from misstep.training.weights import adapted
 
 SETTINGS = ["epochs=6", "learning_rate=0.01", "held_out=0.25", "dev=0.2", "max_tokens=48"]
@@ -366,6 +368,26 @@ def test_a_judge_is_trained_on_one_gpu_of_several(
     rows = some_rows(renderer)
     how = Fit(1, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
     assert fit(load_weights(found), renderer.pad, rows, rows[:6], how)[1]
+
+
+def test_layers_are_made_fast_where_they_are_trained(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = locate(str(tiny_model))
+    renderer = Renderer.for_model(found)
+    rows, seen = some_rows(renderer), []
+
+    def look(loss: LabelLoss) -> None:
+        seen.append((loss.lm.device.type, loss.score.weight.device.type, can_share(loss.lm)))
+        raise KeyboardInterrupt
+
+    # Trainer would move the model there later, when what is for processors is in it.
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
+    monkeypatch.setattr("misstep.training.classifier.fast_layers", look)
+    how = Fit(1, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        fit(load_weights(found), renderer.pad, rows, rows[:6], how)
+    assert seen == [("meta", "meta", False)]
 
 
 def test_upper_layers_are_left_out(tiny_model: Path) -> None:

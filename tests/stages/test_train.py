@@ -53,10 +53,16 @@ from misstep.stages.train import (
     model_card,
     train,
 )
-from misstep.training import loss as loss_module
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
-from misstep.training.loss import CompletionLoss, collate, measured, skips_logits
+from misstep.training.loss import (
+    LOGITS_AT_ONCE,
+    ChunkedCrossEntropy,
+    CompletionLoss,
+    collate,
+    measured,
+    skips_logits,
+)
 from misstep.training.mask import print_mask, show_mask
 from misstep.training.preference import PreferenceLoss, margins, with_reference
 from misstep.training.rows import (
@@ -70,7 +76,13 @@ from misstep.training.rows import (
     render_pairs,
     render_rows,
 )
-from misstep.training.sharing import FAMILIES, can_share, causal_attention, collate_shared
+from misstep.training.sharing import (
+    FAMILIES,
+    Spread,
+    can_share,
+    causal_attention,
+    collate_shared,
+)
 from misstep.training.weights import with_adapter, with_all_weights
 
 SIZES: dict[str, Any] = {
@@ -242,7 +254,7 @@ def _looking_ahead(forward: Any) -> Any:
 def test_loss_and_gradients_are_those_of_the_plain_loss(
     kind: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 300 * 7)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 300 * 7)
     loss, batch = prepared(kind, adapter), rows(9)
     assert loss.skips_logits == (kind != "granite")
     expected = plain_loss(loss.model, batch)
@@ -251,6 +263,34 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(
     found, fast = fast_gradients(loss, micro_batches(batch, 100))
     assert found == pytest.approx(expected.item(), rel=1e-5)
     assert_same(fast, wanted)
+
+
+def test_logits_are_computed_in_chunks_that_suit_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert LOGITS_AT_ONCE["cuda"] > LOGITS_AT_ONCE["cpu"]
+    chunks: list[int] = []
+    plain = torch.log_softmax
+
+    def count(logits: torch.Tensor, dim: int) -> torch.Tensor:
+        chunks.append(logits.shape[0])
+        return plain(logits, dim)
+
+    monkeypatch.setattr(torch, "log_softmax", count)
+    hidden, weight = torch.ones(6, 2), torch.ones(4, 2)
+    for device, at_once in (("cpu", 8), ("cuda", 12)):
+        monkeypatch.setitem(LOGITS_AT_ONCE, device, at_once)
+    ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(6, dtype=torch.long))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(6, dtype=torch.long))
+    assert chunks == [2, 2, 2, 3, 3]
+
+
+def test_gradients_of_shared_rows_stay_on_their_device() -> None:
+    tokens = torch.ones(3, 4, device="meta", requires_grad=True)
+    where = torch.zeros(5, dtype=torch.long, device="meta")
+    Spread.apply(tokens, where).sum().backward()
+    assert tokens.grad is not None and tokens.grad.device.type == "meta"
 
 
 def branching_rows() -> list[Row]:
@@ -903,7 +943,7 @@ def fast_dpo(
 def test_the_loss_of_pairs_and_its_gradients_are_those_of_the_paper(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "LOGITS_AT_ONCE", 300 * 7)
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 300 * 7)
     loss, pairs = prepared(kind, "lora"), pair_rows(7)
     expected = plain_dpo(loss.model, pairs, 0.1)
     expected.backward()

@@ -31,7 +31,7 @@ from misstep.rendering import Renderer
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import Labelled, LabelLoss, balance
 from misstep.training.loss import mean_loss
-from misstep.training.processes import on_one_device
+from misstep.training.processes import on_one_device, place
 from misstep.training.rows import Row, in_order
 from misstep.training.scoring import ScoreHead, classifier
 from misstep.training.trainer import CompletionTrainer, Steps, trained
@@ -130,10 +130,13 @@ def fit(
     order = in_order([row.row for row in train], how.epochs, how.seed)
     steps = math.ceil(len(train) / how.batch_size)
     watch = Watch(loss, [row.row for row in dev], how.micro_tokens, steps)
+    arguments = _arguments(how)
+    # What makes layers fast depends on the device that they are on.
+    place(loss, lm, arguments)
     with fast_layers(loss):
         trainer = CompletionTrainer(
             loss,
-            _arguments(how),
+            arguments,
             order,
             batch_size=how.batch_size,
             micro_tokens=how.micro_tokens,

@@ -107,7 +107,7 @@ class Spread(torch.autograd.Function):  # type: ignore[misc]
         copies = above[0]
         # As contiguous lines, or the sum takes six times as long.
         lines = copies.flatten(1).to(torch.float32, memory_format=torch.contiguous_format)
-        total = torch.zeros(ctx.count, lines.shape[1]).index_add_(0, where, lines)
+        total = lines.new_zeros(ctx.count, lines.shape[1]).index_add_(0, where, lines)
         return total.to(copies.dtype).view(-1, *copies.shape[1:]), None
 
 
