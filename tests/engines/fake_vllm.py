@@ -1,8 +1,8 @@
 """Stands in for the `vllm` command: the same options and protocol, and no model.
 
 It answers with the tokens of the prompt and then the first stop token. FAKE_VLLM makes it
-misbehave: `dies` at its start, `leaves` at the first request. What it was told goes to the file
-that FAKE_VLLM_TOLD names.
+misbehave: `dies` at its start, with the last words of FAKE_VLLM_SAYS; `leaves` at the first
+request. What it was told goes to the file that FAKE_VLLM_TOLD names.
 """
 
 import json
@@ -47,7 +47,7 @@ if __name__ == "__main__":
         print("INFO loading\n0.0.fake")
         sys.exit()
     if os.environ.get("FAKE_VLLM") == "dies":
-        print("ValueError: no room for the weights")
+        print(os.environ["FAKE_VLLM_SAYS"])
         sys.exit(1)
     tell({"pid": os.getpid(), "arguments": sys.argv[1:]})
     port = int(sys.argv[sys.argv.index("--port") + 1])

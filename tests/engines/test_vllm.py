@@ -6,13 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from misstep.engines import vllm
+from misstep.engines import server, vllm
 from misstep.engines.base import Request
 from misstep.engines.choose import choose
 from misstep.errors import EngineError, MissingExtra, ModelError
@@ -43,6 +44,7 @@ def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.chmod(0o755)
     monkeypatch.setattr(vllm, "find_program", lambda: str(program))
     monkeypatch.setenv("FAKE_VLLM_TOLD", str(tmp_path / "told"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path / "told"
 
 
@@ -130,6 +132,7 @@ def test_the_adapter_is_served_and_asked(model: Model, told: Path, tmp_path: Pat
         ("--lora-modules", f"trained={adapter}"),
         ("--generation-config", "vllm"),
         ("--host", "127.0.0.1"),
+        ("--max-model-len", "auto"),
     ):
         assert given[given.index(pair[0]) + 1] == pair[1]
     assert {"--enable-lora", "--enable-prefix-caching"} <= set(given)
@@ -141,12 +144,88 @@ def test_ranks_beyond_vllm_are_refused(model: Model, told: Path, tmp_path: Path)
         choose("vllm", model, adapter)
 
 
-def test_a_server_that_dies_at_its_start_shows_its_last_lines(
+def test_the_server_is_no_process_of_a_launcher_and_asks_for_no_key() -> None:
+    launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "GROUP_RANK", "ROLE_NAME")
+    more = ("TORCHELASTIC_RUN_ID", "ACCELERATE_USE_FSDP", "VLLM_API_KEY")
+    own = {
+        "CUDA_VISIBLE_DEVICES": "1",
+        "HF_HOME": "/h",
+        "VLLM_CACHE_ROOT": "/c",
+        "MY_RANK": "2",
+    }
+    found = vllm.environment(dict.fromkeys([*launched, *more], "1") | own)
+    assert found == own | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+
+
+def test_no_proxy_stands_before_the_own_server(
+    model: Model, told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("misstep.engines.server.SECONDS_TO_START", 5.0)
+    with choose("vllm", model).open() as engine:
+        (answer,) = engine.generate([ask("Hello")])
+    assert answer.error is None and answer.tokens
+
+
+LOG = """\
+(EngineCore pid=2) ERROR 09-28 15:47:24 [core.py:718] Traceback (most recent call last):
+(EngineCore pid=2) ERROR 09-28 15:47:24 [core.py:718]     raise ValueError(
+(EngineCore pid=2) ERROR 09-28 15:47:24 [core.py:718] ValueError: Free memory is too small.
+(EngineCore pid=2) Process EngineCore:
+(APIServer pid=1)     raise RuntimeError("Engine core initialization failed. "
+(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (LOG, "ValueError: Free memory is too small."),
+        ("torch.OutOfMemoryError: CUDA\nbye", "torch.OutOfMemoryError: CUDA"),
+        ("[rank0]: KeyError: 'x'\nINFO up", "KeyError: 'x'"),
+        ("INFO no Error: at all\nkilled", None),
+    ],
+)
+def test_the_cause_is_found_in_a_log(log: str, cause: str | None) -> None:
+    assert server.cause_in(log.splitlines()) == cause
+
+
+def kept_log(said: str) -> Path:
+    (line,) = [
+        line for line in said.splitlines() if line.startswith("The server's log is kept")
+    ]
+    return Path(line.partition(": ")[2])
+
+
+def test_a_server_that_dies_at_its_start_says_why_and_leaves_its_log(
     model: Model, told: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", "dies")
-    with pytest.raises(EngineError, match="status 1; it said last:\n  ValueError: no room"):
+    monkeypatch.setenv("FAKE_VLLM_SAYS", LOG)
+    with pytest.raises(EngineError, match="status 1: ValueError: Free memory is") as raised:
         choose("vllm", model).open()
+    assert "nvidia-smi" in str(raised.value)
+    assert kept_log(str(raised.value)).read_text() == LOG + "\n"
+
+
+def test_a_server_that_does_not_answer_in_time_leaves_its_log(
+    model: Model, told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SECONDS_TO_START", 0.0)
+    with pytest.raises(EngineError, match="did not answer within 0 seconds") as raised:
+        choose("vllm", model).open()
+    assert kept_log(str(raised.value)).exists()
+
+
+def test_a_server_that_is_stopped_leaves_nothing(model: Model, told: Path) -> None:
+    with choose("vllm", model).open() as engine:
+        assert isinstance(engine, vllm.VllmEngine)
+        log = engine._server.log
+        assert log.exists()
+    assert not log.parent.exists()
 
 
 def test_a_server_that_dies_at_work_ends_the_run_at_once(
@@ -155,8 +234,10 @@ def test_a_server_that_dies_at_work_ends_the_run_at_once(
     monkeypatch.setenv("FAKE_VLLM", "leaves")
     started = time.monotonic()
     with choose("vllm", model).open() as engine:
-        with pytest.raises(EngineError, match="status 3; it said last:\n  CUDA out of memory"):
+        said = "status 3; it said last:\n  CUDA out of memory"
+        with pytest.raises(EngineError, match=said) as raised:
             engine.generate([ask(f"{number}") for number in range(9)])
+    assert "CUDA out of memory" in kept_log(str(raised.value)).read_text()
     assert time.monotonic() - started < SECONDS_TO_GO
 
 

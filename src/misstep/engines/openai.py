@@ -83,8 +83,13 @@ class OpenAIEngine(Engine):
     """Answers from an endpoint, many requests at once."""
 
     def __init__(
-        self, endpoint: Endpoint, patience: Patience | None = None, pace: Pace | None = None
+        self,
+        endpoint: Endpoint,
+        patience: Patience | None = None,
+        pace: Pace | None = None,
+        proxies: bool = True,
     ) -> None:
+        """Ask nobody yet; `proxies`: whether those that the environment names are used."""
         if find_spec("openai") is None:
             raise MissingExtra("openai", "openai")
         from openai import DefaultHttpxClient, OpenAI
@@ -99,7 +104,9 @@ class OpenAIEngine(Engine):
             api_key=endpoint.key or "none",
             max_retries=0,
             timeout=SECONDS,
-            http_client=DefaultHttpxClient(event_hooks={"request": [self._strip]}),
+            http_client=DefaultHttpxClient(
+                event_hooks={"request": [self._strip]}, trust_env=proxies
+            ),
         )
         self._names = dict(zip(SETTINGS, SETTINGS, strict=True))
         """What the endpoint calls each setting; one that it does not support is not there.

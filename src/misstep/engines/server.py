@@ -1,17 +1,20 @@
 """A model server as a child process: started, waited for, stopped; never left behind.
 
-It writes to a log of its own, and what it says last is in the error where it dies. This module
-knows processes and one address to ask; it knows no engine and no server's options.
+It writes to a log of its own. Where it dies, the error has the line that names the cause, or
+else its last ones, and says where the log is kept. This module knows processes, one address to
+ask, and how Python's errors look in a log; it knows no engine and no server's options.
 """
 
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from urllib.request import urlopen
+from shutil import rmtree
+from tempfile import mkdtemp
+from urllib.request import ProxyHandler, build_opener
 
 from misstep.engines import keeper
 from misstep.errors import EngineError
@@ -19,6 +22,11 @@ from misstep.errors import EngineError
 SECONDS_TO_START = 1800.0
 """Large weights from a slow disk, compiled once."""
 LAST_LINES = 15
+CAUSE = re.compile(r"(?:^|[\])]:? )((?:\w+\.)*\w*Error: .+)")
+"""The end of a traceback, after what a logger may put before it."""
+WRAPPER = "Engine core initialization failed"
+"""Begins what vLLM raises after the error that it is about."""
+MEMORY = re.compile("memory|KV cache", re.IGNORECASE)
 PORT = "{port}"
 """Stands for the port in a command."""
 
@@ -36,8 +44,7 @@ class Server:
         Raises:
             EngineError: it ended, or did not answer in time.
         """
-        self._folder = TemporaryDirectory(prefix="misstep-server-")
-        self.log = Path(self._folder.name) / "server.log"
+        self.log = Path(mkdtemp(prefix="misstep-server-")) / "server.log"
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._name = Path(command[0]).name
@@ -55,43 +62,73 @@ class Server:
             )
         try:
             self._wait()
-        except BaseException:
-            self.stop()
+        except BaseException as error:
+            self.stop(keep_log=isinstance(error, EngineError))
             raise
 
     @property
     def death(self) -> str | None:
-        """How the server ended and what it said last; None while it lives."""
+        """How the server ended, why, and what to do; None while it lives."""
         status = self._keeper.poll()
         if status is None or not self.log.exists():
             return None
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = "\n  ".join(lines[-LAST_LINES:]) or "nothing"
-        return f"{self._name} ended with status {status}; it said last:\n  {said}"
+        cause = cause_in(lines)
+        last = "\n  ".join(lines[-LAST_LINES:]) or "nothing"
+        said = f": {cause}" if cause else f"; it said last:\n  {last}"
+        return f"{self._name} ended with status {status}{said}\n{advice(cause)}{self._kept}"
 
-    def stop(self) -> None:
-        """End the server and all that it started; wait until they are gone."""
+    @property
+    def _kept(self) -> str:
+        return f"The server's log is kept: {self.log}"
+
+    def stop(self, keep_log: bool = False) -> None:
+        """End the server and all that it started; wait until they are gone.
+
+        The log of a server that ended by itself is kept in any case.
+        """
+        keep_log |= self._keeper.poll() is not None
         if self._keeper.stdin:
             self._keeper.stdin.close()
         try:
             self._keeper.wait(keeper.SECONDS_TO_STOP + 10)
         except subprocess.TimeoutExpired:
             self._keeper.terminate()
-        self._folder.cleanup()
+        if not keep_log:
+            rmtree(self.log.parent, ignore_errors=True)
 
     def _wait(self) -> None:
         until = time.monotonic() + SECONDS_TO_START
+        # The address is this machine's: no proxy of the environment stands before it.
+        opener = build_opener(ProxyHandler({}))
         while time.monotonic() < until:
             if death := self.death:
                 raise EngineError(death)
             try:
-                urlopen(f"{self.url}/health", timeout=5).close()
+                opener.open(f"{self.url}/health", timeout=5).close()
                 return
             except OSError:
                 time.sleep(0.2)
         raise EngineError(
-            f"{self._name} did not answer within {SECONDS_TO_START:.0f} seconds of its start."
+            f"{self._name} did not answer within {SECONDS_TO_START:.0f} seconds of its start.\n"
+            f"{self._kept}"
         )
+
+
+def cause_in(lines: Sequence[str]) -> str | None:
+    """The last error in a log that is no wrapper of another one."""
+    found = [match[1] for line in lines if (match := CAUSE.search(line))]
+    return next((cause for cause in reversed(found) if WRAPPER not in cause), None)
+
+
+def advice(cause: str | None) -> str:
+    """What to do about it, on a line of its own, as far as that is known."""
+    if cause is None or not MEMORY.search(cause):
+        return ""
+    return (
+        "The GPU's memory does not suffice: see with nvidia-smi what else is on it and end "
+        "that, split the model over more GPUs, or take a smaller one.\n"
+    )
 
 
 def free_port() -> int:

@@ -9,10 +9,12 @@ what shares its batch. This module knows vLLM's command line and protocol (read 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,12 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 AT_ONCE = 256
 """Requests that the server is given; it queues and batches them itself."""
 
+LAUNCHERS = re.compile(
+    "((LOCAL|GROUP|ROLE)_.+|RANK|WORLD_SIZE|MASTER_.+|(TORCHELASTIC|ACCELERATE)_.+|VLLM_API_KEY)"
+)
+"""Variables of the child that are not its own: by those of `accelerate launch` it would take
+itself for one of the processes that train, by the last it would ask for a key."""
+
 
 class VllmEngine(OpenAIEngine):
     """Answers from a vLLM server that lives as long as the engine does."""
@@ -43,13 +51,10 @@ class VllmEngine(OpenAIEngine):
         named = identity(model, adapter, gpus)
         self.renderer = Renderer.for_model(model)
         self._rendering = threading.Lock()
-        self._server = Server(
-            command(program(), model, adapter, gpus),
-            os.environ | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"},
-        )
+        self._server = Server(command(program(), model, adapter, gpus), environment(os.environ))
         lora = adapter is not None and not is_full_fine_tune(adapter)
         endpoint = Endpoint(TRAINED if lora else BASE, f"{self._server.url}/v1")
-        super().__init__(endpoint, pace=Pace(AT_ONCE, AT_ONCE))
+        super().__init__(endpoint, pace=Pace(AT_ONCE, AT_ONCE), proxies=False)
         self.identity = named
 
     def close(self) -> None:
@@ -125,6 +130,12 @@ def program() -> str:
     return found
 
 
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """The variables of the server: those given, without what is meant for this process."""
+    kept = {name: value for name, value in given.items() if not LAUNCHERS.fullmatch(name)}
+    return kept | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+
+
 def command(vllm: str, model: Model, adapter: Path | None, gpus: int) -> list[str]:
     """The command line of the server; the port is left open."""
     full = adapter is not None and is_full_fine_tune(adapter)
@@ -135,6 +146,8 @@ def command(vllm: str, model: Model, adapter: Path | None, gpus: int) -> list[st
         # Without it the model's own repetition penalty and top-k would apply.
         *("--generation-config", "vllm", "--enable-prefix-caching"),
         *("--dtype", _precision(), "--tensor-parallel-size", str(gpus)),
+        # As much of the model's context as the memory holds: else too long a one ends it.
+        *("--max-model-len", "auto"),
     ]
     if adapter is None or full:
         return line
