@@ -61,6 +61,7 @@ LAYERS = [
     "misstep.training*",
     "misstep.engines.base",
     "misstep.engines.pace",
+    "misstep.engines.threads",
     "misstep.engines.keeper",
     "misstep.engines.server",
     "misstep.engines.openai",

@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -30,6 +29,7 @@ from pydantic import BaseModel, Field, ValidationError
 from misstep.endpoint import OPENAI, Endpoint, refused_key
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.pace import Pace
+from misstep.engines.threads import as_done
 from misstep.errors import EngineError, MissingExtra
 
 MOST_AT_ONCE = 64
@@ -138,17 +138,13 @@ class OpenAIEngine(Engine):
         del batch
         self._end.clear()
         self._refused = 0
-        with ThreadPoolExecutor(self.pace.most) as pool:
-            answers = {pool.submit(self._answer, r): i for i, r in enumerate(requests)}
-            try:
-                # The first to raise ends all, so that the others stop at once.
-                for answer in as_completed(answers):
-                    yield [(answers[answer], answer.result())]
-            except BaseException:
-                self._end.set()
-                self.pace.wake()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        try:
+            for answer in as_done(self._answer, requests, self.pace.most):
+                yield [answer]
+        except BaseException:
+            self._end.set()
+            self.pace.wake()
+            raise
         if requests and self._refused == len(requests):
             self._ask_plainly(requests[0])
 
