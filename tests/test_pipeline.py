@@ -7,13 +7,15 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from served import serve
 
+from misstep import pipeline
 from misstep.cli import train
 from misstep.errors import InputError, RecipeError
 from misstep.inputs import read_inputs
@@ -21,9 +23,11 @@ from misstep.judge_card import SEEN, read_card
 from misstep.judge_check import check_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
+from misstep.judges.seats import Seat
 from misstep.pipeline import Run, masked_rows, run
 from misstep.progress import Silent
 from misstep.records import (
+    Judgement,
     Message,
     Mistake,
     Pair,
@@ -35,6 +39,7 @@ from misstep.records import (
 )
 from misstep.report.markdown import markdown_page
 from misstep.sources import question_of
+from misstep.stages.reference import reference_losses
 
 QUESTIONS = [
     "What do bees make?",
@@ -200,8 +205,24 @@ def test_rates_are_corrected_for_a_judge_that_was_checked(
 
 
 def test_the_loss_on_references_is_measured_before_and_after(
-    recipe: Path, finished: Path
+    recipe: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    judges_are_open = []
+
+    @contextmanager
+    def judges(self: Run) -> Iterator[list[Seat]]:
+        with seats_of(self) as seats:
+            judges_are_open.append(True)
+            yield seats
+        judges_are_open.clear()
+
+    def losses(*given: Any) -> Iterator[Judgement]:
+        assert not judges_are_open, "no memory for the trained model"
+        return reference_losses(*given)
+
+    seats_of = Run._judges
+    monkeypatch.setattr(Run, "_judges", judges)
+    monkeypatch.setattr(pipeline, "reference_losses", losses)
     run(recipe, finished, ["evaluate.reference_loss=[clean]"], Silent())
     results = json.loads((finished / "results.json").read_text())
     found = {

@@ -23,7 +23,6 @@ from misstep.check_results import (
 from misstep.claims import claimed
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
-from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen
 from misstep.errors import DataError
 from misstep.judge_card import enter_check, unseen
@@ -173,7 +172,7 @@ def _check_into(folder: Path, inputs: CheckInputs, progress: Progress) -> None:
 def _cached(chosen: Chosen, folder: Path, progress: Progress) -> Iterator[Engine]:
     """A cached engine for a judge that asks a model."""
     progress.say(f"Engine: {chosen.why}")
-    with CachedEngine(chosen.identity, chosen.open, folder / "cache.sqlite") as engine:
+    with chosen.cached(folder / "cache.sqlite") as engine:
         engine.notify = partial(progress.update, "judging")
         yield engine
 

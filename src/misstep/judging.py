@@ -142,7 +142,10 @@ def _check_members(found: JudgeInputs) -> None:
 def opened(found: JudgeInputs, engine: OpenEngine) -> Iterator[AnyJudge]:
     """The judge with its engines, as long as it is needed."""
     with ExitStack() as stack:
-        yield _built(found, lambda of: stack.enter_context(engine(_chosen(of))))
+        judge = _built(found, lambda of: stack.enter_context(engine(_chosen(of))))
+        if isinstance(judge, Judge):
+            stack.callback(judge.close)
+        yield judge
 
 
 def _chosen(found: JudgeInputs) -> Chosen:

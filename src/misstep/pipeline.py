@@ -406,8 +406,10 @@ class Run:
         """Judge the answers, into scores.jsonl, results.json and report.html."""
         # Settings are compared prompt by prompt and resampled: all answers are needed at once.
         answers = list(found)
-        with self.manifest.stage("evaluate"), self._judges() as seats:
-            judgements = judge_answers(answers, seats)
+        with self.manifest.stage("evaluate"):
+            with self._judges() as seats:
+                judgements = judge_answers(answers, seats)
+            # Their models are gone: this loads the one that was trained.
             judgements += self._reference_losses(answers, adapters)
             write_jsonl(self.folder / "scores.jsonl", judgements)
             write_results(self.folder / "results.json", self._results(answers, judgements))
@@ -502,9 +504,7 @@ class Run:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        engine = CachedEngine(
-            chosen.identity, chosen.open, (self.store or self.folder) / "cache.sqlite"
-        )
+        engine = chosen.cached((self.store or self.folder) / "cache.sqlite")
         engine.notify = lambda done, total: self.progress.update(what, done, total)
         with engine:
             yield engine

@@ -272,7 +272,7 @@ class StudyRun:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        with CachedEngine(chosen.identity, chosen.open, self.folder / "cache.sqlite") as engine:
+        with chosen.cached(self.folder / "cache.sqlite") as engine:
             yield engine
 
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from misstep.engines import turns
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.cached import CachedEngine
 from misstep.engines.scripted import ScriptedEngine
@@ -224,3 +225,80 @@ def test_a_killed_process_leaves_whole_batches(tmp_path: Path) -> None:
     with cache(path, engine := Batches()) as cached:
         assert cached.generate(requests) == ScriptedEngine().generate(requests)
     assert engine.batches == [requests[kept : kept + 4], requests[kept + 4 :]]
+
+
+class OnGpu:
+    """Engines of which one fits onto the GPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "c.sqlite"
+        self.loads: list[str] = []
+        self.open: list[str] = []
+
+    def cached(self, name: str, alone: bool = True) -> CachedEngine:
+        gpu = self
+
+        class Loaded(ScriptedEngine):
+            def close(self) -> None:
+                gpu.open.remove(name)
+
+        def load() -> Engine:
+            assert not (alone and self.open), f"{name} beside {self.open}"
+            self.loads.append(name)
+            self.open.append(name)
+            return Loaded(name=name)
+
+        identity = ScriptedEngine(name=name).identity
+        return CachedEngine(identity, load, self.path, alone=alone)
+
+
+def test_engines_that_need_the_gpu_take_turns(tmp_path: Path) -> None:
+    gpu = OnGpu(tmp_path)
+    with gpu.cached("model") as model, gpu.cached("judge") as judge:
+        model.generate(REQUESTS[:2])
+        judge.generate(REQUESTS[:2])
+        assert gpu.open == ["judge"]
+        # What is known needs no engine, and moves none.
+        model.generate(REQUESTS[:2])
+        assert gpu.open == ["judge"]
+        model.generate(REQUESTS[:3])
+        assert gpu.open == ["model"]
+    assert gpu.loads == ["model", "judge", "model"]
+    assert not gpu.open
+
+
+def test_a_judge_that_is_the_model_itself_loads_it_no_second_time(tmp_path: Path) -> None:
+    gpu = OnGpu(tmp_path)
+    with gpu.cached("model") as model:
+        with gpu.cached("model") as judge:
+            for number in range(3):
+                model.generate([ask("a question", number)])
+                judge.generate([ask("an answer", number)])
+        model.generate([ask("a question", 3)])
+    assert gpu.loads == ["model", "model"], "closed with the judge that had it last"
+    assert not gpu.open
+
+
+def test_engines_elsewhere_stay_open_side_by_side(tmp_path: Path) -> None:
+    gpu = OnGpu(tmp_path)
+    with gpu.cached("gpu") as local, gpu.cached("a", False) as a, gpu.cached("b", False) as b:
+        for engine in (local, a, b):
+            engine.generate(REQUESTS[:2])
+        for engine in (a, b, local):
+            engine.generate(REQUESTS[2:4])
+        assert gpu.open == gpu.loads == ["gpu", "a", "b"]
+
+
+def test_an_engine_makes_room_for_what_is_no_engine(tmp_path: Path) -> None:
+    class Other:
+        def give_up(self) -> None:
+            gpu.open.remove("other")
+
+    gpu = OnGpu(tmp_path)
+    with gpu.cached("model") as model:
+        model.generate(REQUESTS[:2])
+        turns.take(Other())
+        assert not gpu.open
+        gpu.open.append("other")
+        model.generate(REQUESTS[2:4])
+        assert gpu.open == ["model"]

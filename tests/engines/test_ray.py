@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.base import AT_ONCE, Completion, Engine, Request
 from misstep.engines.choose import Chosen, choose
 from misstep.engines.ray import COMPLETIONS, RayEngine, Share, Worker
 from misstep.engines.ray import REQUESTS as REQUEST_LIST
@@ -86,6 +86,28 @@ def test_what_goes_wrong_on_a_machine_comes_back_as_words() -> None:
     assert answered_by(ScriptedEngine(fails), name)["failure"] == ["stopped at Question 0."]
     (said,) = answered_by(ScriptedEngine(), "other")["failure"]
     assert said.startswith(f"the machines of the cluster differ: expected other, found {name}.")
+
+
+def test_workers_get_whole_paths_and_each_a_large_part_of_a_call(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def ask(choose: Any, _: Share) -> tuple[str, str]:
+        given.extend(choose.args)
+        return "name", "why"
+
+    monkeypatch.setattr("misstep.engines.ray.share", lambda _: Share(64, 1, 1))
+    monkeypatch.setattr("misstep.engines.ray.ask", ask)
+    (tmp_path / "model").symlink_to(tiny_model)
+    (tmp_path / "adapter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = choose("ray:transformers", locate("./model"), Path("adapter"))
+    kind, model, adapter = given
+    assert kind == "transformers"
+    assert model.path == tiny_model.resolve()
+    assert adapter == tmp_path / "adapter"
+    assert found.at_once == 64 * AT_ONCE and found.alone
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")

@@ -13,12 +13,14 @@ import torch
 from transformers import TrainingArguments
 
 from misstep.check_results import read_check
-from misstep.errors import InputError
+from misstep.engines import turns
+from misstep.errors import EngineError, InputError
 from misstep.judge_card import SEEN, is_trained_judge, read_card
 from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
-from misstep.judges.classifier import ClassifierJudge, probability
+from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
+from misstep.judging import opened, read_judge
 from misstep.labelled import part_of
 from misstep.models import load_weights, locate
 from misstep.progress import Silent
@@ -187,7 +189,7 @@ def broken(judge: ClassifierJudge, odds: Callable[[Sequence[int]], float]) -> Cl
     def scorer(rows: Sequence[Sequence[int]]) -> list[float]:
         return [odds(row) for row in rows]
 
-    judge.__dict__["_scorer"] = scorer
+    judge._scorer = scorer  # type: ignore[assignment]
     return judge
 
 
@@ -196,7 +198,7 @@ def test_a_crash_or_no_number_is_unscored_and_moves_no_other_answer(trained: Pat
     texts = ["all is well", "zzzz zzzz", "some third"]
     rows = [answer(text) for text in texts]
     whole = ClassifierJudge(trained).score(rows)
-    real, tokens = judge._scorer, []
+    real, tokens = judge._loaded(), []
 
     def crash(row: Sequence[int]) -> float:
         tokens.append(row)
@@ -210,6 +212,52 @@ def test_a_crash_or_no_number_is_unscored_and_moves_no_other_answer(trained: Pat
     for lost in (math.nan, math.inf, -math.inf):
         (score,) = broken(judge, lambda _, lost=lost: lost).score(rows[:1])  # type: ignore[misc]
         assert score.value is None and "no number" in score.reason
+
+
+def test_weights_that_do_not_load_end_the_run(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def load(*_: Any) -> None:
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("misstep.judges.classifier.classifier_scorer", load)
+    with pytest.raises(EngineError, match="do not load: CUDA out of memory") as raised:
+        ClassifierJudge(trained).score([answer("all is well"), answer("zzzz")])
+    assert len(tries) == 1 and "run the same command again" in str(raised.value)
+
+
+def test_weights_go_with_the_judge_and_when_another_needs_the_gpu(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, real = [], classifier_scorer
+
+    def load(folder: Path, renderer: Renderer) -> Scorer:
+        loads.append(folder)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        scorer = real(folder, renderer)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        return scorer
+
+    class Other:
+        def give_up(self) -> None:
+            given_up.append(1)
+
+    given_up: list[int] = []
+    monkeypatch.setattr("misstep.judges.classifier.classifier_scorer", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    turns.take(Other())
+    with opened(read_judge(str(trained)), lambda _: pytest.fail("asks no model")) as judge:
+        assert isinstance(judge, ClassifierJudge)
+        first = judge.score([answer("all is well")])
+        assert given_up == [1]
+        turns.take(Other())
+        assert judge._scorer is None
+        assert judge.score([answer("all is well")]) == first
+        assert len(loads) == 2
+    assert judge._scorer is None
 
 
 def test_answers_are_judged_alike_in_any_company_and_order(trained: Path) -> None:
@@ -260,7 +308,7 @@ def test_calibration_undoes_a_scaling_and_a_shift() -> None:
 def test_scores_are_calibrated_as_the_card_says(trained: Path) -> None:
     judge, row = ClassifierJudge(trained), answer("some third")
     card = judge.card
-    odds = judge._scorer([read_texts(judge._renderer, "Q", row.text, card.max_tokens).ids])[0]
+    odds = judge._loaded()([read_texts(judge._renderer, "Q", row.text, card.max_tokens).ids])[0]
     judge.card = card.model_copy(update={"temperature": 2.0, "shift": odds - 2 * math.log(3)})
     assert judge.score([row])[0].value == pytest.approx(0.75, abs=1e-3)
 

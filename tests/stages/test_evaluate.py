@@ -154,6 +154,25 @@ def test_each_judge_scores_the_sets_that_it_can_say_something_about() -> None:
     }
 
 
+def test_one_judge_is_done_before_the_next_is_asked() -> None:
+    asked: list[str] = []
+
+    class Heard(MarkJudge):
+        def score(self, responses: Sequence[Response]) -> list[Score]:
+            asked.append(self.metric)
+            return super().score(responses)
+
+    first, second = Heard(), Heard()
+    first.metric, second.metric = "one", "other"
+    given = [one(Prompt.of(f"{n}"), "1", test) for n, test in enumerate(["a", "b", "a"])]
+    found = judge_answers(given, seated([first, second], {}))
+    assert asked == ["one", "one", "other", "other"]
+    stand = [(judgement.test_set, judgement.score.metric) for judgement in found]
+    assert stand == [
+        (t, m) for t, n in (("a", 2), ("b", 1)) for m in asked[::2] for _ in range(n)
+    ]
+
+
 def test_in_a_mixed_set_nothing_is_scored_that_does_not_apply() -> None:
     given = [one(p, "I'm sorry, I can't.", "mixed") for p in (ATTACK, CLEAN, FREE)]
     found = judge_answers(

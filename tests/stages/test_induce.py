@@ -3,7 +3,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from misstep.engines.base import Request
+from misstep.engines.base import Completion, Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RunError
 from misstep.judges.base import Judge
@@ -185,6 +185,24 @@ def test_many_prompts_are_judged_in_order_and_an_equal_one_later_adds_nothing() 
     assert [m.prompt for m in found.mistakes] == prompts[1::2]
     assert found.counts.refused["one more mistake on the same prompt"] == 2
     assert found.counts.given == len(prompts) + 4
+
+
+def test_an_engine_that_takes_turns_with_the_judge_is_asked_more_at_once() -> None:
+    calls: list[int] = []
+
+    class Large(ScriptedEngine):
+        at_once = 4 * AT_ONCE
+
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            calls.append(len(requests))
+            return super().generate(requests)
+
+    prompts = [Prompt.of(f"{number}") for number in range(AT_ONCE)]
+    settings = InduceSettings(data=Source(path="-"), samples=3)
+    policy, judge = load_policy("harmlessness"), WordJudge()
+    engine = Large(lambda _: "bad")
+    mistakes = list(induce(prompts, policy, engine, judge, settings, 0, Tally()))
+    assert calls == [3 * AT_ONCE] and len(mistakes) == AT_ONCE
 
 
 def test_no_mistake_is_known_only_at_the_end() -> None:

@@ -14,6 +14,9 @@ from typing import Self
 from misstep.records import Message, Record
 from misstep.rendering import Renderer
 
+AT_ONCE = 4096
+"""Requests in one call, where an engine asks for no more: many batches, few megabytes."""
+
 
 class Request(Record):
     """One conversation to be continued by the model."""
@@ -60,6 +63,8 @@ class Engine(ABC):
 
     identity: str
     """Names weights, adapter, precision and backend; equal identity, equal answers."""
+    at_once: int = AT_ONCE
+    """Requests that a call should hold at most. An engine whose start is dear asks for more."""
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

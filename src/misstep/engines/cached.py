@@ -4,14 +4,16 @@ Answers are kept by engine identity and request. What is missing goes to the eng
 part of its answer is kept before the next is waited for. Most engines answer in batches of
 fixed size: a process killed at any moment leaves whole batches, so the next run forms the same
 batches and gets the same texts. A completion that carries an error is handed on and not kept:
-the next run asks again. The engine itself is opened at the first miss only.
+the next run asks again. The engine itself is opened at the first miss only. One that needs the
+GPUs for itself is closed while another is on them, and opened again at its next miss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from misstep.engines.base import Completion, Engine, Request
+from misstep.engines import turns
+from misstep.engines.base import AT_ONCE, Completion, Engine, Request
 from misstep.engines.store import Store
 from misstep.errors import RunError
 
@@ -22,9 +24,20 @@ Notify = Callable[[int, int], None]
 class CachedEngine(Engine):
     """Answers from the cache where it can, from the engine where it must."""
 
-    def __init__(self, identity: str, opener: Opener, path: Path, batch: int = 128) -> None:
+    def __init__(
+        self,
+        identity: str,
+        opener: Opener,
+        path: Path,
+        batch: int = 128,
+        at_once: int = AT_ONCE,
+        alone: bool = False,
+    ) -> None:
+        """Open the cache; `alone`: whether the engine takes this machine's GPUs for itself."""
         self.identity = identity
         self.batch = batch
+        self.at_once = at_once
+        self._alone = alone
         self.paid = 0
         """Requests that reached the engine."""
         self._opener = opener
@@ -47,10 +60,14 @@ class CachedEngine(Engine):
         return [known[key] for key in keys]
 
     def close(self) -> None:
+        self.give_up()
+        self._store.close()
+
+    def give_up(self) -> None:
+        """Close the engine until it is needed again; the cache stays open."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-        self._store.close()
 
     def _key(self, request: Request) -> bytes:
         # Half a hash still tells more requests apart than there will ever be.
@@ -58,17 +75,29 @@ class CachedEngine(Engine):
         return sha256(content.encode()).digest()[:16]
 
     def _pay(self, requests: list[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        if self._alone:
+            self._take_turn()
         if self._engine is None:
-            engine = self._opener()
-            if engine.identity != self.identity:
-                engine.close()
-                raise RunError(
-                    f"the engine is {engine.identity}, expected {self.identity}: the model's "
-                    "files changed while the run was going on. Run the same command again."
-                )
-            self._engine = engine
+            self._engine = self._opened()
         self.paid += len(requests)
         return self._engine.stream(requests, self.batch)
+
+    def _take_turn(self) -> None:
+        before = turns.holder()
+        if isinstance(before, CachedEngine) and before.identity == self.identity:
+            # A judge that is the model itself: the same weights need not load again.
+            before._engine, self._engine = None, before._engine
+        turns.take(self)
+
+    def _opened(self) -> Engine:
+        engine = self._opener()
+        if engine.identity != self.identity:
+            engine.close()
+            raise RunError(
+                f"the engine is {engine.identity}, expected {self.identity}: the model's "
+                "files changed while the run was going on. Run the same command again."
+            )
+        return engine
 
     def _keep(self, answers: dict[bytes, Completion]) -> None:
         whole = {key: answer for key, answer in answers.items() if answer.error is None}

@@ -5,6 +5,7 @@ This module knows the names of the engines and what each needs; it loads none un
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -12,13 +13,16 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator
 
 from misstep.endpoint import Endpoint
-from misstep.engines.base import Engine
+from misstep.engines.base import AT_ONCE, Engine
+from misstep.engines.cached import CachedEngine
 from misstep.errors import InputError
 from misstep.guard import Guard
 from misstep.models import Model, is_full_fine_tune
 
 LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
 KIND = f"{LOCAL}|ray(:{LOCAL})?"
+ON_GPU = 16 * AT_ONCE
+"""Requests of a call to an engine on a GPU: a judge on the same one may take turns with it."""
 KINDS = "auto, openvino, transformers, vllm, vllm:GPUS, ray or ray:ENGINE"
 
 
@@ -45,6 +49,20 @@ class Chosen(NamedTuple):
     why: str
     """One line: which engine, and for what reason."""
     open: Callable[[], Engine]
+    at_once: int = AT_ONCE
+    """Requests that a call should hold at most."""
+    alone: bool = False
+    """Whether it takes this machine's GPUs for itself."""
+
+    def cached(self, path: Path) -> CachedEngine:
+        """The same behind a cache: it loads at the first answer that is not there yet."""
+        return CachedEngine(
+            self.identity, self.open, path, at_once=self.at_once, alone=self.alone
+        )
+
+    def on_gpu(self) -> "Chosen":
+        """The same, where it runs on a GPU."""
+        return self._replace(at_once=ON_GPU, alone=True)
 
 
 def choose(
@@ -88,11 +106,12 @@ def choose(
         )
     from misstep.engines import transformers
 
-    return Chosen(
+    found = Chosen(
         transformers.identity(model, adapter),
         f"transformers, because {reason}",
         lambda: transformers.TransformersEngine(model, adapter),
     )
+    return found.on_gpu() if _has_gpu() else found
 
 
 def choose_labels(model: Model, guard: Guard) -> Chosen:
@@ -104,11 +123,18 @@ def choose_labels(model: Model, guard: Guard) -> Chosen:
     from misstep.engines import labels
 
     labels.check(model, guard)
-    return Chosen(
+    found = Chosen(
         labels.identity(model, guard),
         "transformers, because a guard is read by its labels' probabilities",
         lambda: labels.LabelEngine(model, guard),
     )
+    return found.on_gpu() if _has_gpu() else found
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 def _vllm(model: Model, adapter: Path | None, gpus: int | None, reason: str) -> Chosen:
@@ -120,12 +146,18 @@ def _vllm(model: Model, adapter: Path | None, gpus: int | None, reason: str) -> 
         identity,
         f"vllm{over}, because {reason}",
         lambda: vllm.VllmEngine(model, adapter, split),
-    )
+    ).on_gpu()
 
 
 def _on_ray(inner: str, model: Model, adapter: Path | None) -> Chosen:
-    """The engine that a machine of the cluster chooses, on as many as there are."""
+    """The engine that a machine of the cluster chooses, on as many as there are.
+
+    Workers have another working directory, so paths go to them whole.
+    """
     from misstep.engines import ray
+
+    adapter = adapter and adapter.resolve()
+    model = replace(model, path=model.path and model.path.resolve())
 
     name, _, gpus = inner.partition(":")
     share = ray.share(int(gpus or 1))
@@ -136,6 +168,10 @@ def _on_ray(inner: str, model: Model, adapter: Path | None) -> Chosen:
         identity,
         f"ray, {share.actors} times {why}",
         lambda: ray.RayEngine(local, identity, share),
+        # So that each engine has as much of a call as a single one would.
+        at_once=AT_ONCE * share.actors,
+        # This machine's GPUs may be of the cluster.
+        alone=share.gpus > 0,
     )
 
 
@@ -151,9 +187,7 @@ def _endpoint(endpoint: Endpoint) -> Chosen:
 
 def _fastest(model: Model, adapter: Path | None) -> tuple[str, str]:
     """The engine to take where none is asked for, and the reason."""
-    import torch
-
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         obstacle = _openvino_obstacle(model, adapter)
         if obstacle is None:
             return "openvino", "this is a CPU and the model is a GGUF that it reads"

@@ -32,6 +32,9 @@ class Judge(ABC):
     def score(self, responses: Sequence[Response]) -> list[Score]:
         """Score every response, in order."""
 
+    def close(self) -> None:  # noqa: B027  (a judge that holds nothing has nothing to do)
+        """Give back the memory that the judge's own model holds; engines are not its own."""
+
     def further(self, response: Response, score: Score) -> list[Score]:
         """What the look that gave a score says beside it, as scores by other metrics."""
         del response

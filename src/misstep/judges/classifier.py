@@ -7,14 +7,14 @@ or for which it gives no finite number, is unscored.
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misstep.errors import DataError
+from misstep.engines import turns
+from misstep.errors import DataError, EngineError
 from misstep.judge_card import CARD, read_card
 from misstep.judges.base import Judge
-from misstep.models import FILES, folder_digest, locate
+from misstep.models import FILES, folder_digest, free, locate
 from misstep.records import Response, Score, digest
 from misstep.rendering import Renderer
 
@@ -40,6 +40,7 @@ class ClassifierJudge(Judge):
                 f"others ({self.name}). Train the judge again."
             )
         self._renderer = Renderer.for_model(locate(str(folder)))
+        self._scorer: Scorer | None = None
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
         from misstep.training.classifier import read_texts
@@ -48,24 +49,37 @@ class ClassifierJudge(Judge):
             read_texts(self._renderer, asked(r), r.text, self.card.max_tokens)
             for r in responses
         ]
-        odds = self._odds([text.ids for text in texts])
+        odds = odds_of(self._loaded(), [text.ids for text in texts]) if texts else []
         return [
             self._read(response, value, text.cut)
             for response, value, text in zip(responses, odds, texts, strict=True)
         ]
 
-    @cached_property
-    def _scorer(self) -> "Scorer":
-        return classifier_scorer(self.folder, self._renderer)
+    def close(self) -> None:
+        """Give back the memory of the weights; they load again when there is more to score."""
+        if self._scorer is not None:
+            self._scorer = None
+            free()
 
-    def _odds(self, rows: Sequence[Sequence[int]]) -> list[float | RuntimeError]:
-        """The log-odds of each row; where they fail together, of each that does not alone."""
-        try:
-            return [*self._scorer(rows)]
-        except RuntimeError as error:
-            if len(rows) == 1:
-                return [error]
-            return [odds for row in rows for odds in self._odds([row])]
+    def give_up(self) -> None:
+        """Make room on the GPU for another."""
+        self.close()
+
+    def _loaded(self) -> "Scorer":
+        import torch
+
+        if torch.cuda.is_available():
+            turns.take(self)
+        if self._scorer is None:
+            try:
+                self._scorer = classifier_scorer(self.folder, self._renderer)
+            except RuntimeError as error:
+                raise EngineError(
+                    f"judge {self.folder}: its weights do not load: {error}. Where memory is "
+                    "short, see what else is on the machine or its GPU, or train a judge of "
+                    "fewer layers; then run the same command again."
+                ) from error
+        return self._scorer
 
     def _read(self, response: Response, odds: float | RuntimeError, cut: bool) -> Score:
         if isinstance(odds, RuntimeError):
@@ -75,6 +89,16 @@ class ClassifierJudge(Judge):
         reason = f"read in its first {self.card.max_tokens} tokens" if cut else ""
         calibrated = (odds - self.card.shift) / self.card.temperature
         return self.scored(response, probability(calibrated), reason)
+
+
+def odds_of(scorer: "Scorer", rows: Sequence[Sequence[int]]) -> list[float | RuntimeError]:
+    """The log-odds of each row; where they fail together, of each that does not alone."""
+    try:
+        return [*scorer(rows)]
+    except RuntimeError as error:
+        if len(rows) == 1:
+            return [error]
+        return [odds for row in rows for odds in odds_of(scorer, [row])]
 
 
 def name_of(folder: Path, temperature: float, shift: float, max_tokens: int) -> str:

@@ -34,6 +34,10 @@ class EnsembleJudge(Judge):
             for response, scores in zip(responses, zip(*said, strict=True), strict=True)
         ]
 
+    def close(self) -> None:
+        for member in self.members:
+            member.close()
+
     def _together(self, response: Response, scores: Sequence[Score]) -> Score:
         votes = tuple(score.counted for score in scores)
         told = "; ".join(

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.base import AT_ONCE, Completion, Engine, Request
 from misstep.judges.base import Judge
 from misstep.records import Message, Record, Response, Score, digest
 
@@ -18,8 +18,6 @@ Notify = Callable[[str, int, int], None]
 Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 """Puts a conversation, its guide included, into the words that a model was trained on."""
 T = TypeVar("T")
-AT_ONCE = 4096
-"""Records held at a time, whatever their number: many batches of any engine, few megabytes."""
 
 
 class Settings(BaseModel):
@@ -83,7 +81,7 @@ def ask(
     engine: Engine, items: Iterable[T], request: Callable[[T], Request]
 ) -> Iterator[tuple[T, Completion]]:
     """Every item, in order, with the engine's answer to what is asked about it."""
-    for some in portions(items):
+    for some in portions(items, engine.at_once):
         yield from zip(some, engine.generate([request(i) for i in some]), strict=True)
 
 

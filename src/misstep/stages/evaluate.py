@@ -42,17 +42,21 @@ NO_TASK = "the prompt is no ordinary task with keys"
 
 def judge_answers(answers: Sequence[Answer], seats: Sequence[Seat]) -> list[Judgement]:
     """Score every test set with every judge that can say something about it."""
-    judgements: list[Judgement] = []
-    for test_set in dict.fromkeys(answer.test_set for answer in answers):
-        members = [answer for answer in answers if answer.test_set == test_set]
-        for seat in seats:
-            found = (
-                _compared(seat, seat.judge, members)
-                if isinstance(seat.judge, PairJudge)
-                else _scored(seat, members)
-            )
-            judgements += [Judgement.of(answer, score) for answer, score in found]
-    return judgements
+    tests: dict[str, list[Answer]] = {}
+    for answer in answers:
+        tests.setdefault(answer.test_set, []).append(answer)
+    # Judge by judge: of two that take turns on a GPU each loads once.
+    found = [{name: _judged(seat, of) for name, of in tests.items()} for seat in seats]
+    return [judgement for name in tests for of in found for judgement in of[name]]
+
+
+def _judged(seat: Seat, answers: Sequence[Answer]) -> list[Judgement]:
+    found = (
+        _compared(seat, seat.judge, answers)
+        if isinstance(seat.judge, PairJudge)
+        else _scored(seat, answers)
+    )
+    return [Judgement.of(answer, score) for answer, score in found]
 
 
 def _scored(seat: Seat, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Score]]:

@@ -19,7 +19,7 @@ from misstep.policy import Policy
 from misstep.records import Message, Mistake, MistakeSource, Prompt, Response, Score
 from misstep.shelf import Names
 from misstep.sources import Source
-from misstep.stages.base import AT_ONCE, Settings, Tally, derive_seed, portions, score_all
+from misstep.stages.base import Settings, Tally, derive_seed, portions, score_all
 
 
 class InduceSettings(Settings):
@@ -62,7 +62,7 @@ def induce(
         NoMistakeError: the model made none; at the end.
     """
     seen = Names()
-    for some in portions(prompts, max(1, AT_ONCE // settings.samples)):
+    for some in portions(prompts, max(1, engine.at_once // settings.samples)):
         # An equal prompt is asked with the same dice: it has no answer of its own to keep.
         new = [seen.add(prompt.id) for prompt in some]
         tally.given += len(some)

@@ -35,7 +35,8 @@ def revise(
     tally: Tally,
 ) -> Iterator[Revision]:
     """Criticise and revise every confirmed mistake."""
-    for known in portions(mistake for mistake in mistakes if mistake.confirmed):
+    confirmed = (mistake for mistake in mistakes if mistake.confirmed)
+    for known in portions(confirmed, engine.at_once):
         asked = [policy.critique_request(mistake) for mistake in known]
         critiques = _ask(engine, asked, settings.temperature, settings.critique_tokens, seed)
         asked = [
