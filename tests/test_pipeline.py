@@ -207,7 +207,7 @@ def test_rates_are_corrected_for_a_judge_that_was_checked(
 def test_the_loss_on_references_is_measured_before_and_after(
     recipe: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judges_are_open = []
+    judges_are_open: list[bool] = []
 
     @contextmanager
     def judges(self: Run) -> Iterator[list[Seat]]:
@@ -216,7 +216,7 @@ def test_the_loss_on_references_is_measured_before_and_after(
             yield seats
         judges_are_open.clear()
 
-    def losses(*given: Any) -> Iterator[Judgement]:
+    def losses(*given: Any) -> list[Judgement]:
         assert not judges_are_open, "no memory for the trained model"
         return reference_losses(*given)
 

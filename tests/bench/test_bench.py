@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from misstep.bench import rows
-from misstep.bench.measure import Job, gemm_share, peer_side, take_turns
+from misstep.bench.measure import Job, gemm_share, gpus, machine, peer_side, take_turns
 from misstep.bench.overhead import overhead
 from misstep.bench.peers import installed_servers
 from misstep.bench.run import bench_generate, bench_train, equal_first_tokens
@@ -143,8 +143,21 @@ def test_ratios_are_of_the_same_round() -> None:
 def test_memory_is_compared_where_both_hold_it() -> None:
     on_gpu, elsewhere = [measured(1, 1, 50, 10)], [measured(1, 1, 100)]
     assert peer_side(on_gpu, elsewhere, differs="").ratio_peak_memory is None
+    # Two servers on a GPU: each side's own process holds nothing there.
+    servers = [measured(1, 1, 50, 0)], [measured(1, 1, 100, 0)]
+    unseen = peer_side(*servers, differs="")
+    assert unseen.ratio_peak_memory is None and unseen.peak_gpu_memory_mb is None
     both = [measured(1, 1, 100, 40)]
     assert peer_side(on_gpu, both, differs="").ratio_peak_memory == 0.25
+
+
+def test_the_gpus_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpus() == []
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H200'\necho 'NVIDIA H200'\n")
+    program.chmod(0o755)
+    assert machine()["gpus"] == ["NVIDIA H200", "NVIDIA H200"]
 
 
 def test_the_share_of_the_peak_counts_the_head_where_it_works() -> None:

@@ -2,12 +2,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from misstep.engines.base import Request
+from misstep.engines.base import AT_ONCE, Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.policy import load_policy
 from misstep.records import Analysis, Mistake, Prompt
 from misstep.stages.analyse import AnalyseSettings, analyse, gate
-from misstep.stages.base import AT_ONCE, Tally, Yield
+from misstep.stages.base import Tally, Yield
 
 POLICY = load_policy("goal-hijacking")
 TARGET = "Robots rule every kitchen"

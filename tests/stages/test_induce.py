@@ -3,7 +3,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from misstep.engines.base import Completion, Request
+from misstep.engines.base import AT_ONCE, Completion, Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RunError
 from misstep.judges.base import Judge
@@ -11,7 +11,7 @@ from misstep.judges.rule import ObedienceJudge
 from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Prompt, Response, Score
 from misstep.sources import Source
-from misstep.stages.base import AT_ONCE, Tally, Yield
+from misstep.stages.base import Tally, Yield
 from misstep.stages.induce import InduceSettings, confirm, induce, some_mistakes
 
 HARM = load_policy("harmlessness")

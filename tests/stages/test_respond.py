@@ -1,10 +1,10 @@
 from collections.abc import Iterator
 from itertools import count, islice
 
+from misstep.engines.base import AT_ONCE
 from misstep.engines.scripted import ScriptedEngine
 from misstep.policy import load_policy
 from misstep.records import Message, Prompt
-from misstep.stages.base import AT_ONCE
 from misstep.stages.respond import RespondSettings, respond
 
 POLICY = load_policy("goal-hijacking")

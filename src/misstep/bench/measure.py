@@ -50,6 +50,7 @@ class Side(Record):
     tokens_per_second: float
     peak_memory_mb: int
     peak_gpu_memory_mb: int | None = None
+    """None without a GPU, and where the memory is held by a process that is not looked into."""
     gemm_share: float | None = None
     """Of training: the share of the measured peak that its products with frozen weights are."""
     seconds_of_rounds: tuple[float, ...]
@@ -62,7 +63,7 @@ class PeerSide(Side):
     ratio_tokens_per_second: float
     """Ours over the peer's."""
     ratio_peak_memory: float | None
-    """Ours over the peer's; None where one is on a GPU and the other cannot be seen there."""
+    """Ours over the peer's; None where there is a GPU and one of them cannot be seen there."""
     ratio_seconds: float
     """Ours over the peer's."""
     equal_first_tokens: float | None = None
@@ -160,7 +161,15 @@ def peer_side(
 
 def _medians(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     gpu = [f["peak_gpu_memory_mb"] for f in found if f.get("peak_gpu_memory_mb")]
-    details = ("completion_tokens", "generated", "trained", "stages", "engine", "counts")
+    details = (
+        "completion_tokens",
+        "generated",
+        "trained",
+        "stages",
+        "engine",
+        "engine_release",
+        "counts",
+    )
     return {
         "tokens": round(median(f["tokens"] for f in found)),
         "seconds": _short(median(f["seconds"] for f in found)),
@@ -194,12 +203,11 @@ def _rate(found: dict[str, Any]) -> float:
 
 
 def _memory_ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> float | None:
-    one, other = (f.get("peak_gpu_memory_mb") or 0 for f in (ours, theirs))
-    if one and other:
-        return float(one / other)
-    if one or other:
-        return None
-    return float(ours["peak_memory_mb"] / theirs["peak_memory_mb"])
+    one, other = (f.get("peak_gpu_memory_mb") for f in (ours, theirs))
+    if one is None and other is None:
+        return float(ours["peak_memory_mb"] / theirs["peak_memory_mb"])
+    # A server's process holds what is asked for here: of two clients nothing can be said.
+    return float(one / other) if one and other else None
 
 
 def _short(number: float) -> float:
@@ -214,10 +222,21 @@ def machine() -> dict[str, Any]:
     return {
         "processor": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
+        "gpus": gpus(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "load_at_end": [round(load, 2) for load in os.getloadavg()],
         "platform": platform.platform(),
     }
+
+
+def gpus() -> list[str]:
+    """The names of the GPUs, as their driver says them; none where there is no driver."""
+    asked = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    try:
+        shown = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return shown.stdout.split("\n")[:-1]
 
 
 def versions() -> dict[str, str]:

@@ -124,6 +124,8 @@ def generate_ours(work: Work) -> Found:
             seconds,
             texts=[answer.text for answer in answers],
             engine=chosen.why,
+            # An identity begins with the name and the version, vLLM's own among them.
+            engine_release=chosen.identity.partition(":")[0],
         )
 
 
@@ -359,6 +361,7 @@ def peak_memory_mb(process: str = "self") -> int:
 
 
 def _peak_gpu_memory_mb() -> int | None:
+    """What this process has held; 0 where a GPU is another one's, None where there is none."""
     import torch
 
     return torch.cuda.max_memory_reserved() // 2**20 if torch.cuda.is_available() else None
