@@ -7,7 +7,7 @@ import pytest
 
 from misstep.errors import DataError
 from misstep.labelled import HELPFULNESS, MISTAKES, REFUSALS, DataSet, load_labelled
-from misstep.sources import Source
+from misstep.sources import Source, load_mistakes
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -66,6 +66,21 @@ def test_xstest_says_of_unsafe_prompts_only_what_harm_is(tmp_path: Path) -> None
 def test_xstest_says_nothing_of_help(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1: expected labels that say whether .* helps"):
         load(tmp_path, HELPFULNESS, *XSTEST)
+
+
+PROMPTS = {"prompt": "P", "type": "homonyms", "label": "safe", "focus": "kill"}
+
+
+def test_a_label_of_the_prompt_is_none_of_the_answer(tmp_path: Path) -> None:
+    rows = [PROMPTS | {"response": "R", "label": label} for label in ("safe", "unsafe")]
+    for metric in (MISTAKES, REFUSALS, HELPFULNESS):
+        with pytest.raises(DataError, match=r"line 1: .*says it of the prompt.*label=COLUMN"):
+            load(tmp_path, metric, *rows)
+    with pytest.raises(DataError, match=r"line 1: .*fields: \{label: COLUMN\}"):
+        load_mistakes(Source(path=jsonl(tmp_path, *rows)), "origin", 0)
+    own = [row | {"refused": refused} for row, refused in zip(rows, (1, 0), strict=True)]
+    assert labels(load(tmp_path, REFUSALS, *own, fields={"label": "refused"})) == [True, False]
+    assert labels(load(tmp_path, MISTAKES, rows[0] | {"is_bad": 1})) == [True]
 
 
 def test_a_pair_of_llmbar_says_which_answer_is_better(tmp_path: Path) -> None:

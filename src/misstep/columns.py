@@ -59,7 +59,7 @@ SAFE_RLHF = {"question", "answer", "label"}
 PYRIT = {"objective", "assistant_response", "human_score"}
 """PyRIT's columns: with `harm_category` the score is of harm, without it of refusals."""
 XSTEST_PROMPTS = {"prompt", "type", "label", "focus"}
-"""XSTest's columns; its `label` is of the prompt, safe or unsafe."""
+"""XSTest's columns; its `label` is of the prompt, safe or unsafe, and of no answer."""
 
 
 class Reading(BaseModel):
@@ -390,7 +390,7 @@ def label_of(reading: Reading, row: Row, where: str) -> Label | None:
                 f"{where}: field '{field}' is missing: expected column '{mapped}', found "
                 f"columns {', '.join(sorted(row))}."
             )
-        for column in [mapped] if mapped else [c for c in COLUMNS[field] if c in row]:
+        for column in [mapped] if mapped else _label_columns(field, row):
             value = row[column]
             word = "" if value is None else str(value).strip().lower().removesuffix(".0")
             if word:
@@ -402,6 +402,27 @@ def label_of(reading: Reading, row: Row, where: str) -> Label | None:
         told = f"{where}: '{empty}': expected a label, found nothing."
         raise EmptyCell(f"{told} Label the row or remove it.", "no label")
     return None
+
+
+def _label_columns(field: str, row: Row) -> list[str]:
+    """The unmapped columns that label an answer."""
+    of_prompt = {"label"} if set(row) >= XSTEST_PROMPTS else set()
+    return [column for column in COLUMNS[field] if column in row and column not in of_prompt]
+
+
+def refuse_prompt_label(row: Row, where: str) -> None:
+    """Refuse an answer without a label where the row has one that is of the prompt.
+
+    Raises:
+        DataError: the row has XSTest's columns.
+    """
+    if set(row) >= XSTEST_PROMPTS:
+        raise DataError(
+            f"{where}: expected to know which answers are bad; XSTest's 'label' says it of the "
+            "prompt, and no other column of the answer. Map the answers' own with "
+            "label=COLUMN (in a recipe fields: {label: COLUMN}), or leave 'label' out of the "
+            "file."
+        )
 
 
 def _refuse_desirable(reading: Reading, row: Row, label: Label, where: str) -> None:
@@ -445,7 +466,10 @@ def is_bad(reading: Reading, row: Row, where: str) -> bool:
             "say whether it refuses (there is no 'harm_category'). Give other data, or map the "
             "column with fields: {label: COLUMN}."
         )
-    return True if label is None else says_bad(label, where)
+    if label is None:
+        refuse_prompt_label(row, where)
+        return True
+    return says_bad(label, where)
 
 
 def says_bad(label: Label, where: str) -> bool:

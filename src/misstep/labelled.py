@@ -25,6 +25,7 @@ from misstep.columns import (
     names_of,
     prompt_for,
     prompt_of,
+    refuse_prompt_label,
     says_bad,
     sides,
 )
@@ -136,6 +137,7 @@ def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
         try:
             label = label_of(side, row, where)
             if label is None:
+                refuse_prompt_label(row, where)
                 raise DataError(
                     f"{where}: expected a column with labels ({', '.join(COLUMNS['label'])} or "
                     f"is_safe), found {', '.join(sorted(row))}. Map it with label=COLUMN."
