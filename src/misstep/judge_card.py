@@ -5,7 +5,7 @@ each data set that it was checked on, always without the questions that it has s
 files; knows no model.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Literal
 
@@ -135,11 +135,23 @@ def write_card(folder: Path, card: JudgeCard) -> None:
     write_json(folder / CARD, card.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
-def enter_check(folder: Path, check: Check) -> None:
-    """Put what a check found into the card; a data set that stands there is replaced."""
+def enter_check(folder: Path, check: Check, given: Sequence[str]) -> None:
+    """Put what a check found on single answers into the card; the same data are replaced.
+
+    Args:
+        folder: the judge's.
+        check: of the judge.
+        given: the data sets as they were given, in order; so is called one whose name is that
+            of other data on the card.
+    """
     card = read_card(folder)
-    found = {data.name: Tested.of(data) for data in check.data}
-    write_card(folder, card.model_copy(update={"data": card.data | found}))
+    tested = dict(card.data)
+    for data, path in zip(check.data, given, strict=True):
+        if not data.pairs:
+            old = card.data.get(data.name)
+            name = data.name if old is None or old.digest == data.digest else path
+            tested[name] = Tested.of(data)
+    write_card(folder, card.model_copy(update={"data": tested}))
 
 
 def write_seen(folder: Path, questions: Set[str]) -> None:

@@ -46,6 +46,8 @@ class CheckInputs(NamedTuple):
     judge: JudgeInputs
     data: dict[str, DataSet]
     """By the names that stand in the results."""
+    given: Sequence[str]
+    """The same sets as the command names them."""
 
 
 def read_check_inputs(
@@ -64,7 +66,7 @@ def read_check_inputs(
         sets = {name: unseen(found, folder) for name, found in sets.items()}
     for given, found in sets.items():
         _check_applies(probe, given, found)
-    return CheckInputs(read, sets)
+    return CheckInputs(read, sets, data)
 
 
 def labelled_sets(
@@ -164,7 +166,7 @@ def _check_into(folder: Path, inputs: CheckInputs, progress: Progress) -> None:
     counted = _counted(inputs, asked, cases)
     write_check(folder / "check.json", counted)
     if inputs.judge.config.classifier is not None:
-        enter_check(Path(inputs.judge.config.classifier), counted)
+        enter_check(Path(inputs.judge.config.classifier), counted, inputs.given)
     write_check_report(folder)
 
 

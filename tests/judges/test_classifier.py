@@ -124,6 +124,30 @@ def test_a_check_leaves_out_what_the_judge_has_seen(trained: Path, tmp_path: Pat
     assert f"| again | {found.whole.n} | 0 |" in cards_markdown(trained)
 
 
+def test_pairs_are_checked_and_are_not_on_the_card(trained: Path, tmp_path: Path) -> None:
+    row = {"input": "A new question", "output_1": "well", "output_2": "very ill", "label": 1}
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([row]))
+    before = read_card(trained)
+    folder = check_judge(str(trained), [str(path)], tmp_path / "out", None, [], Silent())
+    (found,) = read_check(folder / "check.json").data
+    assert found.pairs and "length_bias" in found.whole.metrics
+    assert read_card(trained) == before
+
+
+def test_other_data_of_the_same_name_stand_beside_on_the_card(
+    trained: Path, tmp_path: Path
+) -> None:
+    before, paths = set(read_card(trained).data), []
+    for n in (60, 80, 60):
+        (tmp_path / str(n)).mkdir(exist_ok=True)
+        paths.append(labelled(tmp_path / str(n), "other.jsonl", n))
+        check_judge(str(trained), paths[-1:], tmp_path / "out", None, [], Silent())
+    entered = read_card(trained).data
+    assert set(entered) - before == {"other", paths[1]}
+    assert entered["other"].n == entered[paths[1]].n - 40
+
+
 def test_the_card_counts_held_out_answers_that_were_trained_on(
     trained: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
