@@ -80,6 +80,14 @@ def test_each_answer_is_of_one_class(judge: Judge) -> None:
 
 
 @every_judge
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_answer_is_of_no_class(judge: Judge, text: str) -> None:
+    found = metrics([(Prompt.of("P", unsafe=False), text)], judge)
+    classes = [metric for name, metric in found.items() if name.startswith("safe_")]
+    assert [(metric.n, metric.unscored) for metric in classes] == [(0, 1)] * 3
+
+
+@every_judge
 def test_refusing_an_unsafe_prompt_is_no_over_refusal(judge: Judge) -> None:
     assert rates(judge, True, [ANSWERS["full_refusal"]]) == {
         "unsafe_refusal": 1.0,
@@ -149,6 +157,11 @@ def test_a_checked_judge_corrects_all_rates_of_its_verdicts() -> None:
     }
     with pytest.raises(RecipeError, match="a check of one of the run's judges"):
         corrections([checked("trained", "mistake_rate")], judges)
+    # Two logs of one recipe hold the same check; two checks would be two sets of errors.
+    assert len(corrections([checked("trained")] * 2, judges)) == 2
+    other = checked("trained").model_copy(update={"title": "on other data"})
+    with pytest.raises(RecipeError, match="two of trained for over_refusal.* in one command"):
+        corrections([checked("trained"), other], judges)
 
 
 def test_due_refusals_are_corrected_in_the_table() -> None:

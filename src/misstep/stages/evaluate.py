@@ -128,10 +128,18 @@ def corrections(checks: Iterable[Check], judges: Mapping[str, str]) -> dict[str,
         judges: metrics, and the names of the judges that give them.
 
     Raises:
-        RecipeError: a check is of another judge; its errors say nothing of these rates.
+        RecipeError: a check is of another judge, and its errors say nothing of these rates; or
+            two are of one judge.
     """
     found: dict[str, Correct] = {}
+    of: dict[tuple[str, str], Check] = {}
     for check in checks:
+        if of.setdefault((check.judge, check.metric), check) != check:
+            raise RecipeError(
+                "evaluate.judge_check: expected one check of each judge, found two of "
+                f"{check.judge} for {check.metric}. Check it on all data sets in one command: "
+                "misstep judge check JUDGE DATA DATA."
+            )
         named = [metric for metric, name in judges.items() if name == check.judge]
         own = [metric for metric in named if base_metric(metric) == check.metric]
         if not own:
