@@ -117,6 +117,52 @@ def test_good_says_yes_of_help_and_no_of_a_mistake(tmp_path: Path) -> None:
         load(tmp_path, REFUSALS, *rows)
 
 
+@pytest.mark.parametrize("words", [("refusal", "compliance"), ("Refused", "complied")])
+def test_refusal_and_compliance_say_what_an_answer_does(
+    tmp_path: Path, words: tuple[str, str]
+) -> None:
+    rows = [{"prompt": "P", "response": "R", "response_refusal_label": w} for w in words]
+    fields = {"label": "response_refusal_label"}
+    assert labels(load(tmp_path, REFUSALS, *rows, fields=fields)) == [True, False]
+    for metric in (MISTAKES, HELPFULNESS):
+        with pytest.raises(DataError, match=f"found '{words[0].lower()}'"):
+            load(tmp_path, metric, *rows, fields=fields)
+
+
+PKU_ROW = {
+    "prompt": "P",
+    "response_0": "A",
+    "response_1": "B",
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+}
+LAYOUTS = {
+    "xstest": XSTEST[3],
+    "llmbar": {"input": "Q", "output_1": "A", "output_2": "B", "label": 1},
+    "jade": {"question": "P", "violating_answer": "B", "safe_answer": "G"},
+    "pku": PKU_ROW,
+}
+
+
+@pytest.mark.parametrize("row", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_mapped_topic_leaves_a_known_layout_as_it_is(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    plain = load(tmp_path, MISTAKES, row).cases
+    mapped = load(tmp_path, MISTAKES, row | {"about": "t"}, fields={"topic": "about"}).cases
+    assert [case._replace(categories=()) for case in mapped] == [
+        case._replace(categories=()) for case in plain
+    ]
+    assert {case.categories for case in mapped} == {("t",)}
+
+
+def test_a_mapped_answer_is_another_layout(tmp_path: Path) -> None:
+    row = PKU_ROW | {"mine": "C", "bad": 1}
+    fields = {"response": "mine", "label": "bad"}
+    (case,) = load(tmp_path, MISTAKES, row, fields=fields).cases
+    assert (case.response.text, case.label) == ("C", True)
+
+
 def test_answers_without_labels_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"line 1: expected a column with labels"):
         load(tmp_path, MISTAKES, {"prompt": "P", "response": "R"})

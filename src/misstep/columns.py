@@ -44,8 +44,13 @@ WORDS = {"response": "answer"}
 APART = "instruction"
 """The column whose prompt goes on in another one: Alpaca's in `input`, Dolly's in `context`."""
 
+LAYOUT = {"prompt", "response", "reference", "label", "safe"}
+"""The fields of which one that is mapped says that the rows are laid out otherwise."""
+
 YES, NO = {"1", "true", "yes"}, {"0", "false", "no"}
 BAD, GOOD = {"bad", "unsafe", "harmful"}, {"good", "safe", "harmless", "unharmful"}
+REFUSES, COMPLIES = {"refusal", "refused"}, {"compliance", "complied"}
+"""What an answer does, in WildGuard's words and others'; it says nothing of mistakes."""
 LABELS = {"label": YES | BAD, "safe": NO | BAD}
 """What calls an answer bad; yes and no mean the opposite where the column says `safe`."""
 
@@ -72,6 +77,11 @@ class Reading(BaseModel):
     columns of the data; common names of columns need no mapping."""
     target_pattern: str | None = None
     """A regular expression whose first group finds an attack's target text in the prompt."""
+
+    @property
+    def as_published(self) -> bool:
+        """Whether known layouts are read as such: no field that they consist of is mapped."""
+        return not LAYOUT & set(self.fields)
 
     @field_validator("fields")
     @classmethod
@@ -352,9 +362,9 @@ def _instructions(row: Row, where: str) -> tuple[Instruction, ...]:
 
 def sides(reading: Reading, row: Row) -> Sequence[Reading]:
     """How a row is read for each of its answers: once, or twice where it is PKU-SafeRLHF's."""
-    if reading.fields or not set(PKU[0].values()) <= set(row):
+    if not reading.as_published or not set(PKU[0].values()) <= set(row):
         return (reading,)
-    return [reading.model_copy(update={"fields": side}) for side in PKU]
+    return [reading.model_copy(update={"fields": reading.fields | side}) for side in PKU]
 
 
 def labelled_answers(reading: Reading, row: Row, where: str) -> Iterator[Labelled]:

@@ -9,14 +9,16 @@ answer. Rows that say nothing of that are left out and counted. Knows no judge.
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from misstep.columns import (
     BAD,
     COLUMNS,
+    COMPLIES,
     GOOD,
     NO,
+    REFUSES,
     YES,
     Label,
     answer_of,
@@ -50,6 +52,8 @@ ASKED = {
     REFUSALS: "whether the answer refuses",
     HELPFULNESS: "whether the answer helps",
 }
+WORDS = {HELPFULNESS: (GOOD, BAD), REFUSALS: (REFUSES, COMPLIES)}
+"""Words of a label that say yes and no, by the metric that they are labels for."""
 SAID = {MISTAKES: "harm", REFUSALS: "refusal"}
 """What the labels of known sets are of, by the metric that they are labels for."""
 
@@ -119,12 +123,13 @@ def _drawn(cases: list[Case], n: int | None) -> list[Case]:
 
 
 def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
-    jade = next((columns for columns in JADE if set(columns) <= set(row)), None)
-    if not source.fields and set(row) >= XSTEST:
+    columns = set(row) if source.as_published else set()
+    jade = next((both for both in JADE if set(both) <= columns), None)
+    if columns >= XSTEST:
         yield from _xstest(source, row, metric, where)
-    elif not source.fields and set(row) >= LLMBAR:
+    elif columns >= LLMBAR:
         yield _llmbar(source, row, where)
-    elif not source.fields and jade:
+    elif jade:
         yield from _jade(source, row, jade, metric, where)
     else:
         yield from _plain(source, row, metric, where)
@@ -162,23 +167,23 @@ def _check_said(said: str, metric: str, found: str, where: str) -> None:
 
 
 def _says(label: Label, metric: str, where: str) -> bool:
-    """Whether a label says yes; good and bad say it of mistakes and of helpfulness only."""
+    """Whether a label says yes: by a word of the metric's own, or by yes itself."""
     if metric == MISTAKES:
         return says_bad(label, where)
-    good, bad = (GOOD, BAD) if metric == HELPFULNESS else (set(), set())
-    if label.word not in YES | NO | good | bad:
-        expected = ", ".join(sorted(YES | NO | good | bad))
+    yes, no = WORDS.get(metric, (set(), set()))
+    if label.word not in YES | NO | yes | no:
+        expected = ", ".join(sorted(YES | NO | yes | no))
         raise DataError(
             f"{where}: '{label.column}': expected one of {expected}, found {label.word!r:.40}."
         )
-    return label.word in YES | good
+    return label.word in YES | yes
 
 
 def _jade(source: Source, row: Row, columns: tuple[str, str], metric: str, where: str) -> Found:
     """Two answers, the bad one first."""
     _check_said(SAID[MISTAKES], metric, f"columns ({', '.join(columns)})", where)
     for column in columns:
-        side = source.model_copy(update={"fields": {"response": column}})
+        side = source.model_copy(update={"fields": source.fields | {"response": column}})
         try:
             answer = answer_of(side, row, "response", where)
         except EmptyCell as nothing:
@@ -212,7 +217,9 @@ def _xstest(source: Source, row: Row, metric: str, where: str) -> Found:
     else:
         response = _response(prompt_of(source, row, where), str(row["completion"]).strip())
         refused = label == REFUSED
-        yield Case(where, response, refused == (metric == REFUSALS), (kind,))
+        yield Case(
+            where, response, refused == (metric == REFUSALS), _about(source, row, ("type",))
+        )
 
 
 def _llmbar(source: Source, row: Row, where: str) -> Case:
@@ -222,7 +229,7 @@ def _llmbar(source: Source, row: Row, where: str) -> Case:
         raise DataError(f"{where}: 'label': expected 1 or 2, found {label!r:.40}.")
     prompt = prompt_of(source, row, where)
     one, other = (_response(prompt, str(row[f"output_{n}"] or "").strip()) for n in (1, 2))
-    return Case(where, one, label == "1", (), other)
+    return Case(where, one, label == "1", _about(source, row), other)
 
 
 def _response(prompt: Prompt, text: str) -> Response:
@@ -231,10 +238,12 @@ def _response(prompt: Prompt, text: str) -> Response:
     return Response(prompt=known, text=text)
 
 
-def _about(source: Source, row: Row) -> tuple[str, ...]:
+def _about(
+    source: Source, row: Row, known: Sequence[str] = CATEGORIES
+) -> tuple[str, ...]:
     """The categories of a row."""
     mapped = [source.fields["topic"]] if "topic" in source.fields else []
-    return names_of(next((row[name] for name in (*mapped, *CATEGORIES) if row.get(name)), None))
+    return names_of(next((row[name] for name in (*mapped, *known) if row.get(name)), None))
 
 
 def part_of(question: str, held_out: float, dev: float, seed: int) -> Part:

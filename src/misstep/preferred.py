@@ -40,7 +40,7 @@ def load_preferred(source: Source, seed: int) -> Sequence[Pair]:
 
 
 def _pair(source: Source, row: Mapping[str, Any], where: str) -> Pair:
-    if BETTER in row and not source.fields:
+    if BETTER in row and source.as_published:
         return _of(prompt_of(source, row, where).messages, *_pku(row, where))
     chosen = answer_of(source, row, "reference", where)
     rejected = answer_of(source, row, "response", where)
