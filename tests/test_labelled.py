@@ -7,6 +7,7 @@ import pytest
 
 from misstep.errors import DataError
 from misstep.labelled import HELPFULNESS, MISTAKES, REFUSALS, DataSet, load_labelled
+from misstep.records import Prompt
 from misstep.sources import Source, load_mistakes
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -91,6 +92,44 @@ def test_a_pair_of_llmbar_says_which_answer_is_better(tmp_path: Path) -> None:
     assert [(c.response.text, c.other and c.other.text) for c in data.cases] == [("A", "B")] * 2
     with pytest.raises(DataError, match="expected 1 or 2, found '0'"):
         load(tmp_path, HELPFULNESS, row | {"label": 0})
+
+
+def chat(*turns: str) -> list[dict[str, str]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+@pytest.mark.parametrize("conversations", [False, True])
+def test_a_pair_judge_reads_chosen_and_rejected(tmp_path: Path, conversations: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {"chosen": chat("Q", f"good {i}"), "rejected": chat("Q", f"bad {i}")}
+        if conversations
+        else {"prompt": "Q", "chosen": f"good {i}", "rejected": f"bad {i}", "subset": "s"}
+        for i in range(60)
+    ]
+    data = load(tmp_path, "win_rate", *rows)
+    assert data.pairs and {case.response.prompt for case in data.cases} == {Prompt.of("Q")}
+    for case in data.cases:
+        assert case.other is not None
+        texts = [case.response.text, case.other.text]
+        assert texts[0].startswith("good") is case.label and len(set(texts)) == 2
+    # Either side as often as not, and the same one wherever the row stands.
+    assert 15 < sum(labels(data)) < 45
+    again = load(tmp_path, "harmless_score", *reversed(rows))
+    assert labels(again) == labels(data)[::-1]
+
+
+def test_pairs_are_mapped_and_what_is_none_is_left_out(tmp_path: Path) -> None:
+    fields = {"reference": "good", "response": "bad"}
+    row = {"prompt": "Q", "good": "A", "bad": "B"}
+    empty: dict[str, Any] = {"bad": ""}
+    data = load(tmp_path, "win_rate", row, row | {"bad": "A"}, row | empty, fields=fields)
+    (case,) = data.cases
+    assert (case.response.text == "A") is case.label
+    assert data.left_out == {"equal answers": 1, "no answer": 1}
+    for other in (row, PKU_ROW, {"prompt": "P", "response": "R", "label": 1}):
+        with pytest.raises(DataError, match=r"line 1: .*columns chosen and rejected.*LLMBar"):
+            load(tmp_path, "win_rate", other)
 
 
 def test_beavertails_labels_safety_and_says_which_categories_apply(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from misstep.judges.base import AnyJudge, PairJudge
 from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.labelled import Case, DataSet, load_labelled
 from misstep.progress import Progress
-from misstep.records import VERDICTS, write_jsonl
+from misstep.records import write_jsonl
 from misstep.report.check import write_check_report
 from misstep.run_folder import writable
 from misstep.sources import Source, check_source
@@ -103,11 +103,6 @@ def _source(name: str, fields: dict[str, str]) -> Source:
 
 
 def _check_applies(judge: AnyJudge, name: str, data: DataSet) -> None:
-    if not data.pairs and judge.metric not in VERDICTS:
-        raise DataError(
-            f"{name}: expected pairs of answers, since the judge's {judge.metric} is no "
-            "verdict on a single one; found labelled answers."
-        )
     if isinstance(judge, PairJudge):
         return
     if not any(judge.applies(case.response.prompt) for case in data.cases):

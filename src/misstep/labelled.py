@@ -2,9 +2,10 @@
 
 Reads what misstep.sources reads, and three layouts more: XSTest's completions (complied,
 refused, or in part), LLMBar's pairs (which of two answers is better) and JADE's (a bad answer
-and a good one). A label is what the
-judge should say: 1 where its metric counts the answer, as a mistake, a refusal or a helpful
-answer. Rows that say nothing of that are left out and counted. Knows no judge.
+and a good one). A judge whose metric is no verdict is measured on pairs: LLMBar's, or a chosen
+and a rejected answer. A label is what the judge should say: 1 where its metric counts the
+answer, as a mistake, a refusal or a helpful answer. Rows that say nothing of that are left out
+and counted. Knows no judge.
 """
 
 import random
@@ -32,7 +33,7 @@ from misstep.columns import (
     sides,
 )
 from misstep.errors import DataError, EmptyCell
-from misstep.records import Prompt, Response
+from misstep.records import VERDICTS, Prompt, Response, digest
 from misstep.sources import Source, place_of, rows, source_digest, wanted
 from misstep.tables import file_stem
 
@@ -41,6 +42,8 @@ XSTEST = {"prompt", "completion", "type", "final_label"}
 LLMBAR = {"output_1", "output_2", "label"}
 JADE = (("violating_answer", "safe_answer"), ("违规回答", "安全有用回答"))
 """JADE's columns, in two languages: the bad answer to a prompt and the good one."""
+PREFERRED = {"reference": "chosen", "response": "rejected"}
+"""Our fields of a pair, and their columns where they are not mapped."""
 CATEGORIES = ("topic", "category", "harm_category", "kind", "attack")
 """Columns that say what a case is about; a mapped `topic` comes first."""
 PARTIAL, REFUSED = "3_partial_refusal", "2_full_refusal"
@@ -124,6 +127,10 @@ def _drawn(cases: list[Case], n: int | None) -> list[Case]:
 
 def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
     columns = set(row) if source.as_published else set()
+    if metric not in VERDICTS:
+        llmbar = columns >= LLMBAR
+        yield _llmbar(source, row, where) if llmbar else _preferred(source, row, metric, where)
+        return
     jade = next((both for both in JADE if set(both) <= columns), None)
     if columns >= XSTEST:
         yield from _xstest(source, row, metric, where)
@@ -158,7 +165,7 @@ def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
 
 def _check_said(said: str, metric: str, found: str, where: str) -> None:
     """Refuse the labels of a known set where they say something else than is asked."""
-    if metric in ASKED and SAID.get(metric) != said:
+    if SAID.get(metric) != said:
         asked = ASKED[MISTAKES if said == SAID[MISTAKES] else REFUSALS]
         raise DataError(
             f"{where}: expected labels that say {ASKED[metric]}, found {found} that say "
@@ -205,7 +212,7 @@ def _xstest(source: Source, row: Row, metric: str, where: str) -> Found:
     kind = str(row["type"])
     if metric not in (REFUSALS, MISTAKES):
         raise DataError(
-            f"{where}: expected labels that say {ASKED.get(metric, metric)}, found XSTest's, "
+            f"{where}: expected labels that say {ASKED[metric]}, found XSTest's, "
             "which say whether it refuses. Give other data."
         )
     if label == PARTIAL:
@@ -230,6 +237,32 @@ def _llmbar(source: Source, row: Row, where: str) -> Case:
     prompt = prompt_of(source, row, where)
     one, other = (_response(prompt, str(row[f"output_{n}"] or "").strip()) for n in (1, 2))
     return Case(where, one, label == "1", _about(source, row), other)
+
+
+def _preferred(source: Source, row: Row, metric: str, where: str) -> Case | LeftOut:
+    """The better answer and the other one; a hash of both says which of them stands first."""
+    side = source.model_copy(update={"fields": PREFERRED | source.fields})
+    fields = [side.fields[field] for field in PREFERRED]
+    if not set(fields) <= set(row):
+        raise DataError(
+            f"{where}: expected pairs of answers, since the judge's {metric} is no verdict on a "
+            f"single one: columns {' and '.join(fields)}, the better answer and the other one; "
+            f"or LLMBar's ({', '.join(sorted(LLMBAR))}). Found {', '.join(sorted(row))}. Map "
+            "the better one with reference=COLUMN and the other with response=COLUMN."
+        )
+    try:
+        better, worse = (answer_of(side, row, field, where) for field in PREFERRED)
+    except EmptyCell as nothing:
+        return LeftOut(nothing.what)
+    if better.messages != worse.messages:
+        return LeftOut("answers to two conversations")
+    if better.text == worse.text:
+        return LeftOut("equal answers")
+    prompt = prompt_for(side, row, better, where)
+    both = [_response(prompt, answer.text) for answer in (better, worse)]
+    first = int(digest([better.text, worse.text]), 16) % 2 == 0
+    one, other = both if first else reversed(both)
+    return Case(where, one, first, _about(source, row), other)
 
 
 def _response(prompt: Prompt, text: str) -> Response:
