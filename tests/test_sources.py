@@ -220,6 +220,15 @@ def test_a_bad_answer_is_never_a_reference(tmp_path: Path) -> None:
     assert [p.reference for p in prompts(path)] == [None, "be kind"]
 
 
+def test_an_answer_labelled_good_and_bad_is_not_its_own_reference(tmp_path: Path) -> None:
+    lines = "prompt,response,label\np,both ,1\np,both,0\np,ill,1\n"
+    found = mistakes(write(tmp_path, "a.csv", lines))
+    assert [(m.response, m.prompt.reference) for m in found] == [
+        ("both", None),
+        ("ill", "both"),
+    ]
+
+
 def test_preference_pairs_give_the_mistake_and_its_reference(tmp_path: Path) -> None:
     row = {"prompt": "p", "chosen": "good", "rejected": "bad"}
     (found,) = mistakes(write(tmp_path, "a.jsonl", json.dumps(row)))

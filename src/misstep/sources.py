@@ -167,7 +167,8 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> Sequence[Mi
     """The bad answers of labelled data or of users' reports; reports are unconfirmed.
 
     Rows that are labelled good are no mistakes; the first good answer to a prompt becomes the
-    reference of the bad ones. Rows without any label all count as bad.
+    reference of the bad ones, unless it is that very answer. Rows without any label all count
+    as bad.
 
     Raises:
         DataError: names file, line and field; or there is no bad answer in the data.
@@ -228,8 +229,9 @@ def _asked(prompt: Prompt) -> str:
 
 
 def _mistake(item: Labelled, kind: MistakeSource, good: str | None) -> Mistake:
+    other = None if good == item.response else good
     return Mistake(
-        prompt=item.prompt.model_copy(update={"reference": item.prompt.reference or good}),
+        prompt=item.prompt.model_copy(update={"reference": item.prompt.reference or other}),
         response=item.response,
         source=kind,
         confirmed=kind != "reported",
