@@ -19,6 +19,7 @@ from misstep.judges.seats import Seat, seated
 from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import Answer, Prompt, Response
+from misstep.report.markdown import markdown_page
 from misstep.results import Row, read_results
 from misstep.sources import Source, load_prompts
 from misstep.stages.evaluate import Table, judge_answers
@@ -60,7 +61,9 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def evaluated(recipe: Path, tmp_path: Path, broken: str = "", **options: Any) -> Path:
+def evaluated(
+    recipe: Path, tmp_path: Path, broken: str = "", epochs: int | None = None, **options: Any
+) -> Path:
     """The log of inspect's own mock model that gives these answers."""
     inspect_ai = pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
     from inspect_ai.model import ModelOutput, ModelUsage, get_model
@@ -81,6 +84,7 @@ def evaluated(recipe: Path, tmp_path: Path, broken: str = "", **options: Any) ->
         log_dir=str(tmp_path / "logs"),
         display="none",
         fail_on_error=False,
+        epochs=epochs,
     )
     return Path(log.location)
 
@@ -128,8 +132,10 @@ def test_a_log_read_back_gives_our_own_rates(
     recipe: Path, tmp_path: Path, guided: bool
 ) -> None:
     log = evaluated(recipe, tmp_path, guided=guided)
-    found = read_results(import_logs([log], tmp_path / "out") / "results.json")
+    folder = import_logs([log], tmp_path / "out")
+    found = read_results(folder / "results.json")
     assert metrics(found.rows) == metrics(ours(guided))
+    assert markdown_page(folder).startswith("# out: goal-hijacking on mockllm/model\n\n## Rates")
     assert found.model == "mockllm/model"
     assert {row.guided for row in found.rows} == {guided}
     rate = metrics(found.rows)["attacks", "mistake_rate"][0]
@@ -145,6 +151,13 @@ def test_two_logs_are_compared(recipe: Path, tmp_path: Path) -> None:
     assert ("vanilla/guided", "vanilla/unguided") in {(c.a, c.b) for c in found.comparisons}
     with pytest.raises(DataError, match=r"the setting|another setting"):
         import_logs([logs[0], evaluated(recipe, tmp_path)], tmp_path / "twice")
+
+
+def test_several_answers_to_a_prompt_are_refused(recipe: Path, tmp_path: Path) -> None:
+    log = evaluated(recipe, tmp_path, test_set="clean", epochs=2)
+    with pytest.raises(DataError, match=r"found 2 epochs.*--epochs 1"):
+        import_logs([log], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sample_that_failed_is_unscored(recipe: Path, tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
     """Write what logs hold as responses.jsonl, scores.jsonl, results.json and report.html.
 
     Raises:
-        InputError: inspect_ai is not installed; a log is none of misstep's task, or two are
-            of the same setting.
+        InputError: inspect_ai is not installed; a log is none of misstep's task, or asks a
+            prompt several times; or two are of the same setting.
     """
     found = [_read(log) for log in logs]
     asked = [of for of, _ in found]
@@ -124,6 +124,11 @@ def _read(path: Path) -> tuple[Asked, "EvalLog"]:
     if written is None:
         raise DataError(
             f"{path}: expected a log of the task misstep/recipe, found one of {log.eval.task}."
+        )
+    if (epochs := log.eval.config.epochs or 1) > 1:
+        raise DataError(
+            f"{path}: expected one answer to each prompt, found {epochs} epochs. Several answers "
+            "to a prompt are no independent cases; run the task again with --epochs 1."
         )
     return parse_row(Asked, written, f"{path}, metadata"), log
 

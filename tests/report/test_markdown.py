@@ -105,6 +105,15 @@ def test_the_readme_shows_the_committed_quickstart() -> None:
     assert rows_table(results, ("attacks", "clean")) in readme
 
 
+def test_without_a_manifest_the_page_says_nothing_of_it(tmp_path: Path) -> None:
+    run = next(run for run in RUNS if not read_results(run / "results.json").pooled)
+    shutil.copy(run / "results.json", tmp_path)
+    page, whole = markdown_page(tmp_path), markdown_page(run)
+    assert rows_table(read_results(run / "results.json")) in page
+    assert "Machine:" in whole and "## Yields" in whole
+    assert "Machine:" not in page and "## Yields" not in page
+
+
 def test_every_rate_stands_in_the_page() -> None:
     for run in RUNS:
         page, results = markdown_page(run), read_results(run / "results.json")

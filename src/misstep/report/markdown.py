@@ -1,7 +1,8 @@
 """A run as a Markdown page, for a repository's own documents.
 
 Made from results.json and manifest.json alone, so that a page in the repository can be held
-equal to the files it was made from.
+equal to the files it was made from. What was imported has no manifest, and its page nothing of
+what that says.
 """
 
 import json
@@ -40,21 +41,21 @@ def markdown_page(folder: Path) -> str:
         DataError: results.json is absent or unreadable.
     """
     results = read_results(folder / "results.json")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if results.pooled:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if results.pooled and manifest is not None:
         return _comparison_page(results, manifest)
+    name = manifest["recipe"]["name"] if manifest else folder.resolve().name
     parts = [
-        f"# {manifest['recipe']['name']}: {results.policy} on {results.model}",
-        made_by(manifest),
-        *_overlaps(manifest),
+        f"# {name}: {results.policy} on {results.model}",
+        *([made_by(manifest), *_overlaps(manifest)] if manifest else []),
         "## Rates with 95 % intervals",
         rows_table(results),
         *([CORRECTED] if is_corrected(results) else []),
         "## Paired differences (a minus b)",
         _comparisons_table(results.comparisons),
         *_agreements(results),
-        "## Yields",
-        _yields(manifest["yields"]),
+        *(["## Yields", _yields(manifest["yields"])] if manifest else []),
     ]
     return "\n\n".join(parts) + "\n"
 
