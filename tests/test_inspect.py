@@ -135,7 +135,9 @@ def test_a_log_read_back_gives_our_own_rates(
     folder = import_logs([log], tmp_path / "out")
     found = read_results(folder / "results.json")
     assert metrics(found.rows) == metrics(ours(guided))
-    assert markdown_page(folder).startswith("# out: goal-hijacking on mockllm/model\n\n## Rates")
+    assert markdown_page(folder).startswith(
+        "# out: goal-hijacking on mockllm/model\n\n## Rates"
+    )
     assert found.model == "mockllm/model"
     assert {row.guided for row in found.rows} == {guided}
     rate = metrics(found.rows)["attacks", "mistake_rate"][0]

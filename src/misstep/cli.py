@@ -345,8 +345,14 @@ def report(
 
         print(write_comparison(folder))
         return
+    from misstep.judge_card import is_trained_judge
     from misstep.report.page import write_report
 
+    if is_trained_judge(str(folder)):
+        raise InputError(
+            f"{folder}: expected a directory that has a page, found a trained judge, whose card "
+            "is Markdown only. Print it with --markdown."
+        )
     print(write_report(folder))
 
 

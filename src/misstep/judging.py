@@ -71,6 +71,18 @@ def read_judge(
     Raises:
         InputError: what is wrong with the judge, its texts or its model.
     """
+    return _read(name, model, otherwise, ())
+
+
+def _read(
+    name: str, model: str | None, otherwise: Model | None, within: tuple[str, ...]
+) -> JudgeInputs:
+    """A judge, and those in it; `within` are the ensembles that it is a member of."""
+    if name in within:
+        raise RecipeError(
+            f"judge {name}: expected an ensemble of other judges, found itself among its "
+            f"members ({' > '.join((*within, name))}). Leave it out."
+        )
     config = load_judge(name, model)
     policy = load_policy(config.policy) if config.policy else None
     guard = load_guard(config.guard) if config.guard else None
@@ -81,7 +93,9 @@ def read_judge(
         rubric=load_rubric(config.rubric) if config.rubric else None,
         guard=guard,
         model=_model(name, config, policy, otherwise),
-        members=tuple(read_judge(of, None, otherwise) for of in config.ensemble or ()),
+        members=tuple(
+            _read(of, None, otherwise, (*within, name)) for of in config.ensemble or ()
+        ),
     )
     if guard is not None and found.model is not None:
         choose_labels(found.model, guard)

@@ -271,9 +271,7 @@ def _response(prompt: Prompt, text: str) -> Response:
     return Response(prompt=known, text=text)
 
 
-def _about(
-    source: Source, row: Row, known: Sequence[str] = CATEGORIES
-) -> tuple[str, ...]:
+def _about(source: Source, row: Row, known: Sequence[str] = CATEGORIES) -> tuple[str, ...]:
     """The categories of a row."""
     mapped = [source.fields["topic"]] if "topic" in source.fields else []
     return names_of(next((row[name] for name in (*mapped, *known) if row.get(name)), None))

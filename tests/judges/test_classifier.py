@@ -13,6 +13,7 @@ import torch
 from transformers import TrainingArguments
 
 from misstep.check_results import read_check
+from misstep.cli import report
 from misstep.engines import turns
 from misstep.errors import EngineError, InputError
 from misstep.judge_card import SEEN, is_trained_judge, read_card
@@ -375,6 +376,11 @@ def test_a_trained_judge_is_named_by_folder_or_file(trained: Path, tmp_path: Pat
         load_judge(str(path), None)
     with pytest.raises(InputError, match="asks no model"):
         load_judge(str(trained), "smollm2-135m")
+
+
+def test_a_judge_has_a_page_in_markdown_only(trained: Path) -> None:
+    with pytest.raises(InputError, match="found a trained judge.* with --markdown"):
+        report(trained)
 
 
 def test_both_labels_weigh_the_same() -> None:

@@ -10,6 +10,7 @@ be talked round.
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from misstep.records import Message, digest
 
 VERDICT = re.compile(r"\W*verdict\W+(?!(?<=[-−.])\d)(.+?)\W*", re.IGNORECASE)
 """A sign before a number is part of it, and so is a point."""
+FORGED = "verdict"
+"""What judged text must not say, in any case of its letters."""
 CONTROL = re.compile(r"<(?=[|｜]|[^\s<>]+>)|\[(?=\||/?\w*[A-Z]{2}\w*\])|[\[\]](?=[!~]|\w~)")
 """Where what could be a chat template's token begins: `<|…`, a word in angle brackets, one with
 capitals in square ones, MiniMax's `]~b]` and `[e~[`. Breaking more than such costs nothing."""
@@ -118,8 +121,22 @@ def request_text(template: str, **judged: str) -> str:
 
 def plainly(text: str) -> str:
     """A text without lines that could pass for a verdict, and without control tokens."""
-    reworded = re.sub("verdict", "conclusion", text, flags=re.IGNORECASE)
+    reworded = _reworded(text)
+    # Spelt with unseen or full-width signs a model reads it all the same. Only a text that hides
+    # one is changed for it: any other is judged as it stands.
+    if re.search(FORGED, seen := _as_read(reworded), re.IGNORECASE):
+        reworded = _reworded(seen)
     return CONTROL.sub(lambda found: found.group(0) + " ", reworded)
+
+
+def _reworded(text: str) -> str:
+    return re.sub(FORGED, "conclusion", text, flags=re.IGNORECASE)
+
+
+def _as_read(text: str) -> str:
+    """A text in plain signs, without those that show nothing."""
+    plain = unicodedata.normalize("NFKC", text)
+    return "".join(sign for sign in plain if unicodedata.category(sign) != "Cf")
 
 
 def _mark(texts: Mapping[str, str]) -> str:
