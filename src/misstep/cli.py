@@ -350,8 +350,8 @@ def report(
 
     if is_trained_judge(str(folder)):
         raise InputError(
-            f"{folder}: expected a directory that has a page, found a trained judge, whose card "
-            "is Markdown only. Print it with --markdown."
+            f"{folder}: expected a directory that has a page, found a trained judge, whose "
+            "card is Markdown only. Print it with --markdown."
         )
     print(write_report(folder))
 

@@ -127,8 +127,8 @@ def _read(path: Path) -> tuple[Asked, "EvalLog"]:
         )
     if (epochs := log.eval.config.epochs or 1) > 1:
         raise DataError(
-            f"{path}: expected one answer to each prompt, found {epochs} epochs. Several answers "
-            "to a prompt are no independent cases; run the task again with --epochs 1."
+            f"{path}: expected one answer to each prompt, found {epochs} epochs. Several "
+            "answers to a prompt are no independent cases; run the task again with --epochs 1."
         )
     return parse_row(Asked, written, f"{path}, metadata"), log
 

@@ -245,8 +245,8 @@ def _preferred(source: Source, row: Row, metric: str, where: str) -> Case | Left
     fields = [side.fields[field] for field in PREFERRED]
     if not set(fields) <= set(row):
         raise DataError(
-            f"{where}: expected pairs of answers, since the judge's {metric} is no verdict on a "
-            f"single one: columns {' and '.join(fields)}, the better answer and the other one; "
+            f"{where}: expected pairs of answers, since the judge's {metric} is no verdict on "
+            f"a single one: columns {' and '.join(fields)}, the better one and the other one; "
             f"or LLMBar's ({', '.join(sorted(LLMBAR))}). Found {', '.join(sorted(row))}. Map "
             "the better one with reference=COLUMN and the other with response=COLUMN."
         )

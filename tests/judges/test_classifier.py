@@ -379,7 +379,7 @@ def test_a_trained_judge_is_named_by_folder_or_file(trained: Path, tmp_path: Pat
 
 
 def test_a_judge_has_a_page_in_markdown_only(trained: Path) -> None:
-    with pytest.raises(InputError, match="found a trained judge.* with --markdown"):
+    with pytest.raises(InputError, match=r"found a trained judge.* with --markdown"):
         report(trained)
 
 

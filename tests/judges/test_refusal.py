@@ -160,7 +160,7 @@ def test_a_checked_judge_corrects_all_rates_of_its_verdicts() -> None:
     # Two logs of one recipe hold the same check; two checks would be two sets of errors.
     assert len(corrections([checked("trained")] * 2, judges)) == 2
     other = checked("trained").model_copy(update={"title": "on other data"})
-    with pytest.raises(RecipeError, match="two of trained for over_refusal.* in one command"):
+    with pytest.raises(RecipeError, match=r"two of trained for over_refusal.* in one command"):
         corrections([checked("trained"), other], judges)
 
 

@@ -122,8 +122,8 @@ def request_text(template: str, **judged: str) -> str:
 def plainly(text: str) -> str:
     """A text without lines that could pass for a verdict, and without control tokens."""
     reworded = _reworded(text)
-    # Spelt with unseen or full-width signs a model reads it all the same. Only a text that hides
-    # one is changed for it: any other is judged as it stands.
+    # Spelt with unseen or full-width signs a model reads it all the same. Only a text that
+    # hides one is changed for it: any other is judged as it stands.
     if re.search(FORGED, seen := _as_read(reworded), re.IGNORECASE):
         reworded = _reworded(seen)
     return CONTROL.sub(lambda found: found.group(0) + " ", reworded)
