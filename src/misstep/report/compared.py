@@ -67,7 +67,8 @@ def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
             (test_set, [(s, [cell(of.get(m)) for m in metrics]) for s, of in lines.items()])
             for test_set, lines in by_test_set(results.pooled).items()
         ],
-        "differences": [differences_line(c) for c in of_interest(results.comparisons)],
+        "differences": [differences_line(c) for c in within_variants(results.comparisons)],
+        "between": [differences_line(c) for c in between_variants(results.comparisons)],
         "seeds": sorted({row.seed for row in results.rows}),
     }
 
@@ -110,9 +111,18 @@ def corrected_text(true: Corrected | None) -> str:
     return f"; corrected {rate(true.value)} ({rate(true.low)} to {rate(true.high)})"
 
 
-def of_interest(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """Ordered by metric, test set and settings."""
-    return sorted(comparisons, key=lambda c: (c.metric, c.test_set, c.a, c.b))
+def within_variants(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Those of two methods, ordered by metric, test set and settings."""
+    return sorted((c for c in comparisons if not c.between_variants), key=_place)
+
+
+def between_variants(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """What swept keys change, ordered alike."""
+    return sorted((c for c in comparisons if c.between_variants), key=_place)
+
+
+def _place(c: Comparison) -> tuple[str, ...]:
+    return (c.metric, c.test_set, c.a, c.b)
 
 
 def differences_line(c: Comparison) -> list[str]:
