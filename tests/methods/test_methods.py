@@ -141,7 +141,7 @@ def test_every_trained_method_has_the_same_budget(
 @pytest.mark.parametrize("accepted", [1, 2, 4])
 def test_a_fixed_unit_gives_every_variant_as_many_rows(name: str, accepted: int) -> None:
     given = materials(analyses=ANALYSES[:accepted], mix=MixSettings(unit=3, good_answers=2))
-    found = list(METHODS[name].rows(given))
+    found: list[Any] = list(METHODS[name].rows(given))
     assert len(found) == (1 + 1 + 2) * 3
     learned = {row.completion for row in found if row.kind == "analysis"}
     if name in ("mistake_analysis", "corrected_analysis"):
