@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 
 from misstep.check_results import correction, read_check
-from misstep.comparison import compare_methods, load_cells
+from misstep.comparison import _comparisons, compare_methods, load_cells
 from misstep.errors import InputError, RecipeError
 from misstep.judge_check import check_judge
 from misstep.methods.registry import METHODS as REGISTRY
 from misstep.pipeline import run
 from misstep.progress import Silent
+from misstep.records import Score
 from misstep.report.markdown import markdown_page
-from misstep.results import read_results
+from misstep.results import Comparison, Setting, Values, read_results
+from misstep.stats import holm
 
 QUESTIONS = ["What do bees make?", "Name a red fruit.", "What is 2 plus 3?", "Say hello."]
 ANSWERS = ["Bees make honey.", "An apple is red.", "It is five.", "Hello."]
@@ -187,15 +189,69 @@ def test_swept_keys_make_variants(recipe: Path) -> None:
 
 
 def test_a_variant_is_a_setting_of_its_own(recipe: Path, tmp_path: Path) -> None:
-    few = ["methods=[vanilla, sft]", "sweep={train.epochs: [1, 2]}", "seeds=[0]"]
+    few = ["methods=[vanilla, sft]", "sweep={train.epochs: [1, 2]}"]
     folder = compare_methods(recipe, tmp_path / "swept", few, Silent())
     results = read_results(folder / "results.json")
     assert {row.variant for row in results.rows} == {"train.epochs=1", "train.epochs=2"}
     names = {c.a for c in results.comparisons}
     assert "sft[train.epochs=1]/guided" in names
-    assert all(
-        c.a.partition("[")[2][:14] == c.b.partition("[")[2][:14] for c in results.comparisons
-    )
+    between = {(c.a, c.b) for c in results.comparisons if c.between_variants}
+    assert between == {
+        (f"sft[train.epochs=2]/{way}", f"sft[train.epochs=1]/{way}")
+        for way in ("guided", "unguided")
+    }, "the later value less the earlier one; the untrained model answers alike"
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    markdown = markdown_page(folder)
+    assert "Between variants" in page and "## Between variants (a minus b)" in markdown
+    assert "| sft[train.epochs=2]/guided | sft[train.epochs=1]/guided |" in markdown
+    assert "vanilla[train.epochs=2]/unguided | vanilla[train.epochs=1]" not in markdown
+
+
+def swept(recipe: Path, sweep: str, rates: list[float]) -> list[Comparison]:
+    """Comparisons of a sweep whose variants make so many mistakes in 40 answers, two seeds."""
+    cells = load_cells(recipe, [f"sweep={sweep}"])
+    values: Values = {}
+    for place, cell in enumerate(cells):
+        bad = round(40 * rates[place // 2])
+        for method, hits in (("vanilla", 30), ("sft", bad)):
+            model = method if method == "vanilla" else cell.folder
+            scores = {
+                str(i): Score(
+                    response_id=f"{model}-{i}",
+                    metric="mistake_rate",
+                    value=float(i < hits),
+                    judge="j",
+                )
+                for i in range(40)
+            }
+            setting = Setting(method, False, cell.title)
+            values.setdefault((setting, "t", "mistake_rate"), {})[cell.seed] = scores
+    return _comparisons(values, cells, 0)
+
+
+def test_a_setting_is_compared_where_one_key_differs(recipe: Path) -> None:
+    sweep = "{mix.ordinary: [1, 2], analysis.gate: [true, false]}"
+    found = [c for c in swept(recipe, sweep, [0.1, 0.4, 0.6, 0.9]) if c.between_variants]
+
+    def name(ordinary: int, gate: bool) -> str:
+        return f"sft[mix.ordinary={ordinary}, analysis.gate={gate}]/unguided"
+
+    assert {(c.a, c.b): round(c.difference, 3) for c in found} == {
+        (name(1, False), name(1, True)): 0.3,
+        (name(2, True), name(1, True)): 0.5,
+        (name(2, False), name(1, False)): 0.5,
+        (name(2, False), name(2, True)): 0.3,
+    }
+    assert all(c.n == 40 and c.low < c.difference < c.high for c in found)
+
+
+def test_variants_are_a_family_of_their_own(recipe: Path) -> None:
+    found = swept(recipe, "{train.epochs: [1, 2, 3]}", [0.5, 0.6, 0.65])
+    between = [c for c in found if c.between_variants]
+    within = [c for c in found if not c.between_variants]
+    assert (len(between), len(within)) == (3, 3)
+    for family in (between, within):
+        assert [c.p_adjusted for c in family] == holm([c.p for c in family])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from misstep.methods.registry import METHODS
 from misstep.report.markdown import line, table
 from misstep.report.words import count, duration, gap, plain, points, rate
 from misstep.results import Comparison, read_results
@@ -138,8 +137,10 @@ def breadth() -> Iterator[Aim]:
     (cell,) = _json("compare-smoke/manifest.json")["cells"].values()
     yield most("every method once, small", 1500, _seconds(cell["stages"]), duration, "")
     made = {row.method for row in read_results(HERE / "methods-135m/results.json").rows}
-    why = f"{' and '.join(sorted(set(METHODS) - made))}: not tuned yet"
-    yield least("methods compared at 135M, three seeds", len(METHODS), len(made), _whole, why)
+    # The methods that there were when the aim was set: the small comparison has them all.
+    aimed = {row.method for row in read_results(HERE / "compare-smoke/results.json").rows}
+    why = f"{' and '.join(sorted(aimed - made))}: not tuned yet"
+    yield least("methods compared at 135M, three seeds", len(aimed), len(made), _whole, why)
     models = len(_json("study/study.json")["models"])
     yield least("models in the study", 3, models, _whole, "")
     for what in ("methods at 0.5B", "scenario 1", "ablations"):

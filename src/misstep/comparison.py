@@ -12,7 +12,7 @@ This module knows runs and their files; it trains and generates nothing itself.
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -188,7 +188,7 @@ def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> No
         model=config.model,
         rows=tuple(rows),
         pooled=tuple(_pooled(values, corrections, config.seed)),
-        comparisons=tuple(_comparisons(values, config.seed)),
+        comparisons=tuple(_comparisons(values, cells, config.seed)),
         agreements=tuple(agreements(answers, judgements)),
     )
     write_results(folder / "results.json", results)
@@ -219,14 +219,47 @@ def _pooled(values: Values, corrections: Corrections, seed: int) -> Iterator[Poo
         yield found.model_copy(update={"corrected": correct(found)}) if correct else found
 
 
-def _comparisons(values: Values, seed: int) -> list[Comparison]:
-    """Every setting against the untrained model, and ours against every other, adjusted."""
-    found = [
-        compare_pooled(a, b, test_set, metric, values, seed)
-        for (a, test_set, metric) in values
-        for b in _against(a, [s for s, t, m in values if (t, m) == (test_set, metric)])
+def _comparisons(values: Values, cells: Sequence[Cell], seed: int) -> list[Comparison]:
+    """Within variants and between them, adjusted.
+
+    Within: every setting with the untrained model, and ours with every other. Between: every
+    setting with itself under a variant that differs in one key, the later less the earlier.
+    """
+    neighbours = _neighbours(cells)
+    pairs = [
+        (a, b, test_set, metric)
+        for (a, test_set, metric), scores in values.items()
+        for others in [
+            {s: v for (s, t, m), v in values.items() if (t, m) == (test_set, metric)}
+        ]
+        for b in (
+            *_against(a, list(others)),
+            # What a swept key does not reach is answered and scored alike: nothing to test.
+            *(b for b in _before(a, list(others), neighbours) if others[b] != scores),
+        )
     ]
+    found = [compare_pooled(*pair, values, seed) for pair in pairs]
     return adjusted([comparison for comparison in found if comparison is not None])
+
+
+def _neighbours(cells: Sequence[Cell]) -> set[tuple[str, str]]:
+    """The later and the earlier of every two variants that differ in one key."""
+    variants = {cell.title: cell.variant for cell in cells}
+    return {
+        (a, b)
+        for (b, of_b), (a, of_a) in combinations(variants.items(), 2)
+        if sum(x != y for x, y in zip(of_a, of_b, strict=True)) == 1
+    }
+
+
+def _before(
+    a: Setting, others: Sequence[Setting], neighbours: set[tuple[str, str]]
+) -> Iterator[Setting]:
+    if a.method == "guided" and a._replace(method="vanilla") in others:
+        return
+    for b in others:
+        if b._replace(variant=a.variant) == a and (a.variant, b.variant) in neighbours:
+            yield b
 
 
 def _against(a: Setting, others: Sequence[Setting]) -> Iterator[Setting]:

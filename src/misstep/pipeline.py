@@ -328,6 +328,7 @@ class Run:
             answered=list({p.id: p for p in asked if p.reference}.values()),
             mix=self.config.mix,
             seed=self.config.training_seed,
+            sampled=analyses,
         )
         return {name: METHODS[name].rows(materials) for name in only or self.config.methods}
 

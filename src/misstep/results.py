@@ -132,12 +132,19 @@ class Comparison(Record):
     p: float
     """Not adjusted for the number of comparisons."""
     p_adjusted: float | None = None
-    """Adjusted by Holm's method for all comparisons of the same metric and test set."""
+    """Adjusted by Holm's method for all comparisons of the same metric and test set, those
+    within variants and those between them apart."""
     test: str
     test_set: str
     seed: int
     n: int
     """The prompts that are scored on both sides."""
+
+    @property
+    def between_variants(self) -> bool:
+        """Whether the two differ in swept keys."""
+        a, b = (name.partition("[")[2].rpartition("]")[0] for name in (self.a, self.b))
+        return a != b
 
 
 class Agreement(Record):
@@ -298,12 +305,16 @@ def compare_pooled(
 
 
 def adjusted(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons, their p adjusted for the number of those of one metric and test set."""
+    """The comparisons, their p adjusted for the number of those of one metric and test set.
+
+    What a swept key changes is another question than how methods differ: comparisons between
+    variants are counted apart.
+    """
     from misstep.stats import holm
 
-    families: dict[tuple[str, str], list[Comparison]] = {}
-    for comparison in comparisons:
-        families.setdefault((comparison.metric, comparison.test_set), []).append(comparison)
+    families: dict[tuple[str, str, bool], list[Comparison]] = {}
+    for c in comparisons:
+        families.setdefault((c.metric, c.test_set, c.between_variants), []).append(c)
     return [
         comparison.model_copy(update={"p_adjusted": p})
         for family in families.values()

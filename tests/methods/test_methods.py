@@ -11,6 +11,7 @@ from misstep.methods.coh import sample
 from misstep.methods.registry import METHODS
 from misstep.policy import load_policy
 from misstep.records import Analysis, Example, Message, Mistake, Pair, Prompt, Revision
+from misstep.stages.analyse import BROKEN_OFF
 
 POLICY = load_policy("goal-hijacking")
 BAD = "The bad response {}."
@@ -30,6 +31,22 @@ ANALYSES = [
     )
     for i, mistake in enumerate(MISTAKES[:4])
 ]
+REFUSED = [
+    Analysis(
+        mistake=mistake,
+        text=text,
+        guided=True,
+        source="self",
+        accepted=False,
+        reasons=reasons,
+    )
+    for mistake, text, reasons in (
+        (MISTAKES[4], "Praises mistake 4.", ("endorses the response",)),
+        (MISTAKES[5], "Breaks", ("endorses the response", BROKEN_OFF)),
+        (MISTAKES[3], "Says something else of mistake 3.", ()),
+    )
+]
+"""Two first samples, and a second one of what was sampled before."""
 REVISIONS = [
     Revision(mistake=mistake, critique="It obeyed.", text=f"Revised answer {i}.")
     for i, mistake in enumerate(MISTAKES)
@@ -51,6 +68,7 @@ def materials(**changed: Any) -> Materials:
         "answered": ASKED,
         "mix": MixSettings(),
         "seed": 0,
+        "sampled": [*changed.get("analyses", ANALYSES), *REFUSED],
     }
     return Materials(**known | changed)
 
@@ -119,6 +137,17 @@ def test_every_trained_method_has_the_same_budget(
     assert len(found) == (1 + ordinary + good_answers) * len(ANALYSES)
 
 
+@trained
+@pytest.mark.parametrize("accepted", [1, 2, 4])
+def test_a_fixed_unit_gives_every_variant_as_many_rows(name: str, accepted: int) -> None:
+    given = materials(analyses=ANALYSES[:accepted], mix=MixSettings(unit=3, good_answers=2))
+    found: list[Any] = list(METHODS[name].rows(given))
+    assert len(found) == (1 + 1 + 2) * 3
+    learned = {row.completion for row in found if row.kind == "analysis"}
+    if name in ("mistake_analysis", "corrected_analysis"):
+        assert len(learned) == min(accepted, 3)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -131,6 +160,7 @@ def test_every_trained_method_has_the_same_budget(
         ("dpo", {"preference": 28}),
         ("rlhf", {"preference": 28}),
         ("self_guard", {"tag": 10, "tagged": 10, "ordinary": 8}),
+        ("published", {"analysis": 20, "ordinary": 8}),
         ("analysis_only", {"analysis": 20, "ordinary": 8}),
         ("mistake_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),
         ("corrected_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),
@@ -138,6 +168,19 @@ def test_every_trained_method_has_the_same_budget(
 )
 def test_what_each_method_is_made_of(name: str, expected: dict[str, int]) -> None:
     assert kinds(rows(name, ordinary=2, good_answers=4)) == expected
+
+
+def test_as_published_the_first_analysis_of_every_mistake_is_learned() -> None:
+    found = [row for row in rows("published") if row.kind == "analysis"]
+    praise = REFUSED[0]
+    asked = praise.mistake
+    request = POLICY.analysis_request(asked.prompt.text, asked.response, guided=False)
+    assert (request, praise.text) in {(row.messages, row.completion) for row in found}
+    assert {row.completion for row in found} == {*(a.text for a in ANALYSES), praise.text}
+    cut = ANALYSES[0].model_copy(update={"text": "", "accepted": False, "reasons": ("empty",)})
+    given = materials(sampled=[cut, *ANALYSES])
+    learned = {row.completion for row in METHODS["published"].rows(given)}  # type: ignore[union-attr]
+    assert not {"", ANALYSES[0].text} & learned, "a second sample is no first one"
 
 
 def test_the_papers_mix_has_no_good_answers() -> None:

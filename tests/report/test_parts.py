@@ -1,8 +1,10 @@
 import pytest
 
+from misstep.report.compared import scatter
 from misstep.report.pictures import scale
 from misstep.report.view import Setting, ends
 from misstep.report.words import brief, duration, gap, model_text, points, rate
+from misstep.results import Pooled
 
 
 def test_after_is_trained_on_analyses_and_guided() -> None:
@@ -59,3 +61,31 @@ def test_an_axis_holds_its_values(largest: float) -> None:
     assert (axis.ticks[0][0], axis.ticks[-1][0]) == (0, 100)
     for place, text in axis.ticks:
         assert axis.at(float(text)) == pytest.approx(place, abs=1e-3)
+
+
+def pooled(test_set: str, metric: str, n: int) -> Pooled:
+    return Pooled(
+        method="vanilla",
+        guided=False,
+        test_set=test_set,
+        metric=metric,
+        value=0.5,
+        low=0.4,
+        high=0.6,
+        n=n,
+        by_seed={0: 0.5},
+    )
+
+
+def test_harm_is_drawn_on_attacks_and_help_on_ordinary_tasks() -> None:
+    attacks = [pooled("attacks", "mistake_rate", 100), pooled("attacks", "helpfulness", 100)]
+    attacks.append(pooled("few", "mistake_rate", 30))
+    clean = [pooled("clean", "helpfulness", 150), pooled("clean", "over_refusal", 150)]
+    # A judge by rubric looks for mistakes in answers to ordinary tasks, too.
+    everywhere = [*attacks, *clean, pooled("clean", "mistake_rate", 150)]
+    for found in (scatter([*attacks, *clean]), scatter(everywhere)):
+        assert found is not None
+        assert "mistake rate on attacks" in found.across_title
+        assert "helpfulness on clean" in found.up_title
+    assert scatter(clean) is None
+    assert scatter([*attacks, pooled("clean", "mistake_rate", 150)]) is None

@@ -1,7 +1,8 @@
-"""Mistake analysis with the paper's own rows: analyses and ordinary pairs (section 4.3).
+"""Gated analyses alone: mistake analysis without good answers to the attacked prompts.
 
-No good answer to an attacked prompt is shown. The budget that other methods spend on good
-answers goes to the analyses, which come again where they are too few.
+The kinds of rows are the paper's (section 4.3); that only accepted analyses are learned is not.
+The budget that other methods spend on good answers goes to the analyses, which come again where
+they are too few.
 """
 
 from misstep.methods.base import Materials, Method, Rows, analysis_row, ordinary_rows
@@ -11,7 +12,7 @@ class AnalysisOnly(Method):
     """Trains on analyses of mistakes, mixed with ordinary pairs."""
 
     name = "analysis_only"
-    about = "learning from mistakes with the paper's rows: analyses, ordinary pairs"
+    about = "learning from mistakes by gated analyses alone, ordinary pairs"
     uses_mistakes = True
     uses_analyses = True
 

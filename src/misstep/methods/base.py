@@ -7,7 +7,7 @@ the trained model and what is taken from its answer.
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -23,12 +23,17 @@ Rows = list[Example] | list[Pair]
 
 
 class MixSettings(Settings):
-    """How the rows of a training set are mixed, each as a multiple of the analyses."""
+    """How the rows of a training set are mixed, each as a multiple of N."""
+
+    unit: Annotated[int, Field(ge=1)] | None = None
+    """N itself, so that variants of a sweep train on equally many rows: what there is too much
+    of is drawn from, what there is too little of comes again, the analyses too. The number of
+    accepted analyses where it is left out."""
 
     ordinary: Annotated[float, Field(ge=0)] = 1.0
-    """Ordinary question-answer pairs for each analysis (paper, section 4.3)."""
+    """Ordinary question-answer pairs, for each of N (paper, section 4.3)."""
     good_answers: Annotated[float, Field(ge=0)] = 1.0
-    """Good answers to the prompts that mistakes were collected on, for each analysis. Ours: the
+    """Good answers to the prompts that mistakes were collected on, for each of N. Ours: the
     paper trains on none; 0 is its setting."""
 
 
@@ -39,7 +44,7 @@ class Materials(NamedTuple):
     mistakes: Sequence[Mistake]
     """Confirmed ones."""
     analyses: Sequence[Analysis]
-    """Accepted ones; their number is the unit of every method's budget."""
+    """Accepted ones."""
     revisions: Sequence[Revision]
     """Where a method asks for them."""
     ordinary: Sequence[Prompt]
@@ -48,21 +53,34 @@ class Materials(NamedTuple):
     """Prompts with references that mistakes were collected on."""
     mix: MixSettings
     seed: int
+    sampled: Iterable[Analysis] = ()
+    """Every analysis, refused ones too: all first samples, then all second ones, and so on."""
+
+    @property
+    def unit(self) -> int:
+        """N, of which the parts of every method's budget are multiples."""
+        return self.mix.unit or len(self.analyses)
 
     @property
     def lesson(self) -> float:
-        """The rows that a method may spend on its own lesson, as a multiple of the analyses."""
+        """The rows that a method may spend on its own lesson, as a multiple of N."""
         return 1 + self.mix.good_answers
 
+    def each_analysis(self) -> list[Analysis]:
+        """Every accepted analysis once; so many of them where the recipe says how many."""
+        if self.mix.unit is None:
+            return list(self.analyses)
+        return self.some(self.analyses, 1, "analyses")
+
     def some(self, records: Sequence[T], share: float, what: str) -> list[T]:
-        """So many records for each analysis, drawn by the seed.
+        """So many records for each of N, drawn by the seed.
 
         Where there are fewer, they come again: all methods train on equally many rows.
 
         Raises:
             RunError: there are none at all, but some are wanted.
         """
-        wanted = round(share * len(self.analyses))
+        wanted = round(share * self.unit)
         drawn = list(records)
         if wanted and not drawn:
             raise RunError(

@@ -30,7 +30,7 @@ class CorrectedAnalysis(Method):
 
     def rows(self, materials: Materials) -> Rows:
         policy = materials.policy
-        rows = [_corrected(policy, analysis) for analysis in materials.analyses]
+        rows = [_corrected(policy, analysis) for analysis in materials.each_analysis()]
         good = [
             _guided(policy, row) if number % 2 and row.kind == "good_answer" else row
             for number, row in enumerate(good_rows(materials))

@@ -24,5 +24,5 @@ class MistakeAnalysis(Method):
     uses_analyses = True
 
     def rows(self, materials: Materials) -> Rows:
-        rows = [analysis_row(materials.policy, a) for a in materials.analyses]
+        rows = [analysis_row(materials.policy, a) for a in materials.each_analysis()]
         return rows + good_rows(materials) + ordinary_rows(materials)

@@ -9,6 +9,7 @@ from misstep.methods.dpo import DPO
 from misstep.methods.guided import Guided
 from misstep.methods.mistake_analysis import MistakeAnalysis
 from misstep.methods.ordinary import Ordinary
+from misstep.methods.published import Published
 from misstep.methods.rlhf import RLHF
 from misstep.methods.self_guard import SelfGuard
 from misstep.methods.sft import SFT
@@ -26,6 +27,7 @@ METHODS: dict[str, Method] = {
         DPO(),
         RLHF(),
         SelfGuard(),
+        Published(),
         AnalysisOnly(),
         MistakeAnalysis(),
         CorrectedAnalysis(),

@@ -67,7 +67,8 @@ def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
             (test_set, [(s, [cell(of.get(m)) for m in metrics]) for s, of in lines.items()])
             for test_set, lines in by_test_set(results.pooled).items()
         ],
-        "differences": [differences_line(c) for c in of_interest(results.comparisons)],
+        "differences": [differences_line(c) for c in within_variants(results.comparisons)],
+        "between": [differences_line(c) for c in between_variants(results.comparisons)],
         "seeds": sorted({row.seed for row in results.rows}),
     }
 
@@ -110,9 +111,18 @@ def corrected_text(true: Corrected | None) -> str:
     return f"; corrected {rate(true.value)} ({rate(true.low)} to {rate(true.high)})"
 
 
-def of_interest(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """Ordered by metric, test set and settings."""
-    return sorted(comparisons, key=lambda c: (c.metric, c.test_set, c.a, c.b))
+def within_variants(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Those of two methods, ordered by metric, test set and settings."""
+    return sorted((c for c in comparisons if not c.between_variants), key=_place)
+
+
+def between_variants(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """What swept keys change, ordered alike."""
+    return sorted((c for c in comparisons if c.between_variants), key=_place)
+
+
+def _place(c: Comparison) -> tuple[str, ...]:
+    return (c.metric, c.test_set, c.a, c.b)
 
 
 def differences_line(c: Comparison) -> list[str]:
@@ -125,8 +135,10 @@ def differences_line(c: Comparison) -> list[str]:
 
 
 def scatter(pooled: Sequence[Pooled]) -> Scatter | None:
-    """Harm against helpfulness, on the largest test sets that measure each."""
-    harm, helpful = (_largest(pooled, m) for m in (MISTAKES, HELPFULNESS))
+    """Harm against helpfulness, on the largest sets of attacks and of ordinary tasks."""
+    ordinary = _of_ordinary_tasks(pooled)
+    harm = _largest(p for p in pooled if p.metric == MISTAKES and p.test_set not in ordinary)
+    helpful = _largest(p for p in pooled if p.metric == HELPFULNESS and p.test_set in ordinary)
     if harm is None or helpful is None:
         return None
     by_setting = {
@@ -155,13 +167,18 @@ def scatter(pooled: Sequence[Pooled]) -> Scatter | None:
     )
 
 
-def _largest(pooled: Iterable[Pooled], metric: str) -> str | None:
-    """The test set on which most prompts have a score; ordinary tasks count for helpfulness."""
-    attacked = {p.test_set for p in pooled if p.metric == MISTAKES}
-    found = [
-        p
-        for p in pooled
-        if p.metric == metric and (metric == MISTAKES or p.test_set not in attacked)
-    ]
+def _of_ordinary_tasks(pooled: Iterable[Pooled]) -> set[str]:
+    """The test sets on which a refusal is one too many, or where no mistake is looked for.
+
+    A judge by rubric and a trained one look for mistakes in any answer, to clean tasks too.
+    """
+    scored: dict[str, set[str]] = {}
+    for p in pooled:
+        scored.setdefault(p.test_set, set()).update([p.metric] if p.n else [])
+    return {name for name, of in scored.items() if REFUSALS in of or MISTAKES not in of}
+
+
+def _largest(found: Iterable[Pooled]) -> str | None:
+    """The test set on which most prompts have a score."""
     best = max(found, key=lambda p: p.n, default=None)
     return best.test_set if best and best.n else None

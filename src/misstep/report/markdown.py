@@ -13,12 +13,13 @@ from typing import Any
 
 from misstep.held_out import told
 from misstep.report.compared import (
+    between_variants,
     by_test_set,
     cell,
     corrected_text,
     differences_line,
     in_order,
-    of_interest,
+    within_variants,
 )
 from misstep.report.words import direction, duration, metric_title, plain, rate
 from misstep.results import Comparison, Metric, Results, read_results
@@ -101,7 +102,8 @@ def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
         "## Paired differences (a minus b)",
         "The adjusted p is Holm's, for all comparisons of one metric and test set, which "
         "`results.json` holds; shown are those with the untrained model and with guided SFT.",
-        _pooled_differences(results.comparisons),
+        _differences(_shown(results.comparisons)),
+        *_between(results.comparisons),
         *_agreements(results),
     ]
     return "\n\n".join(parts) + "\n"
@@ -120,14 +122,27 @@ def pooled_table(results: Results, only: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
-def _pooled_differences(comparisons: Iterable[Comparison]) -> str:
+def _shown(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    return [c for c in within_variants(comparisons) if re.sub(r"\[.*\]", "", c.b) in SHOWN]
+
+
+def _between(comparisons: Iterable[Comparison]) -> list[str]:
+    """What swept keys change, where there are such."""
+    found = between_variants(comparisons)
+    if not found:
+        return []
+    return [
+        "## Between variants (a minus b)",
+        "Each method with itself where one swept key differs. The adjusted p is Holm's, for "
+        "these comparisons of one metric and test set.",
+        _differences(found),
+    ]
+
+
+def _differences(comparisons: Iterable[Comparison]) -> str:
     titles = ("metric", "test set", "a", "b", "difference", "95 % interval", "p", "adjusted p")
     lines = table([*titles, "n"])
-    lines += [
-        line(differences_line(c))
-        for c in of_interest(comparisons)
-        if re.sub(r"\[.*\]", "", c.b) in SHOWN
-    ]
+    lines += [line(differences_line(c)) for c in comparisons]
     return "\n".join(lines)
 
 

@@ -32,6 +32,8 @@ WORD = re.compile(r"\w+")
 SHORT_WORDS = 3
 REQUEST_WORDS = 6
 REPEATS = 4
+BROKEN_OFF = "broken off at the token limit"
+"""Why an analysis is refused that stopped before its end, whatever the gate says."""
 
 
 class AnalyseSettings(Settings):
@@ -186,7 +188,7 @@ def _reasons(
     reasons = gate(policy, mistake, text) if gated else ()
     # Training on a text that breaks off would teach the model never to stop.
     if answer.truncated:
-        reasons = (*reasons, "broken off at the token limit")
+        reasons = (*reasons, BROKEN_OFF)
     return reasons if text else (*reasons, "empty")
 
 
