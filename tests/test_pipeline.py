@@ -488,10 +488,10 @@ ROUNDS = ["rounds=4", "methods=[vanilla, mistake_analysis]", "mistakes.samples=1
 
 
 @pytest.mark.parametrize(
-    ("shares", "trained", "says"),
+    ("shares", "trained", "says", "most"),
     [
-        ([1.0, 0.5, 0.25, 0.0], 3, "no mistake any more"),
-        ([1.0, 0.5, 0.5], 2, "would not help"),
+        ([1.0, 0.5, 0.25, 0.0], 3, "no mistake any more", 99),
+        ([1.0, 0.5, 0.5], 2, "would not help", 4),
     ],
 )
 def test_rounds_go_on_while_they_help(
@@ -501,6 +501,7 @@ def test_rounds_go_on_while_they_help(
     shares: list[float],
     trained: int,
     says: str,
+    most: int,
 ) -> None:
     judge = Milder(shares)
     monkeypatch.setattr("misstep.pipeline.mistake_judge", lambda *_: judge)
@@ -512,12 +513,31 @@ def test_rounds_go_on_while_they_help(
     path = tmp_path / "rounds.yaml"
     path.write_text(json.dumps(data), encoding="utf-8")
     heard = Heard()
-    folder = run(path, tmp_path / "run", ROUNDS, heard)
+    folder = run(path, tmp_path / "run", [*ROUNDS, f"mistakes.limit={most}"], heard)
     assert any(says in line for line in heard.lines)
     assert len(list((folder / "rounds").iterdir())) == trained
     found = list(read_jsonl(folder / "mistakes.jsonl", Mistake))
-    assert len({mistake.id for mistake in found}) == len(found) >= 4
+    assert most >= len({mistake.id for mistake in found}) == len(found) >= 4
     assert (folder / "adapter" / "train.json").is_file()
+
+
+def test_only_a_method_that_tags_its_answers_has_room_for_the_tag(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def respond(*given: Any) -> list[Response]:
+        asked.append(given[3].max_tokens)
+        return []
+
+    monkeypatch.setattr("misstep.pipeline.respond", respond)
+    inputs = read_inputs(recipe, ["respond.max_tokens=9", "respond.guided=[false]"])
+    work = Run(inputs, tmp_path / "run", Silent())
+    for method in ("vanilla", "sft", "self_guard"):
+        asked.clear()
+        engine: Any = None
+        assert not list(work._answers(method, engine))
+        assert set(asked) == {25 if method == "self_guard" else 9}
 
 
 def test_rounds_need_induced_mistakes(recipe: Path, tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def recipe(
         solver=generate(),
         scorer=[_scorer(seat, policy, asked) for seat in seats],
         config=GenerateConfig(
-            max_tokens=config.respond.max_tokens, temperature=config.respond.temperature
+            max_tokens=config.respond.max_tokens + METHODS[method].spare_tokens,
+            temperature=config.respond.temperature,
         ),
         metadata={KEY: asked.model_dump(mode="json", by_alias=True)},
     )

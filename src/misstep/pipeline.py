@@ -256,8 +256,9 @@ class Run:
                 break
             share = now
             seen = Names()
-            both = (m for m in chain(mistakes, found) if seen.add(m.id))
-            mistakes = RecordFile(self.folder / "mistakes.jsonl", Mistake).fill(both)
+            both = Shelf(Mistake, (m for m in chain(mistakes, found) if seen.add(m.id)))
+            some = some_mistakes(both, self._settings.limit or len(both), self.config.seed)
+            mistakes = RecordFile(self.folder / "mistakes.jsonl", Mistake).fill(some)
             analyses = self.analyse(mistakes)
         return mistakes, analyses
 
@@ -383,13 +384,15 @@ class Run:
 
     def _answers(self, name_of: str, engine: CachedEngine) -> Iterator[Answer]:
         config, policy, method = self.config, self.inputs.policy, METHODS[name_of]
+        longest = config.respond.max_tokens + method.spare_tokens
+        settings = config.respond.model_copy(update={"max_tokens": longest})
         for guided in [g for g in config.respond.guided if g in method.guided]:
             for name, prompts in self.inputs.tests.items():
                 for response in respond(
                     prompts,
                     policy,
                     engine,
-                    config.respond,
+                    settings,
                     guided,
                     config.seed,
                     partial(method.ask, policy),

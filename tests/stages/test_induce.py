@@ -2,6 +2,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
+from pydantic import ValidationError
 
 from misstep.engines.base import AT_ONCE, Completion, Request
 from misstep.engines.scripted import ScriptedEngine
@@ -215,3 +216,10 @@ def test_a_mistake_knows_whether_it_was_cut() -> None:
     engine = ScriptedEngine(lambda r: "bad" + " and worse" * of_number(r))
     found = run(PLAIN, engine, samples=1, max_tokens=7)
     assert [m.truncated for m in found.mistakes] == [False] * 4 + [True] * 2
+
+
+@pytest.mark.parametrize("source", ["origin", "reported"])
+def test_a_suite_holds_no_answers_to_take_for_mistakes(source: str) -> None:
+    suite = {"suite": "goal-hijacking", "split": "train", "kinds": "seen"}
+    with pytest.raises(ValidationError, match=f"source {source}: expected data with answers"):
+        InduceSettings.model_validate({"source": source, "data": suite})

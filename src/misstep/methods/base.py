@@ -122,6 +122,8 @@ class Method(ABC):
     """`reinforce`: the pairs make a reward model, whose reward the policy is optimised for."""
     pairs: ClassVar[bool] = False
     """Whether the rows are pairs, which are compared with the model without its adapter."""
+    spare_tokens: ClassVar[int] = 0
+    """What an answer needs beyond the recipe's limit, for what the user does not get of it."""
     guided: ClassVar[tuple[bool, ...]] = (False, True)
     """The settings of guidance in which the method is a setting of its own."""
 

@@ -17,6 +17,7 @@ class SelfGuard(Method):
     about = "Self-Guard: the model tags its own answer, a filter replaces what is tagged"
     needs_good_answers = True
     uses_mistakes = True
+    spare_tokens = 16
 
     def rows(self, materials: Materials) -> Rows:
         policy = materials.policy

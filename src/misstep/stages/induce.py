@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from heapq import nsmallest
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from misstep.engines.base import Engine, Request
 from misstep.errors import RunError
@@ -39,8 +39,18 @@ class InduceSettings(Settings):
     per_prompt: Annotated[int, Field(ge=1)] = 1
     """Different mistakes kept for one prompt (`induced`)."""
     limit: Annotated[int, Field(ge=1)] | None = None
-    """So many mistakes at most are used, drawn by the seed; a smaller limit draws a part
-    of what a larger one draws."""
+    """So many mistakes at most are used, of all rounds together, drawn by the seed; a smaller
+    limit draws a part of what a larger one draws."""
+
+    @model_validator(mode="after")
+    def _suites_have_no_answers(self) -> "InduceSettings":
+        if self.source != "induced" and self.data.suite is not None:
+            raise ValueError(
+                f"source {self.source}: expected data with answers, found the suite "
+                f"'{self.data.suite}', which has prompts alone. Use source: induced, or give "
+                "data: { path: ... }"
+            )
+        return self
 
 
 class NoMistakeError(RunError):
