@@ -290,34 +290,34 @@ def test_what_fails_for_all_waits_for_no_request_under_way() -> None:
     def reply(call: Call) -> Given:
         if text_of(call) == "question 2":
             return 402, {"error": {"message": "x"}}, {}
-        return after(5, call)
+        return after(30, call)
 
-    started = time.monotonic()
     with serve(reply) as served, engine(served) as opened:
+        started = time.monotonic()
         with pytest.raises(EngineError, match="nothing left"):
             opened.generate(asks(4))
-    assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20
 
 
 def test_ctrl_c_waits_for_no_request_under_way() -> None:
     code = (
-        "import sys; from misstep.endpoint import Endpoint; "
+        # A background job of a shell ignores the signal, and so would what it starts.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from misstep.endpoint import Endpoint; "
         "from misstep.engines.base import Request; from misstep.records import Message; "
         "from misstep.engines.openai import OpenAIEngine\n"
         "with OpenAIEngine(Endpoint('m', sys.argv[1])) as engine:\n"
         "    engine.generate([Request(messages=(Message(role='user', content='x'),))])"
     )
-    with serve(lambda call: after(20, call)) as served:
+    with serve(lambda call: after(60, call)) as served:
         run = subprocess.Popen(
             [sys.executable, "-c", code, served.url], stderr=subprocess.DEVNULL
         )
         until = time.monotonic() + 30
         while not served.running and time.monotonic() < until:
             time.sleep(0.02)
-        started = time.monotonic()
         run.send_signal(signal.SIGINT)
-        assert run.wait(15) != 0
-        assert time.monotonic() - started < 5
+        assert run.wait(30) != 0
 
 
 def test_waits_are_read_in_all_three_forms() -> None:
