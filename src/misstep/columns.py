@@ -134,9 +134,14 @@ class Labelled(NamedTuple):
 
 def column_of(reading: Reading, row: Row, field: str) -> Any:
     """A field's value: by the recipe's mapping, else by the first column name that is known."""
+    return row.get(_name_of(reading, row, field) or "")
+
+
+def _name_of(reading: Reading, row: Row, field: str) -> str | None:
+    """The column that holds a field."""
     if field in reading.fields:
-        return row.get(reading.fields[field])
-    return next((row[name] for name in COLUMNS[field] if row.get(name) is not None), None)
+        return reading.fields[field]
+    return next((name for name in COLUMNS[field] if row.get(name) is not None), None)
 
 
 def _refused(reading: Reading, row: Row, field: str, where: str) -> DataError:
@@ -192,9 +197,7 @@ def _asked(reading: Reading, row: Row, where: str) -> tuple[Turns, str | None]:
 
 def _context(reading: Reading, row: Row, where: str) -> str:
     """What a prompt is about, where the row keeps it apart."""
-    names = (reading.fields["prompt"],) if "prompt" in reading.fields else COLUMNS["prompt"]
-    asks = next((name for name in names if row.get(name) is not None), None)
-    if "context" not in reading.fields and asks != APART:
+    if "context" not in reading.fields and _name_of(reading, row, "prompt") != APART:
         return ""
     value = column_of(reading, row, "context")
     if value is not None and not isinstance(value, str):

@@ -263,7 +263,7 @@ def _ordinary(config: RunConfig) -> list[Prompt]:
     if config.ordinary is None:
         return []
     source = config.ordinary.model_copy(update={"answered": True})
-    found = [prompt for prompt in load_prompts(source, config.seed) if prompt.reference]
+    found = list(load_prompts(source, config.seed))
     if not found:
         raise RecipeError(
             "ordinary: expected prompts with reference answers, found none. Map the column "

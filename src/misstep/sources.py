@@ -68,8 +68,9 @@ class Source(Reading):
     this range, its end left out. Ranges that do not overlap have no question in common, in
     whatever files; `misstep judge train` with its default seed holds out the lowest ones."""
     answered: bool = False
-    """Only what has a good answer, so that every method has one to learn from: of mistakes,
-    those whose prompt was answered well somewhere in the data."""
+    """Of prompts and mistakes in a file or data set: only those that have a good answer, so
+    that every method has one to learn from; of mistakes, those whose prompt was answered well
+    somewhere in the data. A suite's tasks all have one; data for judges are read whole."""
     n: Annotated[int, Field(ge=1)] | None = None
     """At most so many, drawn by the run's seed; all where it is left out."""
 
