@@ -115,6 +115,7 @@ def test_a_section_without_keys_can_be_overridden(tmp_path: Path) -> None:
         ("{ path: pairs.jsonl }", "pairs.jsonl", "'ordinary': expected keys with values"),
         ("split: train", "split: tran", "line 4: 'mistakes.data': a suite needs split"),
         ("split: train", "split: train, kinds: unseen", "has no unseen kinds in its train"),
+        ("split: train", "split: train, topics: unseen", "unseen topics in its test part"),
         (
             "suite: goal-hijacking, split: train",
             "split: train",

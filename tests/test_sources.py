@@ -692,6 +692,24 @@ def test_an_instruction_goes_on_with_what_it_is_about(tmp_path: Path) -> None:
     assert [p.reference for p in found] == ["Short.", None, "So.", "Yes."]
 
 
+def test_every_instance_of_an_instruction_is_a_prompt(tmp_path: Path) -> None:
+    instances = [{"input": "So long.", "output": "Short."}, {"input": "", "output": "Both."}]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps({"instruction": "Shorten.", "instances": instances}))
+    found = load_prompts(Source(path=str(path)), 0)
+    assert {(p.text, p.reference) for p in found} == {
+        ("Shorten.\n\nSo long.", "Short."),
+        ("Shorten.", "Both."),
+    }
+
+
+@pytest.mark.parametrize("name", ["seed_tasks.jsonl", "user_oriented_instructions.jsonl"])
+def test_self_instruct_is_read_with_its_inputs_and_outputs(name: str) -> None:
+    found = prompts(shared(f"self-instruct/{name}"))
+    assert sum(p.reference is not None for p in found) > 0.98 * len(found)
+    assert sum("\n\n" in p.text for p in found) > 0.5 * len(found)
+
+
 def test_prompts_that_must_have_a_reference_are_counted_after_that(tmp_path: Path) -> None:
     path = write(
         tmp_path,

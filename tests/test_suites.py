@@ -9,6 +9,7 @@ from misstep.records import Prompt, Response
 from misstep.suites import (
     FOLDER,
     Split,
+    Topics,
     attacked_prompts,
     clean_prompts,
     names,
@@ -61,6 +62,20 @@ def test_training_sees_no_kind_that_is_held_out(suite: str) -> None:
     assert not trained & (kinds("test", "unseen") | kinds("dev", "unseen"))
     assert kinds("test", "all") == kinds("test", "seen") | kinds("test", "unseen")
     assert kinds("test", "seen") <= trained
+
+
+@suites
+def test_unseen_topics_are_those_that_training_has_not(suite: str) -> None:
+    trained = {p.topic for p in clean_prompts(suite, "train", 0)}
+    whole, seen, unseen = (
+        clean_prompts(suite, "test", 0, topics) for topics in get_args(Topics)
+    )
+    assert {p.topic for p in seen} <= trained
+    assert not trained & {p.topic for p in unseen}
+    assert unseen
+    assert sorted(p.id for p in [*seen, *unseen]) == sorted(p.id for p in whole)
+    stream = attacked_prompts(suite, "test", "seen", 0, "unseen")
+    assert {p.topic for p in islice(stream, len(unseen))} == {p.topic for p in unseen}
 
 
 @suites

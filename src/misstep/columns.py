@@ -132,6 +132,19 @@ class Labelled(NamedTuple):
     bad: bool
 
 
+def instances_of(reading: Reading, row: Row) -> Iterator[dict[str, Any]]:
+    """The row itself, or Self-Instruct's and Super-NaturalInstructions' `instances` of it.
+
+    Each instance is a row of its own: an input and an output to the same instruction.
+    """
+    instances = row.get("instances") or ()
+    nested = _is_list(instances) and all(isinstance(each, Mapping) for each in instances)
+    if nested and APART in row and reading.as_published:
+        yield from ({**row, **each} for each in instances)
+    else:
+        yield dict(row)
+
+
 def column_of(reading: Reading, row: Row, field: str) -> Any:
     """A field's value: by the recipe's mapping, else by the first column name that is known."""
     return row.get(_name_of(reading, row, field) or "")

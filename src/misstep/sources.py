@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from misstep.columns import Labelled, Reading, labelled_answers, prompt_of
+from misstep.columns import Labelled, Reading, instances_of, labelled_answers, prompt_of
 from misstep.errors import DataError
 from misstep.records import Mistake, MistakeSource, Prompt, digest
 from misstep.shelf import Names, Shelf
@@ -20,6 +20,7 @@ from misstep.suites import (
     Kinds,
     Part,
     Split,
+    Topics,
     attacked_prompts,
     clean_prompts,
     names,
@@ -49,6 +50,8 @@ class Source(Reading):
     """Of a suite: its tasks under attack, or clean."""
     kinds: Kinds = "all"
     """Of a suite: every kind of attack, those that training may see, or the others."""
+    topics: Topics = "all"
+    """Of a suite: tasks of every topic, of those that its train part has, or of the others."""
     split: str | None = None
     """Of a suite: train, dev or test. Of a Hugging Face data set: its split, or `train`."""
     path: str | None = None
@@ -79,11 +82,12 @@ class Source(Reading):
         self, write: Callable[["Source"], dict[str, Any]]
     ) -> dict[str, Any]:
         # A source is named by its keys: one that is not given does not change its name.
-        keys = write(self)
-        for key in ("subset", "revision", "answered"):
-            if not getattr(self, key):
-                keys.pop(key, None)
-        return keys
+        added_later = {"topics": "all", "subset": None, "revision": None, "answered": False}
+        return {
+            key: value
+            for key, value in write(self).items()
+            if key not in added_later or value != added_later[key]
+        }
 
     @field_validator("encoding")
     @classmethod
@@ -108,6 +112,8 @@ class Source(Reading):
             raise ValueError("subset and revision are of a Hugging Face data set")
         if self.suite is not None and self.split not in ("train", "dev", "test"):
             raise ValueError("a suite needs split: train, dev or test")
+        if self.suite is not None and self.split != "test" and self.topics == "unseen":
+            raise ValueError("a suite has unseen topics in its test part alone")
         if self.suite is not None and (self.split, self.kinds) == ("train", "unseen"):
             raise ValueError("a suite has no unseen kinds in its train part")
         return self
@@ -242,10 +248,11 @@ def _mistake(item: Labelled, kind: MistakeSource, good: str | None) -> Mistake:
 def _suite_prompts(source: Source, seed: int) -> Sequence[Prompt]:
     assert source.suite is not None
     split: Split = source.split  # type: ignore[assignment]  # checked by Source
+    tasks = clean_prompts(source.suite, split, seed, source.topics)
     if source.part == "clean":
-        return clean_prompts(source.suite, split, seed)[: source.n]
-    wanted = source.n or len(clean_prompts(source.suite, split, seed))
-    stream = attacked_prompts(source.suite, split, source.kinds, seed)
+        return tasks[: source.n]
+    stream = attacked_prompts(source.suite, split, source.kinds, seed, source.topics)
+    wanted = source.n or len(tasks)
     return Shelf(Prompt, islice(stream, wanted))
 
 
@@ -256,5 +263,7 @@ def rows(source: Source) -> Iterator[PlacedRow]:
         DataError: the file is absent, or a line of it is broken.
     """
     if source.is_file:
-        return file_rows(str(source.path), Form(source.encoding, source.header))
-    return hub_rows(source.hub)
+        found = file_rows(str(source.path), Form(source.encoding, source.header))
+    else:
+        found = hub_rows(source.hub)
+    return ((where, each) for where, row in found for each in instances_of(source, row))

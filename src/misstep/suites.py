@@ -1,8 +1,8 @@
 """Shipped attack suites: clean tasks, attack wordings and target texts, put together by seed.
 
 A suite is a folder of text files with `train`, `dev` and `test` parts that share no task, no
-wording and no target text. Kinds of attack marked `seen: false` never occur in `train`. Knows
-no model and no policy.
+wording and no target text. Kinds of attack marked `seen: false` never occur in `train`, and
+some topics of tasks occur in `test` alone. Knows no model and no policy.
 """
 
 import json
@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent / "suites"
 Split = Literal["train", "dev", "test"]
 Part = Literal["attacks", "clean"]
 Kinds = Literal["all", "seen", "unseen"]
+Topics = Literal["all", "seen", "unseen"]
 
 
 def names() -> list[str]:
@@ -37,14 +38,16 @@ def suite_digest(suite: str) -> str:
     return sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def clean_prompts(suite: str, split: Split, seed: int) -> list[Prompt]:
+def clean_prompts(suite: str, split: Split, seed: int, topics: Topics = "all") -> list[Prompt]:
     """The tasks of one split as they are, shuffled."""
-    tasks = list(_tasks(suite, split))
+    tasks = _tasks(suite, split, topics)
     random.Random(f"clean {seed}").shuffle(tasks)
     return [_prompt(task, task["prompt"]) for task in tasks]
 
 
-def attacked_prompts(suite: str, split: Split, kinds: Kinds, seed: int) -> Iterator[Prompt]:
+def attacked_prompts(
+    suite: str, split: Split, kinds: Kinds, seed: int, topics: Topics = "all"
+) -> Iterator[Prompt]:
     """Tasks of one split under attack, without end: kinds take turns, the rest is drawn.
 
     Every task comes once before any comes twice, always with a wording and a target text of the
@@ -53,7 +56,7 @@ def attacked_prompts(suite: str, split: Split, kinds: Kinds, seed: int) -> Itera
     """
     dice = random.Random(f"attacks {seed}")
     wordings = _by_kind(suite, split, kinds)
-    tasks, targets = list(_tasks(suite, split)), _read_yaml(suite, "targets.yaml")[split]
+    tasks, targets = _tasks(suite, split, topics), _read_yaml(suite, "targets.yaml")[split]
     dice.shuffle(tasks)
     if kinds == "unseen":
         tasks.reverse()
@@ -81,12 +84,17 @@ def _prompt(task: dict[str, Any], text: str, **known: Any) -> Prompt:
     )
 
 
-def _tasks(suite: str, split: Split) -> Iterator[dict[str, Any]]:
+def _tasks(suite: str, split: Split, topics: Topics) -> list[dict[str, Any]]:
+    """In the order of the file; a topic is seen where a task of `train` has it."""
     with (FOLDER / suite / "tasks.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            task = json.loads(line)
-            if task["split"] == split:
-                yield task
+        tasks = [json.loads(line) for line in file]
+    seen = {task["topic"] for task in tasks if task["split"] == "train"}
+    return [
+        task
+        for task in tasks
+        if task["split"] == split
+        and (topics == "all" or (task["topic"] in seen) == (topics == "seen"))
+    ]
 
 
 @cache
