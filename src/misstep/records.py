@@ -8,13 +8,13 @@ Lines and Parquet; it knows no model, no policy and no judge.
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TextIO, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TextIO, TypeVar
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from misstep.errors import DataError
 
@@ -52,6 +52,14 @@ class Record(BaseModel):
         return copy
 
 
+# Seeds and file names follow a record's content: where one of these fields says nothing, the
+# record is written and named as if the field did not exist.
+KNOWN = Field(exclude_if=lambda value: value is None)
+"""A field that is written only where it is known."""
+SOME = Field(exclude_if=lambda value: not value)
+"""A field that is written only where it is true, or holds something."""
+
+
 class Message(Record):
     """One turn of a conversation."""
 
@@ -80,19 +88,9 @@ class Prompt(Record):
     kind: str = "plain"
     """The kind of attack, or `plain`."""
     topic: str = ""
-    unsafe: bool | None = None
+    unsafe: Annotated[bool | None, KNOWN] = None
     """Whether a good answer refuses; None where nobody has said so."""
-    instructions: tuple[Instruction, ...] = ()
-
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
-        # As for `Response`: what is not known of a prompt does not change its name.
-        fields = write(self)
-        if self.unsafe is None:
-            fields.pop("unsafe", None)
-        if not self.instructions:
-            fields.pop("instructions", None)
-        return fields
+    instructions: Annotated[tuple[Instruction, ...], SOME] = ()
 
     @classmethod
     def of(cls, text: str, **known: Any) -> Self:
@@ -122,17 +120,8 @@ class Response(Record):
     guided: bool = False
     truncated: bool = False
     """Whether the answer stopped at the token limit."""
-    error: str | None = None
+    error: Annotated[str | None, KNOWN] = None
     """Why there is no answer; the text is then empty."""
-
-    @model_serializer(mode="wrap")
-    def _without_empty_error(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
-        # Seeds and file names follow a record's content: an answer that came is named as if
-        # the field did not exist.
-        fields = write(self)
-        if self.error is None:
-            del fields["error"]
-        return fields
 
 
 class Mistake(Record):
@@ -143,7 +132,7 @@ class Mistake(Record):
     source: MistakeSource
     confirmed: bool = True
     """False for a user's report that no judge and no person has confirmed."""
-    truncated: bool = False
+    truncated: Annotated[bool, SOME] = False
     """Whether the response stopped at the token limit; no part of the mistake's name."""
 
     @cached_property
@@ -151,13 +140,6 @@ class Mistake(Record):
         """The mistake's name: what was said to what, however it ended."""
         # Analyses are sampled by this name, and a limit draws by it.
         return digest(self.model_dump(mode="json", exclude={"truncated"}))
-
-    @model_serializer(mode="wrap")
-    def _without_whole(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
-        fields = write(self)
-        if not self.truncated:
-            fields.pop("truncated", None)
-        return fields
 
 
 class Analysis(Record):
@@ -220,19 +202,10 @@ class Score(Record):
     value: float | None
     judge: str
     reason: str = ""
-    cases: int = 1
+    cases: Annotated[int, Field(exclude_if=lambda cases: cases == 1)] = 1
     """How many cases the value is the share of, such as the instructions of one prompt."""
-    votes: tuple[float | None, ...] = ()
+    votes: Annotated[tuple[float | None, ...], SOME] = ()
     """What each said where several were asked; None for one that said nothing."""
-
-    @model_serializer(mode="wrap")
-    def _without_ordinary(self, write: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
-        fields = write(self)
-        if self.cases == 1:
-            fields.pop("cases", None)
-        if not self.votes:
-            fields.pop("votes", None)
-        return fields
 
     @property
     def counted(self) -> float | None:

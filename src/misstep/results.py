@@ -7,16 +7,12 @@ file; it does not know which engine answered or which judge looked.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from pydantic import (
-    Field,
-    FiniteFloat,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-)
+from pydantic import Field, FiniteFloat
 
 from misstep.records import (
+    KNOWN,
     MistakeSource,
     Record,
     Response,
@@ -75,15 +71,8 @@ class Metric(Record):
     """How many responses have a score."""
     unscored: int = 0
     """How many have none; they move no other number here."""
-    corrected: Corrected | None = None
+    corrected: Annotated[Corrected | None, KNOWN] = None
     """Where the judge was measured; absent from files where it was not."""
-
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        data: dict[str, Any] = dump(self)
-        if self.corrected is None:
-            data.pop("corrected", None)
-        return data
 
 
 class Row(Record):
