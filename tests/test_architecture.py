@@ -74,6 +74,8 @@ LAYERS = [
     "misstep.judges.refusal",
     "misstep.judges*",
     "misstep.stages.base",
+    "misstep.stages.train_settings",
+    "misstep.stages.fit",
     "misstep.stages.train",
     "misstep.stages.reward",
     "misstep.stages*",

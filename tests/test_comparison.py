@@ -154,7 +154,7 @@ def test_a_finished_comparison_costs_nothing(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("misstep.models.load_weights", never)
-    monkeypatch.setattr("misstep.stages.train.load_weights", never)
+    monkeypatch.setattr("misstep.stages.fit.load_weights", never)
     before = (compared / "results.json").read_bytes()
     compare_methods(recipe, compared, [], Silent())
     assert (compared / "results.json").read_bytes() == before

@@ -25,7 +25,7 @@ from misstep.stages.induce import InduceSettings
 from misstep.stages.reinforce import ReinforceSettings
 from misstep.stages.respond import RespondSettings
 from misstep.stages.revise import ReviseSettings
-from misstep.stages.train import TrainSettings
+from misstep.stages.train_settings import TrainSettings
 
 MAIN_JOB = ("vanilla", "ordinary", "sft", "mistake_analysis")
 """The model as it was, the method, and the two controls that its effect is read against."""

@@ -28,7 +28,7 @@ from misstep.preferred import load_preferred
 from misstep.records import Mistake, Pair, Prompt
 from misstep.sources import check_source, load_mistakes, load_prompts
 from misstep.stages.reward import require_trl
-from misstep.stages.train import check_trackers
+from misstep.stages.train_settings import check_trackers
 from misstep.training import processes
 
 

@@ -224,7 +224,7 @@ def _trained(
     folder: Path,
     progress: Progress,
 ) -> Training:
-    from misstep.stages.train import micro_tokens
+    from misstep.stages.fit import micro_tokens
     from misstep.training import classifier
 
     settings, started, (train, dev) = inputs.settings, time.monotonic(), rows

@@ -25,7 +25,7 @@ from misstep.report.view import FOCUS
 from misstep.results import Metric, Results, read_results, write_results
 from misstep.stages.base import Tally
 from misstep.stages.evaluate import Table
-from misstep.stages.train import TrainReport
+from misstep.training.report import TrainReport
 
 EVIL = "</div></td></table><script>alert('x')</script><img src=x onerror=alert(1)>"
 CHINESE = "请把下面的句子翻译成英文"

@@ -23,7 +23,8 @@ from misstep.stages import reinforce as stage
 from misstep.stages import reward as reward_stage
 from misstep.stages.reinforce import Feedback, Job, ReinforceSettings, reinforce
 from misstep.stages.reward import RewardSettings, Setup, load_scorer, train_reward
-from misstep.stages.train import TrainReport, TrainSettings
+from misstep.stages.train_settings import TrainSettings
+from misstep.training.report import TrainReport
 from misstep.training.reward import split_by_prompt
 from misstep.training.rows import PairRow, Row, render_pairs
 from misstep.training.scoring import Scorer, classifier

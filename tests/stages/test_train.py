@@ -44,15 +44,9 @@ from misstep.errors import RecipeError, TrainingError
 from misstep.models import Model, load_weights, locate
 from misstep.records import Example, Message, Pair
 from misstep.rendering import Renderer
-from misstep.stages import train as stage
-from misstep.stages.train import (
-    PreferenceSettings,
-    TrainReport,
-    TrainSettings,
-    input_digest,
-    model_card,
-    train,
-)
+from misstep.stages import fit
+from misstep.stages.train import input_digest, model_card, train
+from misstep.stages.train_settings import PreferenceSettings, TrainSettings
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
 from misstep.training.loss import (
@@ -65,6 +59,7 @@ from misstep.training.loss import (
 )
 from misstep.training.mask import print_mask, show_mask
 from misstep.training.preference import PreferenceLoss, margins, with_reference
+from misstep.training.report import TrainReport
 from misstep.training.rows import (
     GROUP_COST,
     PairRow,
@@ -608,7 +603,7 @@ def test_the_base_weights_do_not_change(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_weights(model)
-    monkeypatch.setattr(stage, "load_weights", lambda _model: loaded)
+    monkeypatch.setattr(fit, "load_weights", lambda _model: loaded)
     train(model, EXAMPLES[:8], QUICK, 7, tmp_path)
     assert_unchanged(loaded, load_weights(model))
 
@@ -616,7 +611,7 @@ def test_the_base_weights_do_not_change(
 def test_steps_are_the_same_in_small_micro_batches(
     model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "MICRO_TOKENS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(fit, "MICRO_TOKENS", {"cpu": 1, "cuda": 1})
     curve = train(model, EXAMPLES, QUICK, 7, tmp_path).loss_curve
     wanted = report_of(undisturbed).loss_curve
     # In bf16, whose rounding depends on the shapes of the products.
@@ -644,14 +639,14 @@ def test_a_step_that_memory_does_not_hold_is_taken_in_smaller_parts(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    histories, curve = list[list[float]](), stage._curve
+    histories, curve = list[list[float]](), fit._curve
 
     def kept(trainer: Any) -> list[tuple[int, float]]:
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         histories.append([step[key] for step in steps for key in ("loss", "grad_norm")])
         return curve(trainer)
 
-    monkeypatch.setattr(stage, "_curve", kept)
+    monkeypatch.setattr(fit, "_curve", kept)
     models_module._say_halved.cache_clear()
     train(model, EXAMPLES[:12], QUICK, 7, tmp_path / "whole")
     tried = memory_for(80, monkeypatch)
@@ -726,7 +721,7 @@ def adapter_bytes(folder: Path) -> bytes:
 def test_an_interrupted_training_ends_at_the_same_adapter(
     step: int, model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     with pytest.raises(Killed):
         train(model, EXAMPLES, QUICK, 7, tmp_path, killed_at(step))
     assert not (tmp_path / "train.json").exists()
@@ -750,7 +745,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
             raise Killed
         path.write_text(text)
 
-    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     with monkeypatch.context() as during:
         during.setattr(trainer_module, "write_text", write)
         with pytest.raises(Killed):
@@ -763,7 +758,7 @@ KILLED_RUN = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 import test_train as tests
-tests.stage.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+tests.fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 def notify(_what, done, _total):
     if done == 6:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -790,7 +785,7 @@ def test_a_killed_process_loses_nothing(
 def test_a_checkpoint_cannot_execute_code(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     with pytest.raises(Killed):
         train(model, EXAMPLES, QUICK, 7, tmp_path, killed_at(3))
     (checkpoint,) = (tmp_path / "checkpoints").glob("*/checkpoint-2")
@@ -817,14 +812,14 @@ def test_a_finished_folder_answers_without_loading(
     def load(_model: Model) -> None:
         raise AssertionError("nothing is to be loaded")
 
-    monkeypatch.setattr(stage, "load_weights", load)
+    monkeypatch.setattr(fit, "load_weights", load)
     assert train(model, EXAMPLES, QUICK, 7, folder) == report_of(undisturbed)
 
 
 def test_a_folder_of_other_inputs_is_not_gone_on_from(
     model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     folder = shutil.copytree(undisturbed, tmp_path / "copy")
     with pytest.raises(Killed):
         train(model, EXAMPLES[1:], QUICK, 7, folder, killed_at(3))
@@ -1047,7 +1042,7 @@ def test_the_written_adapter_is_what_the_report_says_of_pairs(
 def test_an_interrupted_training_on_pairs_ends_at_the_same_adapter(
     model: Model, preferring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(fit, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     with pytest.raises(Killed):
         train(model, PAIRS, ON_PAIRS, 7, tmp_path, killed_at(4))
     report = train(model, PAIRS, ON_PAIRS, 7, tmp_path)
@@ -1083,10 +1078,8 @@ def test_pairs_are_not_for_training_all_weights(model: Model, tmp_path: Path) ->
 def test_a_training_is_named_by_the_settings_that_it_uses(model: Model) -> None:
     faster = ON_PAIRS.model_copy(update={"learning_rate": 1.0})
     other = ON_PAIRS.model_copy(update={"preferences": PreferenceSettings(beta=0.5)})
-    assert stage.input_digest(model, EXAMPLES, QUICK, 0) == stage.input_digest(
-        model, EXAMPLES, other, 0
-    )
-    named = [stage.input_digest(model, PAIRS, given, 0) for given in (ON_PAIRS, faster, other)]
+    assert input_digest(model, EXAMPLES, QUICK, 0) == input_digest(model, EXAMPLES, other, 0)
+    named = [input_digest(model, PAIRS, given, 0) for given in (ON_PAIRS, faster, other)]
     assert named[0] == named[1] != named[2]
 
 
@@ -1111,7 +1104,7 @@ def test_the_embedded_model_learns_and_keeps_its_weights(
 ) -> None:
     embedded = locate("smollm2-135m")
     loaded = load_weights(embedded)
-    monkeypatch.setattr(stage, "load_weights", lambda _model: loaded)
+    monkeypatch.setattr(fit, "load_weights", lambda _model: loaded)
     rows = [
         Example(
             messages=(

@@ -16,13 +16,14 @@ from accelerate import DistributedType, PartialState
 
 from misstep import models
 from misstep.records import Example, Message, Pair
-from misstep.stages import train as stage
-from misstep.stages.train import PreferenceSettings, TrainSettings, follow, train
+from misstep.stages import fit
+from misstep.stages.train import follow, train
+from misstep.stages.train_settings import PreferenceSettings, TrainSettings
 from misstep.training import processes
 
 models.weights_dtype = lambda: torch.float32
-stage.MICRO_TOKENS = {"cpu": 120, "cuda": 120}
-stage.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+fit.MICRO_TOKENS = {"cpu": 120, "cuda": 120}
+fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 
 
 def asked(number: int) -> tuple[Message]:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from misstep.errors import InputError
-from misstep.stages.train import TrainReport
 from misstep.training import processes
+from misstep.training.report import TrainReport
 from misstep.training.rows import Row, micro_batches, shares
 
 ROOT = Path(__file__).parents[2]

@@ -47,7 +47,8 @@ SECONDS_TO_STOP = 60.0
 
 def train_ours(work: Work) -> Found:
     """Our trainer, at its defaults, for one epoch."""
-    from misstep.stages.train import TrainSettings, train
+    from misstep.stages.train import train
+    from misstep.stages.train_settings import TrainSettings
 
     settings = TrainSettings(epochs=1, batch_size=ROWS_A_STEP, max_dropped=1.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +64,7 @@ def train_trl(work: Work) -> Found:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from misstep.stages.train import TrainSettings
+    from misstep.stages.train_settings import TrainSettings
 
     ours, given = TrainSettings(), work["settings"]
     model = locate(work["model"])
@@ -253,7 +254,7 @@ def gemm(work: Work) -> Found:
     """
     from torch import nn
 
-    from misstep.stages.train import micro_tokens
+    from misstep.stages.fit import micro_tokens
 
     lm: Any = load_weights(locate(work["model"]))
     head = lm.get_output_embeddings()

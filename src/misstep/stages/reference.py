@@ -15,7 +15,7 @@ from misstep.policy import Policy
 from misstep.records import Answer, Example, Judgement, Score, digest, write_json
 from misstep.rendering import Renderer
 from misstep.stages.base import Ask
-from misstep.stages.train import micro_tokens
+from misstep.stages.fit import micro_tokens
 from misstep.training.rows import Row, render_rows
 
 METRIC = "reference_loss"

@@ -27,6 +27,7 @@ from misstep.models import Model, free, load_weights
 from misstep.records import Pair, Prompt, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
+from misstep.stages.fit import peak_memory_mb
 from misstep.stages.reward import (
     RewardSettings,
     Setup,
@@ -35,17 +36,10 @@ from misstep.stages.reward import (
     train_reward,
     used,
 )
-from misstep.stages.train import (
-    CARD,
-    REPORT,
-    TrainReport,
-    TrainSettings,
-    clear_outputs,
-    finished,
-    peak_memory_mb,
-)
+from misstep.stages.train import CARD, REPORT, clear_outputs, finished
+from misstep.stages.train_settings import TrainSettings
 from misstep.training.card import card_head
-from misstep.training.report import ReinforceReport, RewardReport
+from misstep.training.report import ReinforceReport, RewardReport, TrainReport
 
 if TYPE_CHECKING:
     from misstep.training.scoring import Scorer

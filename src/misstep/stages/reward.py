@@ -23,7 +23,9 @@ from misstep.models import Model, free, load_weights
 from misstep.records import Pair, digest, write_text
 from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
-from misstep.stages.train import HOW, TrainSettings, micro_tokens, naming, usable_rows
+from misstep.stages.fit import micro_tokens
+from misstep.stages.train import usable_rows
+from misstep.stages.train_settings import HOW, TrainSettings, naming
 from misstep.training.report import RewardReport
 from misstep.training.rows import PairRow, Rows
 

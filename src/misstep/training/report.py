@@ -1,4 +1,4 @@
-"""What trainings on preferences report beyond a loss: rankings, rewards, distances.
+"""What trainings report: losses, and of preferences rankings, rewards, distances.
 
 This module knows numbers; it knows no model and no file.
 """
@@ -67,3 +67,43 @@ class ReinforceReport(Record):
     curve: tuple[ReinforceStep, ...]
     samples: int
     """Answers that were sampled and scored."""
+
+
+class TrainReport(Record):
+    """What was trained on, and what came of it; `train.json` holds it."""
+
+    inputs: str
+    """Names model, rows, settings and seed by content."""
+    rows: int
+    """Rows, or pairs, that were given."""
+    trained: int
+    """Rows that were trained on."""
+    dropped: int
+    """Rows with nothing to learn within `max_length`."""
+    truncated: int
+    """Rows that were trained on without the end of their completion."""
+    tokens: int
+    """Tokens of the rows that were trained on, once each."""
+    completion_tokens: int
+    """Those of them that are learned."""
+    steps: int
+    first_loss: float
+    last_loss: float
+    loss_curve: tuple[tuple[int, float], ...]
+    """Mean loss of a completion token, or of a pair, step by step."""
+    loss_before: dict[str, float]
+    """The same on a few rows of each kind, before training."""
+    loss_after: dict[str, float]
+    """The same after training, on the same rows."""
+    seconds: float
+    """Of training, without loading; what was done before an interruption is counted."""
+    tokens_per_second: float
+    """Tokens of the rows, padding not counted, epochs counted."""
+    peak_memory_mb: int
+    """The largest resident memory of the process up to the end of training."""
+    resumed_from: int
+    """The step of the checkpoint that training went on from; 0 where it was not interrupted."""
+    ranks: RankReport | None = None
+    """Of training on pairs."""
+    reinforced: ReinforceReport | None = None
+    """Of training for a reward."""
