@@ -1,5 +1,5 @@
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,7 +16,7 @@ class Inner(BaseModel):
 
 class Outer(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    name: str
+    name: Annotated[str, Field(pattern=r"^[a-z]+$")]
     inner: Inner = Inner()
     named: dict[str, Inner] = {}
     listed: tuple[Inner, ...] = ()
@@ -55,6 +55,10 @@ def test_a_right_document_becomes_its_schema(tmp_path: Path) -> None:
         ("name: [1\nother: 2\n", "no valid YAML. Line 2"),
         ("- name\n", "expected keys with values, found a list"),
         ("", "found an empty file"),
+        ("name: A b\n", "line 1: 'name': expected text that matches ^[a-z]+$ (found 'A b')"),
+        ("name: yes\n", "true or false (yes, no, on, off, too): put it in quotes (found True)"),
+        ("name: 2026-01-02\n", "a date, or true or false"),
+        ("name: [a]\n", "line 1: 'name': expected text (found ['a'])"),
         ("1: x\nname: x\n", "'1': Keys should be strings"),
     ],
 )

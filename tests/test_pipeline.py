@@ -574,6 +574,25 @@ def test_without_good_answers_the_main_job_is_done_without_sft(
     assert trained["ordinary"]["rows"] == trained["mistake_analysis"]["rows"] == 16
 
 
+def test_a_test_set_that_nothing_measures_is_refused_at_once(
+    recipe: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": q, "answer": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
+    tests = write_jsonl(tmp_path / "tests.jsonl", rows)
+    given = ["methods=[vanilla]", f"evaluate.tests.plain.path={tests}"]
+    said = r"evaluate\.tests\.plain: .*rule:obedience/1, or tasks.*found neither"
+    with pytest.raises(InputError, match=said):
+        read_inputs(recipe, given)
+    for measure in (
+        "policy=harmlessness",
+        "evaluate.judges={better: rubric:better-answer}",
+        "evaluate.judges={grade: rubric:harmless-score}",
+        "evaluate.reference_loss=[plain]",
+        "evaluate.tests.plain.fields={accept: answer}",
+    ):
+        read_inputs(recipe, [*given, measure])
+
+
 @pytest.mark.parametrize("source", ["reported", "induced"])
 def test_prompts_that_no_judge_can_tell_of_are_refused_at_once(
     recipe: Path, tmp_path: Path, source: str

@@ -440,7 +440,7 @@ def test_an_absent_or_empty_file_is_found_before_anything_starts(tmp_path: Path)
     with pytest.raises(DataError, match=r"absent\.csv: no such file"):
         check_source(Source(path=str(tmp_path / "absent.csv")))
     for name, content in (("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "prompt\n")):
-        with pytest.raises(DataError, match="found an empty file"):
+        with pytest.raises(DataError, match="expected rows of data, found none"):
             check_source(Source(path=write(tmp_path, name, content)))
     check_source(Source(path=write(tmp_path, "a.jsonl", GOOD_ROW)))
 

@@ -559,9 +559,12 @@ def main() -> None:
         _run_app()
     except MisstepError as error:
         _fail(error, debug, error.exit_status, "" if isinstance(error, InputError) else _GO_ON)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # Within a command Typer makes an exit of the interruption, and says nothing.
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
         print(f"\nInterrupted. {_GO_ON}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         _fail(RuntimeError(text), debug, 1, f"{_GO_ON} --debug shows where it happened.")
@@ -580,6 +583,7 @@ def _run_app() -> None:
     processes.follow(follow)
 
 
+INTERRUPTED = 130
 _GO_ON = "Nothing that was finished is lost: the same command goes on from there."
 
 

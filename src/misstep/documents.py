@@ -5,6 +5,7 @@ Knows YAML and pydantic; knows nothing of what a recipe or a policy means.
 
 import difflib
 from collections.abc import Iterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -37,8 +38,15 @@ WORDS = {
     "greater_than_equal": "expected {ge:g} or more",
     "less_than": "expected less than {lt:g}",
     "less_than_equal": "expected {le:g} or less",
+    "string_pattern_mismatch": "expected text that matches {pattern}",
 }
 """For kinds of faults that pydantic names in Python's words."""
+
+UNQUOTED = (
+    "expected text, found what YAML reads as a number, a date, or true or false "
+    "(yes, no, on, off, too): put it in quotes"
+)
+"""For text that was meant and not quoted, as a verdict's word `yes`."""
 
 
 def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -107,6 +115,8 @@ def _phrase(
     if fault["type"] == "missing":
         return f"{place}: the key '{'.'.join(map(str, keys))}' is missing."
     words = WORDS.get(fault["type"])
+    if fault["type"] == "string_type" and isinstance(fault["input"], (bool, int, float, date)):
+        words = UNQUOTED
     plain = words.format(**fault.get("ctx", {})) if words else fault["msg"]
     message = plain.removeprefix("Value error, ")
     if not known:

@@ -4,7 +4,7 @@ What is wrong ends here, with the key that it stands under, before any model loa
 the stages need; runs none of them and writes nothing.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +16,10 @@ from misstep.errors import DataError, RecipeError
 from misstep.folding import check_adapter
 from misstep.held_out import Overlaps, overlaps
 from misstep.judge_card import seen_questions, was_seen
-from misstep.judges.base import AnyJudge, Judge
-from misstep.judges.choose import mistake_judge
+from misstep.judges.base import AnyJudge, Judge, PairJudge
+from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.instructions import check_instructions
+from misstep.judges.seats import seated
 from misstep.judging import JudgeInputs, locate_judging, read_judge
 from misstep.labelled import MISTAKES
 from misstep.methods.registry import METHODS
@@ -95,12 +96,16 @@ def check_inputs(config: RunConfig) -> Inputs:
         "ordinary": ordinary,
         "helpful_pairs": (Prompt(messages=pair.messages) for pair in helpful),
     }
+    judges = {
+        name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
+    }
+    first = of_mistakes.probe() if of_mistakes else mistake_judge(policy, ScriptedEngine())
+    assert isinstance(first, Judge)
     if config.trains and config.mistakes and config.mistakes.source != "origin":
         check_judgeable(
-            "mistakes.data",
-            prompts or (mistake.prompt for mistake in given),
-            of_mistakes.probe() if of_mistakes else mistake_judge(policy, ScriptedEngine()),
+            "mistakes.data", prompts or (mistake.prompt for mistake in given), first
         )
+    _check_measurable(config, tests, first, [found.probe() for found in judges.values()])
     return Inputs(
         config=config.model_copy(update={"methods": methods}),
         left_out=tuple(name for name in config.methods if name not in methods),
@@ -110,9 +115,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
         judge=judge,
         of_mistakes=of_mistakes,
-        judges={
-            name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
-        },
+        judges=judges,
         prompts=prompts,
         given=given,
         ordinary=ordinary,
@@ -181,6 +184,28 @@ def load_tests(config: RunConfig) -> dict[str, Sequence[Prompt]]:
                 "{reference: COLUMN}, or leave the set out."
             )
     return found
+
+
+def _check_measurable(
+    config: RunConfig,
+    tests: Mapping[str, Sequence[Prompt]],
+    first: Judge,
+    further: Sequence[AnyJudge],
+) -> None:
+    """Pass where a judge of the run, or the loss, measures something of each test set."""
+    if any(isinstance(judge, PairJudge) for judge in further):
+        return
+    seats = seated([first, *cost_judges(), *further], {})
+    for name, prompts in tests.items():
+        measured = any(seat.applies(prompt) for prompt in prompts for seat in seats)
+        if not measured and name not in config.evaluate.reference_loss:
+            raise DataError(
+                f"evaluate.tests.{name}: expected prompts that a judge of the run can tell "
+                f"something of: attacks with their target texts (column 'target') for "
+                f"{first.name}, or tasks with the keys of a good answer (column 'accept'); "
+                f"found neither. Map the column with evaluate.tests.{name}.fields, or name a "
+                "judge that needs none (judge, evaluate.judges)."
+            )
 
 
 def read_judge_check(path: str) -> Check:

@@ -140,7 +140,7 @@ def check_source(source: Source) -> None:
     if not source.is_file:
         check_hub_name(str(source.path))
     elif next(iter(rows(source)), None) is None:
-        raise DataError(f"{source.path}: expected rows of data, found an empty file.")
+        raise DataError(f"{source.path}: expected rows of data, found none.")
 
 
 def source_digest(source: Source) -> str:

@@ -62,7 +62,19 @@ def print_summary(folder: Path) -> None:
         table.add_column(TITLES.get(name, name), justify="right")
     for cells in _cells(results, metrics):
         table.add_row(*cells)
-    _show(table, f"{folder / 'report.html'}\n{folder / 'results.json'}")
+    where = f"{folder / 'report.html'}\n{folder / 'results.json'}"
+    _show(table, "\n".join([*_without_scores(results, metrics, folder), where]))
+
+
+def _without_scores(results: Results, metrics: Sequence[str], folder: Path) -> Iterator[str]:
+    """What to do about metrics of which the run has no score at all."""
+    for name in metrics:
+        found = [row.metrics[name] for row in results.rows if name in row.metrics]
+        if not any(metric.n for metric in found):
+            yield (
+                f"{name}: no answer has a score; {folder / 'scores.jsonl'} has the reason for "
+                "each. A model that gives no verdict needs a better one in its place (judge)."
+            )
 
 
 def print_study(folder: Path) -> None:

@@ -150,12 +150,41 @@ def test_reports_are_confirmed_dropped_or_left_as_candidates() -> None:
     assert tally.kept + tally.refused.total() == tally.given
 
 
+class QuotingJudge(Judge):
+    """Scores nothing, and says so in words that are other ones for every answer."""
+
+    name, metric = "quoting", "mistake_rate"
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        return [self.unscored(r, f"the judge gave no verdict: {r.text!r}") for r in responses]
+
+
+@pytest.mark.parametrize("source", ["induced", "reported"])
+def test_reasons_are_counted_without_the_words_that_the_judge_said(source: str) -> None:
+    with pytest.raises(RunError) as caught:
+        if source == "induced":
+            run(
+                PLAIN,
+                ScriptedEngine(lambda r: f"it's {r.seed}"),
+                judge=QuotingJudge(),
+                samples=2,
+            )
+        else:
+            reports = [
+                Mistake(prompt=p, response=f"it's {p.id}", source="reported", confirmed=False)
+                for p in PLAIN
+            ]
+            list(confirm(reports, QuotingJudge(), Tally()))
+    assert str(caught.value).count("the judge gave no verdict") == 1
+    assert "it's" not in str(caught.value)
+
+
 def test_reports_of_which_none_is_confirmed_end_the_run_with_the_tally() -> None:
     reports = [
         Mistake(prompt=PLAIN[0], response=text, source="reported", confirmed=False)
         for text in ("good", "so good", "who knows")
     ]
-    with pytest.raises(RunError, match=r"none of 3 reports.*judge's eyes\": 2.*no score'?: 1"):
+    with pytest.raises(RunError, match=r"none of 3 reports.*judge's eyes\": 2.*no word'?: 1"):
         list(confirm(reports, WordJudge(), Tally()))
 
 

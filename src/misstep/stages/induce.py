@@ -6,6 +6,7 @@ policy's hint words added (paper, section 4.1); refusals and harmless answers ar
 by the judge. The hint is not part of the mistake that is kept. Knows no file and no method.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import nsmallest
 from typing import Annotated
@@ -115,7 +116,7 @@ def confirm(candidates: Iterable[Mistake], judge: Judge, tally: Tally) -> Iterat
         for candidate, score in zip(some, judge.score(responses), strict=True):
             tally.given += 1
             if score.value is None:
-                tally.refused["left as a candidate: the judge gave no score"] += 1
+                tally.refused[f"left as a candidate: {_kind(score)}"] += 1
                 yield candidate
             elif score.counted:
                 tally.kept += 1
@@ -125,8 +126,9 @@ def confirm(candidates: Iterable[Mistake], judge: Judge, tally: Tally) -> Iterat
     if not tally.kept:
         raise NoMistakeError(
             f"none of {tally.given} reports was confirmed ({tally.counts.refused}). Look at "
-            "some of them: name a better judge (judge), or, where they can be believed without "
-            "one, mistakes.source: origin."
+            "some of them: name a better judge (judge; a small model that judges itself often "
+            "gives no verdict), or, where they can be believed without one, "
+            "mistakes.source: origin."
         )
 
 
@@ -160,6 +162,11 @@ def _messages(policy: Policy, prompt: Prompt, draw: int) -> tuple[Message, ...]:
     return policy.induction_request(prompt, hints[draw % len(hints)])
 
 
+def _kind(score: Score) -> str:
+    """Why there is no score, without the judge's own words: equal reasons count as one."""
+    return re.split(r""": ['"]""", score.reason, maxsplit=1)[0]
+
+
 def _kept(
     scored: Sequence[tuple[Response, Score]], most: int, tally: Tally
 ) -> Iterator[Mistake]:
@@ -168,7 +175,7 @@ def _kept(
     for response, score in scored:
         tally.sampled += 1
         if score.value is None:
-            tally.refused[f"unscored: {score.reason}"] += 1
+            tally.refused[f"unscored: {_kind(score)}"] += 1
         elif not score.counted:
             tally.refused["no mistake"] += 1
         elif response.text in found or len(found) == most:
