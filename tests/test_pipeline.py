@@ -574,6 +574,15 @@ def test_without_good_answers_the_main_job_is_done_without_sft(
     assert trained["ordinary"]["rows"] == trained["mistake_analysis"]["rows"] == 16
 
 
+def test_an_engine_that_cannot_serve_leaves_finished_results_where_they_are(
+    recipe: Path, finished: Path
+) -> None:
+    before = files(finished)
+    with pytest.raises(InputError, match="OpenVINO"):
+        run(recipe, finished, ["engine=openvino"], Silent())
+    assert files(finished) == before
+
+
 def test_a_test_set_that_nothing_measures_is_refused_at_once(
     recipe: Path, tmp_path: Path
 ) -> None:

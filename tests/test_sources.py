@@ -436,6 +436,16 @@ def test_a_mapped_column_that_is_absent_is_named(tmp_path: Path, field: str) -> 
     )
 
 
+@pytest.mark.parametrize(("mark", "said"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_csv_file_without_commas_is_told_so(tmp_path: Path, mark: str, said: str) -> None:
+    path = write(tmp_path, "a.csv", f"prompt{mark}response\na{mark}b\n")
+    assert f"line 1: expected names of columns with commas between them, found {said}" in fault(
+        path
+    )
+    # A single column of texts is no such file.
+    assert prompts(write(tmp_path, "b.csv", "prompt\na; b\n"))
+
+
 def test_an_absent_or_empty_file_is_found_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.csv: no such file"):
         check_source(Source(path=str(tmp_path / "absent.csv")))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from misstep.check_results import Check, correction, read_check
 from misstep.config import RunConfig, load_recipe, trained
 from misstep.endpoint import PREFIX
+from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, RecipeError
 from misstep.folding import check_adapter
@@ -106,13 +107,15 @@ def check_inputs(config: RunConfig) -> Inputs:
             "mistakes.data", prompts or (mistake.prompt for mistake in given), first
         )
     _check_measurable(config, tests, first, [found.probe() for found in judges.values()])
+    analyst = model if config.analysis.engine == "self" else locate(config.analysis.engine)
+    _check_engine(config, [model, analyst] if config.trains else [model])
     return Inputs(
         config=config.model_copy(update={"methods": methods}),
         left_out=tuple(name for name in config.methods if name not in methods),
         policy=policy,
         model=model,
         adapter=check_adapter(config.adapter) if config.adapter else None,
-        analyst=model if config.analysis.engine == "self" else locate(config.analysis.engine),
+        analyst=analyst,
         judge=judge,
         of_mistakes=of_mistakes,
         judges=judges,
@@ -282,6 +285,16 @@ def _check_trainable(config: RunConfig) -> None:
             f"adapter: expected none for {config.model}, whose weights are not here; found "
             f"{config.adapter}. Let the server load it, under a name of its own."
         )
+
+
+def _check_engine(config: RunConfig, models: Sequence[Model]) -> None:
+    """Pass where the engine that the recipe asks for is here and reads the models.
+
+    A cluster's machines say so themselves, once they are asked; `auto` takes what can.
+    """
+    if config.engine != "auto" and not config.engine.startswith("ray"):
+        for model in models:
+            choose(config.engine, model)
 
 
 def _ordinary(config: RunConfig) -> list[Prompt]:

@@ -112,6 +112,8 @@ def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
         if not any(cells):
             continue
         if not labels:
+            if len(cells) == 1 and form.header:
+                _refuse_parted_otherwise(cells[0], f"{path}, line {line}")
             labels = cells if form.header else [f"column{i}" for i in range(len(cells))]
             if form.header:
                 continue
@@ -121,6 +123,16 @@ def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
                 f"found {len(cells)}. Quote cells that contain commas."
             )
         yield f"{path}, line {line}", dict(zip(labels, cells, strict=True))
+
+
+def _refuse_parted_otherwise(header: str, place: str) -> None:
+    """Spreadsheets in many languages part cells by semicolons, and call it CSV."""
+    for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+        if mark in header:
+            raise DataError(
+                f"{place}: expected names of columns with commas between them, found {name}. "
+                "Save it with commas, or with tabs as .tsv."
+            )
 
 
 def _csv_rows(path: Path, form: Form) -> Iterator[tuple[int, list[str]]]:

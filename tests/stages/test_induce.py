@@ -176,6 +176,8 @@ def test_reasons_are_counted_without_the_words_that_the_judge_said(source: str) 
             ]
             list(confirm(reports, QuotingJudge(), Tally()))
     assert str(caught.value).count("the judge gave no verdict") == 1
+    assert "Name a better judge" in str(caught.value)
+    assert "made no mistake" not in str(caught.value)
     assert "it's" not in str(caught.value)
 
 

@@ -22,6 +22,9 @@ from misstep.shelf import Names
 from misstep.sources import Source
 from misstep.stages.base import Settings, Tally, derive_seed, portions, score_all
 
+UNSCORED = "unscored"
+BETTER_JUDGE = "Name a better judge (judge): a small model often gives no verdict."
+
 
 class InduceSettings(Settings):
     """Where mistakes come from."""
@@ -71,6 +74,7 @@ def induce(
 
     Raises:
         NoMistakeError: the model made none; at the end.
+        RunError: the judge could score no answer; at the end.
     """
     seen = Names()
     for some in portions(prompts, max(1, engine.at_once // settings.samples)):
@@ -95,6 +99,11 @@ def induce(
         for first, of in zip(new, by_prompt, strict=True):
             most = settings.per_prompt if first else 0
             yield from _kept([(r, next(scores)) for r in of], most, tally)
+    if not tally.kept and all(why.startswith(UNSCORED) for why in tally.refused):
+        raise RunError(
+            f"the judge could score none of {tally.sampled} answers ({tally.counts.refused}). "
+            f"{BETTER_JUDGE}"
+        )
     if not tally.kept:
         raise NoMistakeError(
             f"the model made no mistake in {tally.sampled} answers to {tally.given} prompts "
@@ -126,8 +135,7 @@ def confirm(candidates: Iterable[Mistake], judge: Judge, tally: Tally) -> Iterat
     if not tally.kept:
         raise NoMistakeError(
             f"none of {tally.given} reports was confirmed ({tally.counts.refused}). Look at "
-            "some of them: name a better judge (judge; a small model that judges itself often "
-            "gives no verdict), or, where they can be believed without one, "
+            f"some of them. {BETTER_JUDGE} Where they can be believed without one: "
             "mistakes.source: origin."
         )
 
@@ -175,7 +183,7 @@ def _kept(
     for response, score in scored:
         tally.sampled += 1
         if score.value is None:
-            tally.refused[f"unscored: {_kind(score)}"] += 1
+            tally.refused[f"{UNSCORED}: {_kind(score)}"] += 1
         elif not score.counted:
             tally.refused["no mistake"] += 1
         elif response.text in found or len(found) == most:
