@@ -106,7 +106,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         check_judgeable(
             "mistakes.data", prompts or (mistake.prompt for mistake in given), first
         )
-    _check_measurable(config, tests, first, [found.probe() for found in judges.values()])
+    _check_measurable(config, tests, first, {k: of.probe() for k, of in judges.items()})
     analyst = model if config.analysis.engine == "self" else locate(config.analysis.engine)
     _check_engine(config, [model, analyst] if config.trains else [model])
     return Inputs(
@@ -193,12 +193,12 @@ def _check_measurable(
     config: RunConfig,
     tests: Mapping[str, Sequence[Prompt]],
     first: Judge,
-    further: Sequence[AnyJudge],
+    further: Mapping[str, AnyJudge],
 ) -> None:
     """Pass where a judge of the run, or the loss, measures something of each test set."""
-    if any(isinstance(judge, PairJudge) for judge in further):
+    if any(isinstance(judge, PairJudge) for judge in further.values()):
         return
-    seats = seated([first, *cost_judges(), *further], {})
+    seats = seated([first, *cost_judges()], further)
     for name, prompts in tests.items():
         measured = any(seat.applies(prompt) for prompt in prompts for seat in seats)
         if not measured and name not in config.evaluate.reference_loss:
