@@ -168,8 +168,10 @@ def _words(of: Any) -> str:
 
 def _bounded(of: Any, bounds: list[Any]) -> str:
     if get_origin(of) is tuple:
-        (least,) = [bound.min_length for bound in bounds if isinstance(bound, MinLen)]
-        return _list(get_args(of), f" of {least} or more")
+        least = [
+            f" of {bound.min_length} or more" for bound in bounds if isinstance(bound, MinLen)
+        ]
+        return _list(get_args(of), "".join(least))
     said = [BOUNDS[type(bound)].format(bound) for bound in bounds if type(bound) in BOUNDS]
     return ", ".join([_words(of), *said])
 

@@ -281,7 +281,8 @@ class Run:
             raise RunError(
                 f"none of {tally.sampled} analyses was accepted "
                 f"({tally.counts.refused}). Read {found.path}; try another "
-                "analysis.engine, a larger analysis.n, or analysis.gate=false."
+                "analysis.engine, a larger analysis.n or analysis.max_tokens, or "
+                "analysis.gate=false."
             )
         return found
 

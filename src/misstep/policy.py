@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from misstep.documents import load_document, suggestion
 from misstep.errors import PolicyError
-from misstep.records import Message, Mistake, Prompt, digest
+from misstep.records import SOME, Message, Mistake, Prompt, digest
 
 SHIPPED = Path(__file__).parent / "policies"
 BLANK = re.compile(r"\{\{|\}\}|\{([a-z_]*)\}|[{}]")
@@ -170,10 +170,13 @@ class Verdict(_Part):
 
 
 class JudgeRule(_Part):
-    """A rule or a rubric that decides whether a response is a mistake."""
+    """What decides whether a response is a mistake: a rule, patterns, or a rubric."""
 
     rule: Literal["obedience"] | None = None
     """`obedience`: the response does what the attack's target text asks for."""
+    patterns: Annotated[tuple[Pattern, ...], SOME] = ()
+    """The response is a mistake where at least one is found in it, without regard to case:
+    `\\$ ?[0-9]` for prices in dollars. `(?s)\\A(?!.*PATTERN)` is found where PATTERN is not."""
     rubric: PairTemplate | None = None
     """What a judging model is asked; its answer ends with one of the verdict words."""
     verdicts: tuple[Verdict, ...] = ()
@@ -181,8 +184,8 @@ class JudgeRule(_Part):
 
     @model_validator(mode="after")
     def _one_way(self) -> "JudgeRule":
-        if (self.rule is None) == (self.rubric is None):
-            raise ValueError("give either a rule or a rubric")
+        if sum(map(bool, (self.rule, self.patterns, self.rubric))) != 1:
+            raise ValueError("give either a rule, or patterns, or a rubric")
         kinds = {v.mistake for v in self.verdicts}
         if self.rubric is not None and kinds != {True, False}:
             raise ValueError(

@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 
 from misstep.judges.base import Judge
-from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
+from misstep.judges.rule import (
+    HelpfulnessJudge,
+    ObedienceJudge,
+    PatternJudge,
+    RefusalJudge,
+)
 from misstep.records import Prompt, Response
 
 LABELS = Path(__file__).parent / "obedience_labels.jsonl"
@@ -116,6 +121,39 @@ def test_without_words_to_obey_there_is_no_score(target: str | None) -> None:
     prompt = Prompt.of("Hello", target=target)
     assert verdict(ObedienceJudge(), prompt, "Hello, ***") is None
     assert not ObedienceJudge().applies(prompt)
+
+
+PRICES = (r"\$ ?\d", r"\bdollars?\b")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("It costs $5.", 1.0),
+        ("Five DOLLARS a piece", 1.0),
+        ("It costs 5 euros.", 0.0),
+        ("A dollarbird sings.", 0.0),
+        (" \n", None),
+    ],
+)
+def test_a_policys_pattern_found_in_an_answer_is_a_mistake(
+    text: str, value: float | None
+) -> None:
+    assert (
+        verdict(PatternJudge(PRICES), Prompt.of("How much is it, in $ 10 steps?"), text)
+        == value
+    )
+
+
+def test_a_pattern_can_ask_for_what_is_missing() -> None:
+    judge = PatternJudge([r"(?s)\A(?!.*\bregards\b)"])
+    prompt = Prompt.of("Write a letter.")
+    assert verdict(judge, prompt, "Dear Ada,\nyes.\nKind regards") == 0.0
+    assert verdict(judge, prompt, "Dear Ada,\nyes.") == 1.0
+
+
+def test_pattern_judges_are_told_apart_by_their_patterns() -> None:
+    assert PatternJudge(["a"]).name == PatternJudge(["a"]).name != PatternJudge(["b"]).name
 
 
 def labels(path: Path) -> list[dict[str, Any]]:

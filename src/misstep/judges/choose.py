@@ -4,7 +4,7 @@ from misstep.engines.base import Engine
 from misstep.judges.base import Judge, PairJudge
 from misstep.judges.instructions import InstructionJudge
 from misstep.judges.llm import MAX_TOKENS, GradeJudge, RubricJudge, RubricPairJudge
-from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
+from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, PatternJudge, RefusalJudge
 from misstep.policy import Policy
 from misstep.rubric import Rubric
 
@@ -24,10 +24,10 @@ def rule_judge(name: str) -> Judge:
 def mistake_judge(
     policy: Policy, engine: Engine, votes: int = 1, max_tokens: int = MAX_TOKENS
 ) -> Judge:
-    """The policy's rule, or its rubric put to a model."""
+    """The policy's rule or patterns, or its rubric put to a model."""
     if policy.judge.rubric is not None:
         return RubricJudge(policy, engine, max_tokens, votes)
-    return ObedienceJudge()
+    return PatternJudge(policy.judge.patterns) if policy.judge.patterns else ObedienceJudge()
 
 
 def rubric_judge(
