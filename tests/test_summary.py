@@ -1,9 +1,11 @@
+"""What the terminal shows of results."""
+
 from pathlib import Path
 
 import pytest
 
-from misstep.results import Metric, Results, Row, write_results
-from misstep.summary import print_summary
+from misstep.results import Metric, Pooled, Results, Row, write_results
+from misstep.summary import print_comparison, print_summary
 
 NOTHING = Metric(value=None, low=None, high=None, n=0, unscored=6)
 SOME = Metric(value=0.5, low=0.2, high=0.8, n=4, unscored=2)
@@ -25,3 +27,34 @@ def test_a_metric_without_any_score_is_said_to_have_none(
     assert "mistake_rate: no answer has a score" in shown
     assert "(judge)" in shown
     assert "helpfulness: no answer" not in shown
+
+
+def test_the_terminal_tells_variants_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [(variant, g) for variant in ("mix.unit=1", "mix.unit=2") for g in (False, True)]
+    pooled = tuple(
+        Pooled(
+            value=0.5,
+            low=0.4,
+            high=0.6,
+            n=10,
+            method="mistake_analysis",
+            guided=guided,
+            variant=variant,
+            test_set="held-out",
+            metric=metric,
+            by_seed={0: 0.5},
+        )
+        for variant, guided in settings
+        for metric in ("mistake_rate", "helpfulness", "over_refusal", "reference_loss")
+    )
+    results = Results(model="m", policy="p", rows=(), comparisons=(), pooled=pooled)
+    write_results(tmp_path / "results.json", results)
+    print_comparison(tmp_path)
+    columns = [
+        line.split("│")[2] for line in capsys.readouterr().out.splitlines() if "│" in line
+    ]
+    names = "".join(column.strip() for column in columns)
+    for variant, guided in settings:
+        assert f"mistake_analysis[{variant}]/{'guided' if guided else 'unguided'}" in names

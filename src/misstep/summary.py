@@ -40,7 +40,8 @@ def print_comparison(folder: Path) -> None:
     metrics = list(dict.fromkeys(p.metric for p in results.pooled))
     table = Table(title=f"{results.model}, {results.policy}: rates with 95 % intervals")
     for name in ("test set", "setting", *(TITLES.get(m, m) for m in metrics)):
-        table.add_column(name)
+        # A name that is cut no longer says which setting it is.
+        table.add_column(name, overflow="fold")
     found: dict[tuple[str, str], dict[str, Metric]] = {}
     for p in sorted(results.pooled, key=lambda p: p.test_set):
         found.setdefault((p.test_set, p.setting.name), {})[p.metric] = p
@@ -108,7 +109,6 @@ def print_card(folder: Path) -> None:
 
 def print_check(folder: Path) -> None:
     """Print how far a judge agrees with people, and where the page lies."""
-    from rich.console import Console
     from rich.table import Table
 
     check = read_check(folder / "check.json")
@@ -123,9 +123,7 @@ def print_check(folder: Path) -> None:
         metrics = [measured.metrics.get(name) for name in CHECKED]
         cells = [_text(m and m.model_copy(update={"unscored": 0})) for m in metrics]
         table.add_row(title, str(measured.n), str(measured.unscored), *cells)
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print(table)
-    console.print(f"{folder / 'check.html'}\n{folder / 'check.json'}", markup=False)
+    _show(table, f"{folder / 'check.html'}\n{folder / 'check.json'}", width=140)
 
 
 def print_ratings(path: Path, ratings: Ratings) -> None:
@@ -157,13 +155,14 @@ def _study_cells(study: Study) -> Iterator[list[str]]:
             yield ["" if place else model.model, title, *cells]
 
 
-def _show(table: "Table", where: str) -> None:
+def _show(table: "Table", where: str, width: int = 110) -> None:
     """Print a table, as wide as the terminal if there is one, and where the files lie."""
     from rich.console import Console
 
-    console = Console(width=None if Console().is_terminal else 110)
+    # Brackets are part of a name, as of a variant's, and no markup of rich's.
+    console = Console(width=None if Console().is_terminal else width, markup=False)
     console.print(table)
-    console.print(where, markup=False)
+    console.print(where)
 
 
 def _cells(results: Results, metrics: Sequence[str]) -> list[list[str]]:

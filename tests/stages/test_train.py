@@ -880,6 +880,13 @@ def test_a_loss_that_is_no_number_names_the_step(model: Model, tmp_path: Path) -
         train(model, EXAMPLES, wild, 0, tmp_path)
 
 
+def test_an_only_step_is_no_warm_up(model: Model, tmp_path: Path) -> None:
+    once = QUICK.model_copy(update={"epochs": 1, "batch_size": len(EXAMPLES)})
+    report = train(model, EXAMPLES, once, 0, tmp_path)
+    assert report.steps == 1
+    assert report.loss_after != report.loss_before
+
+
 def test_a_tracker_that_is_not_installed_is_refused(model: Model, tmp_path: Path) -> None:
     tracked = QUICK.model_copy(update={"report_to": ("nowhere",)})
     with pytest.raises(RecipeError, match=r"train\.report_to.*nowhere"):
