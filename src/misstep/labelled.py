@@ -152,7 +152,8 @@ def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
                 refuse_prompt_label(row, where)
                 raise DataError(
                     f"{where}: expected a column with labels ({', '.join(COLUMNS['label'])} or "
-                    f"is_safe), found {', '.join(sorted(row))}. Map it with label=COLUMN."
+                    f"is_safe), found {', '.join(sorted(row))}. Map it with --field "
+                    "label=COLUMN."
                 )
             answer = answer_of(side, row, "response", where)
         except EmptyCell as nothing:
@@ -169,7 +170,7 @@ def _check_said(said: str, metric: str, found: str, where: str) -> None:
         asked = ASKED[MISTAKES if said == SAID[MISTAKES] else REFUSALS]
         raise DataError(
             f"{where}: expected labels that say {ASKED[metric]}, found {found} that say "
-            f"{asked}. Give other data, or map a column with label=COLUMN."
+            f"{asked}. Give other data, or map one with --field label=COLUMN."
         )
 
 
