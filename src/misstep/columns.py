@@ -446,8 +446,8 @@ def refuse_prompt_label(row: Row, where: str) -> None:
         raise DataError(
             f"{where}: expected to know which answers are bad; XSTest's 'label' says it of the "
             "prompt, and no other column of the answer. Map the answers' own with "
-            "--field label=COLUMN (in a recipe fields: {label: COLUMN}), or leave 'label' out of "
-            "the file."
+            "--field label=COLUMN (in a recipe fields: {label: COLUMN}), or leave 'label' out "
+            "of the file."
         )
 
 
