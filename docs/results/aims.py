@@ -99,11 +99,6 @@ def speed() -> Iterator[Aim]:
     lost = _json("bench/ray-node-loss.json")
     what = f"of {count(lost['records'])} records there once, a node of two lost half-way"
     yield least(what, lost["records"], lost["different"], _whole, "")
-    faults = _json("bench/faulty-endpoint.json")
-    asked, spoiled = count(faults["requests"]), rate(faults["share_of_tries_spoiled"])
-    what = f"of {asked} requests answered rightly, {spoiled} of all tries spoiled"
-    right = faults["answered"] - faults["not_what_the_server_said"]
-    yield least(what, faults["requests"], right, _whole, "")
     yield Aim("beside TRL and vLLM on a GPU", "level or better", why="no GPU was at hand")
 
 
@@ -175,7 +170,10 @@ def judges() -> Iterator[Aim]:
     yield least(f"{what}, AUC", 0.91, own["auc"]["value"], plain, why)
     why = "it trained all weights of the kept upper layers; an adapter is trained since"
     yield most("the same, time to train", 1800, harm["training"]["seconds"], duration, why)
-    yield Aim("a judge of harm from several sources", "75 % balanced", why="not trained yet")
+    mix = _json("judges/harm-mix.json")
+    what = "judge of harm from three sources, a whole set unseen (XSTest), balanced accuracy"
+    yield least(what, 0.75, mix["data"]["xstest"]["balanced_accuracy"]["value"], rate, "")
+    yield most("the same, time to train", 1800, mix["training"]["seconds"], duration, "")
     data = refusal["data"]
     found = data["all held-out questions"]["accuracy"]["value"]
     yield least(
@@ -184,7 +182,10 @@ def judges() -> Iterator[Aim]:
     found = data["refusal"]["accuracy"]["value"]
     why = "trained on XSTest's answers alone"
     yield least("the same on PyRIT's, unseen, accuracy", 0.9, found, rate, why)
-    yield Aim("4,000 pairs checked", "10 min or less", why="not timed yet")
+    checked = _json("bench/judge-check.json")
+    why = "timed with one thread, beside other work; the aim is for two cores"
+    what = f"{count(checked['answers'])} answers checked by a trained judge"
+    yield most(what, 600, checked["seconds"], duration, why)
 
 
 def _json(path: str) -> Any:
