@@ -43,7 +43,11 @@ def page(old: str) -> str:
     before, _, rest = old.partition(START)
     _, _, after = rest.partition(END)
     rows = table(["", "aimed at", "reached", "met", "why not"])
-    rows += [_row(aim) for make in (speed, mistakes, larger, breadth, judges) for aim in make()]
+    rows += [
+        _row(aim)
+        for make in (speed, mistakes, larger, harmlessness, breadth, judges)
+        for aim in make()
+    ]
     return before + START + "\n".join(rows) + "\n" + END + after
 
 
@@ -142,6 +146,16 @@ def larger() -> Iterator[Aim]:
         yield Aim(what, f"{points(-0.02)} or more", clean.difference, _said(clean), met)
 
 
+def harmlessness() -> Iterator[Aim]:
+    """Scenario 1: the paper's own figures as aims."""
+    run, guided, why = "scenario1", "mistake_analysis/guided", "see [the page](scenario1.md)"
+    against = (("vanilla/unguided", -0.216), ("sft/guided", -0.1), ("dpo/guided", -0.1))
+    for other, aim in against:
+        found = _difference(run, guided, other, "mistake_rate", "red-team")
+        what = f"harmful answers in scenario 1, `{guided}` less `{other}`"
+        yield below(what, aim, found, why)
+
+
 def breadth() -> Iterator[Aim]:
     """Which runs were to be made, and in what time."""
     demo = _json("quickstart/manifest.json")
@@ -157,7 +171,7 @@ def breadth() -> Iterator[Aim]:
     yield least("methods compared at 135M, three seeds", len(aimed), len(made), _whole, why)
     models = len(_json("study/study.json")["models"])
     yield least("models in the study", 3, models, _whole, "")
-    for what in ("methods at 0.5B", "scenario 1", "ablations"):
+    for what in ("methods at 0.5B", "ablations"):
         yield Aim(what, "a committed result", why="too long for two cores so far")
 
 
