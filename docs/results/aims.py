@@ -103,6 +103,11 @@ def speed() -> Iterator[Aim]:
     lost = _json("bench/ray-node-loss.json")
     what = f"of {count(lost['records'])} records there once, a node of two lost half-way"
     yield least(what, lost["records"], lost["different"], _whole, "")
+    faults = _json("bench/faulty-endpoint.json")
+    asked, spoiled = count(faults["requests"]), rate(faults["share_of_tries_spoiled"])
+    what = f"of {asked} requests answered rightly, {spoiled} of all tries spoiled"
+    right = faults["answered"] - faults["not_what_the_server_said"]
+    yield least(what, faults["requests"], right, _whole, "")
     yield Aim("beside TRL and vLLM on a GPU", "level or better", why="no GPU was at hand")
 
 
