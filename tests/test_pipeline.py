@@ -574,6 +574,29 @@ def test_without_good_answers_the_main_job_is_done_without_sft(
     assert trained["ordinary"]["rows"] == trained["mistake_analysis"]["rows"] == 16
 
 
+def test_the_model_writes_the_good_answers_that_nobody_annotated(
+    recipe: Path, no_good_answers: Path, tmp_path: Path
+) -> None:
+    own = "good_answers={source: self, samples: 8, max_tokens: 400, temperature: 1.0}"
+    for number, given in enumerate((no_good_answers, recipe)):
+        folder = tmp_path / str(number)
+        stop = ["methods=[sft, dpo, corrected_analysis]", own]
+        trained = run(given, folder, stop, Silent(), "train")
+        kept = list(read_jsonl(trained / "good_answers.jsonl", Response))
+        texts = {answer.text for answer in kept}
+        rows = [json.loads(line) for line in (trained / "examples.jsonl").open()]
+        good = {row["completion"] for row in rows if row.get("kind") == "good_answer"}
+        chosen = {row["chosen"] for row in rows if "chosen" in row}
+        assert good == chosen == texts
+        # What annotators wrote is nowhere in what is learned of attacked prompts.
+        assert not good & set(ANSWERS)
+        ends = [r["completion"] for r in rows if r.get("kind") == "analysis"]
+        assert any(end.endswith(tuple(texts)) for end in ends)
+        assert not any(end.endswith(tuple(ANSWERS)) for end in ends)
+        yields = json.loads((trained / "manifest.json").read_text())["yields"]
+        assert yields["good answers"]["kept"] == len(kept) > 0
+
+
 def test_an_engine_that_cannot_serve_leaves_finished_results_where_they_are(
     recipe: Path, finished: Path
 ) -> None:

@@ -21,6 +21,7 @@ from misstep.methods.registry import METHODS
 from misstep.sources import Source
 from misstep.stages.analyse import AnalyseSettings
 from misstep.stages.base import Settings, each_once
+from misstep.stages.good_answers import GoodAnswerSettings
 from misstep.stages.induce import InduceSettings
 from misstep.stages.reinforce import ReinforceSettings
 from misstep.stages.respond import RespondSettings
@@ -121,6 +122,8 @@ class RunConfig(Settings):
     analysis: AnalyseSettings = AnalyseSettings()
     revision: ReviseSettings = ReviseSettings()
     """How mistakes are revised; read by methods that train on revisions."""
+    good_answers: GoodAnswerSettings = GoodAnswerSettings()
+    """Where good answers to the prompts of mistakes come from."""
     ordinary: Source | None = None
     """Ordinary prompts with reference answers; needed where a method trains."""
     mix: MixSettings = MixSettings()

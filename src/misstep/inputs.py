@@ -102,7 +102,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     }
     first = of_mistakes.probe() if of_mistakes else mistake_judge(policy, ScriptedEngine())
     assert isinstance(first, Judge)
-    if config.trains and config.mistakes and config.mistakes.source != "origin":
+    if _judges_what_is_learned(config):
         check_judgeable(
             "mistakes.data", prompts or (mistake.prompt for mistake in given), first
         )
@@ -127,6 +127,13 @@ def check_inputs(config: RunConfig) -> Inputs:
         helpful=helpful,
         overlaps=overlaps(tests, learned) if config.trains else {},
     )
+
+
+def _judges_what_is_learned(config: RunConfig) -> bool:
+    """Whether the judge of mistakes is asked before anything is trained."""
+    if not config.trains or config.mistakes is None:
+        return False
+    return config.mistakes.source != "origin" or config.good_answers.source == "self"
 
 
 def _cases(config: RunConfig) -> tuple[Sequence[Prompt], Sequence[Mistake]]:
@@ -228,13 +235,15 @@ def read_judge_check(path: str) -> Check:
 def _possible(config: RunConfig, asked: Iterable[Prompt]) -> tuple[str, ...]:
     """The recipe's methods, without those of the default that the data have nothing for."""
     needing = [name for name in config.methods if METHODS[name].needs_good_answers]
-    if not needing or any(prompt.reference for prompt in asked):
+    own = config.good_answers.source == "self"
+    if not needing or own or any(prompt.reference for prompt in asked):
         return config.methods
     if "methods" in config.model_fields_set:
         raise RecipeError(
             f"methods: {', '.join(needing)}: expected good answers to the prompts of the "
             "mistakes, found none. Map their column with mistakes.data.fields: "
-            "{reference: COLUMN}, or leave these methods out."
+            "{reference: COLUMN}, let the model write some that the judge accepts "
+            "(good_answers.source: self), or leave these methods out."
         )
     return tuple(name for name in config.methods if name not in needing)
 

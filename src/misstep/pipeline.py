@@ -24,6 +24,7 @@ from misstep.held_out import told
 from misstep.inputs import Inputs, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges, mistake_judge
+from misstep.judges.rule import RefusalJudge
 from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
@@ -39,6 +40,7 @@ from misstep.records import (
     Pair,
     Prompt,
     RecordFile,
+    Response,
     Revision,
     write_jsonl,
 )
@@ -56,6 +58,7 @@ from misstep.stages.evaluate import (
     corrections,
     judge_answers,
 )
+from misstep.stages.good_answers import good_answers, with_answer
 from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
 from misstep.stages.respond import respond
@@ -103,7 +106,8 @@ class Run:
         if inputs.left_out:
             progress.say(
                 f"Left out: {', '.join(inputs.left_out)}, which learns from good answers to "
-                "the prompts of mistakes; the data have none."
+                "the prompts of mistakes; the data have none. The model can write some that "
+                "the judge accepts: good_answers.source=self."
             )
         for warning in seen_by_judges(inputs):
             progress.say(warning)
@@ -321,18 +325,44 @@ class Run:
     ) -> dict[str, Rows]:
         """The training rows of every method of the recipe."""
         asked = self.inputs.prompts or (m.prompt for m in mistakes)
+        prompts = {p.id: p for p in asked}.values()
+        answered = self._answered(prompts)
+
+        def learned(mistake: Mistake) -> Mistake:
+            return mistake.model_copy(update={"prompt": answered(mistake.prompt)})
+
         materials = Materials(
             policy=self.inputs.policy,
-            mistakes=[mistake for mistake in mistakes if mistake.confirmed],
-            analyses=[analysis for analysis in analyses if analysis.accepted],
+            mistakes=[learned(mistake) for mistake in mistakes if mistake.confirmed],
+            analyses=[
+                analysis.model_copy(update={"mistake": learned(analysis.mistake)})
+                for analysis in analyses
+                if analysis.accepted
+            ],
             revisions=list(revisions),
             ordinary=self.inputs.ordinary,
-            answered=list({p.id: p for p in asked if p.reference}.values()),
+            answered=[known for p in prompts if (known := answered(p)).reference],
             mix=self.config.mix,
             seed=self.config.training_seed,
             sampled=analyses,
         )
         return {name: METHODS[name].rows(materials) for name in only or self.config.methods}
+
+    def _answered(self, prompts: Iterable[Prompt]) -> Callable[[Prompt], Prompt]:
+        """What gives a prompt the good answer that is learned; good_answers.jsonl."""
+        settings, tally = self.config.good_answers, Tally()
+        if settings.source == "data":
+            return lambda prompt: prompt
+        found = RecordFile(self.folder / "good_answers.jsonl", Response)
+        given = (self.inputs.policy, settings, self.config.seed, tally)
+        with (
+            self.manifest.stage("good answers"),
+            self._judge_of_mistakes() as judge,
+            self._engine(self.model, "answering well") as engine,
+        ):
+            found.fill(good_answers(prompts, engine, judge, RefusalJudge(), *given))
+        self._yield("good answers", tally)
+        return partial(with_answer, known={a.prompt.messages: a.text for a in found})
 
     def _train(self, method: str, rows: Rows, place: str = "") -> Path:
         folder = self._adapter_folder(method, rows, place)

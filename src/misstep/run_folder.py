@@ -27,7 +27,8 @@ from misstep.sources import source_digest
 
 MANIFEST = "manifest.json"
 RECORDS = (
-    *("mistakes.jsonl", "analyses.jsonl", "revisions.jsonl", "examples.jsonl"),
+    *("mistakes.jsonl", "analyses.jsonl", "revisions.jsonl"),
+    *("good_answers.jsonl", "examples.jsonl"),
     *("responses.jsonl", "scores.jsonl", "report.html", "results.json"),
 )
 """What the stages leave, the results last."""

@@ -1,0 +1,135 @@
+"""Good answers to the prompts that mistakes were collected on: the model's own, by rejection.
+
+The model answers each prompt several times, and the judge of mistakes keeps what is none
+(rejection sampling: RAFT, arXiv 2304.06767). So a method that learns from good answers needs no
+annotator. A judge of mistakes does not tell a good answer from one that only does no harm: of
+those that it lets through, one that refuses is taken only where there is no other. Knows no
+method and no file.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from misstep.engines.base import Engine, Request
+from misstep.errors import RunError
+from misstep.judges.base import Judge
+from misstep.policy import Policy
+from misstep.records import Message, Prompt, Response, Score
+from misstep.stages.base import Settings, Tally, derive_seed, no_answer, portions, score_all
+
+
+class GoodAnswerSettings(Settings):
+    """Where good answers to the prompts of mistakes come from."""
+
+    source: Literal["data", "self"] = "data"
+    """`data`: the references of the data, where they have some. `self`: the model's own answers
+    that the judge calls no mistake; references are then not looked at."""
+    samples: Annotated[int, Field(ge=1)] = 4
+    """Answers drawn for each prompt."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    """How freely they are sampled."""
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    """The longest answer that is drawn; one that breaks off there is not taken."""
+    guided: bool = False
+    """Whether the model is asked with the policy's guide. The answers are learned without it:
+    the guide is then distilled into the model (Askell et al., arXiv 2112.00861)."""
+
+
+def good_answers(
+    prompts: Iterable[Prompt],
+    engine: Engine,
+    judge: Judge,
+    refusals: Judge,
+    policy: Policy,
+    settings: GoodAnswerSettings,
+    seed: int,
+    tally: Tally,
+) -> Iterator[Response]:
+    """Let the model answer, several samples a prompt, and keep one that is no mistake.
+
+    Args:
+        prompts: that mistakes were collected on, each once.
+        engine: the model.
+        judge: of mistakes.
+        refusals: the judge of refusals; what it says of an answer only orders those that are
+            good.
+        policy: its guide is used where the settings say so.
+        settings: how many, how long, how freely.
+        seed: of the samples.
+        tally: counts what is kept, and why the rest is not.
+
+    Raises:
+        RunError: not one answer was kept; at the end.
+    """
+    for some in portions(prompts, max(1, engine.at_once // settings.samples)):
+        drawn = [(prompt, sample) for prompt in some for sample in range(settings.samples)]
+        requests = [_request(policy, p, sample, settings, seed) for p, sample in drawn]
+        responses = [
+            Response(
+                prompt=prompt,
+                text=answer.text.strip(),
+                model=engine.identity,
+                guided=settings.guided,
+                truncated=answer.truncated,
+                error=answer.error,
+            )
+            for (prompt, _), answer in zip(drawn, engine.generate(requests), strict=True)
+        ]
+        tally.given += len(some)
+        tally.sampled += len(responses)
+        scored = zip(responses, score_all(judge, responses), strict=True)
+        for of in portions(scored, settings.samples):
+            yield from _best([r for r, score in of if _sound(r, score, tally)], refusals, tally)
+    if not tally.kept:
+        raise RunError(
+            f"none of {tally.sampled} answers was good ({tally.counts.refused}). Try more "
+            "good_answers.samples, a larger good_answers.max_tokens, or good_answers.guided: "
+            "true; or give good answers with the data (good_answers.source: data)."
+        )
+
+
+def with_answer(prompt: Prompt, known: Mapping[tuple[Message, ...], str]) -> Prompt:
+    """The prompt with the answer that is known to it as its reference, or with none."""
+    return prompt.model_copy(update={"reference": known.get(prompt.messages)})
+
+
+def _request(
+    policy: Policy, prompt: Prompt, sample: int, settings: GoodAnswerSettings, seed: int
+) -> Request:
+    return Request(
+        messages=policy.guided_prompt(prompt) if settings.guided else prompt.messages,
+        max_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        seed=derive_seed(seed, "good answer", prompt.messages, sample),
+    )
+
+
+def _sound(response: Response, score: Score, tally: Tally) -> bool:
+    """Whether it is a whole answer that the judge calls no mistake."""
+    if response.error is not None:
+        why = no_answer(response.error)
+    elif not response.text:
+        why = "empty"
+    elif response.truncated:
+        why = "broken off at the token limit"
+    elif score.value is None:
+        why = "unscored"
+    elif score.counted:
+        why = "a mistake"
+    else:
+        return True
+    tally.refused[why] += 1
+    return False
+
+
+def _best(sound: Sequence[Response], refusals: Judge, tally: Tally) -> Iterator[Response]:
+    """The first answer that does not refuse, else the first; none of none."""
+    if not sound:
+        return
+    tally.kept += 1
+    if len(sound) > 1:
+        tally.refused["one more good answer to the same prompt"] += len(sound) - 1
+    scored = zip(sound, refusals.score(sound), strict=True)
+    yield next((r for r, score in scored if not score.counted), sound[0])

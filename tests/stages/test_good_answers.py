@@ -1,0 +1,113 @@
+"""Good answers by rejection: what is asked, what is kept, and which of several."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from misstep.engines.base import Completion, Engine, Request
+from misstep.errors import RunError
+from misstep.judges.base import Judge
+from misstep.judges.rule import RefusalJudge
+from misstep.policy import load_policy
+from misstep.records import Message, Prompt, Response, Score
+from misstep.stages.base import Tally
+from misstep.stages.good_answers import GoodAnswerSettings, good_answers, with_answer
+
+POLICY = load_policy("goal-hijacking")
+PROMPTS = [Prompt.of(f"case {i}", reference=f"annotated {i}") for i in range(3)]
+BAD, GOOD, REFUSAL = "Robots rule", "Bees make honey.", "I'm sorry, I can't help with that."
+
+
+class Drawn(Engine):
+    """Gives its texts in turn, sample by sample, and keeps what it was asked."""
+
+    identity = "drawn"
+
+    def __init__(self, *texts: str, change: Callable[[str], Completion] | None = None) -> None:
+        self.texts, self.asked = texts, list[Request]()
+        self.change = change or (lambda text: Completion(text=text, tokens=3))
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        start = len(self.asked)
+        self.asked += requests
+        count = len(self.texts)
+        return [self.change(self.texts[(start + i) % count]) for i in range(len(requests))]
+
+
+class Robots(Judge):
+    """Calls every text about robots a mistake, and has nothing to say of the sea."""
+
+    name = metric = "mistake_rate"
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        return [
+            self.unscored(r, "the sea")
+            if "sea" in r.text
+            else self.scored(r, float("Robots" in r.text))
+            for r in responses
+        ]
+
+
+def draw(engine: Engine, **settings: object) -> tuple[list[Response], Tally]:
+    tally = Tally()
+    how = GoodAnswerSettings.model_validate({"source": "self", "samples": 3, **settings})
+    found = good_answers(PROMPTS, engine, Robots(), RefusalJudge(), POLICY, how, 0, tally)
+    return list(found), tally
+
+
+def test_one_answer_a_prompt_that_is_no_mistake() -> None:
+    found, tally = draw(Drawn(BAD, GOOD, "Another."))
+    assert [(r.prompt, r.text) for r in found] == [(prompt, GOOD) for prompt in PROMPTS]
+    assert (tally.given, tally.sampled, tally.kept) == (3, 9, 3)
+    assert tally.refused == {"a mistake": 3, "one more good answer to the same prompt": 3}
+
+
+def test_an_answer_that_refuses_is_taken_where_there_is_no_other() -> None:
+    assert {r.text for r in draw(Drawn(REFUSAL, BAD, GOOD))[0]} == {GOOD}
+    assert {r.text for r in draw(Drawn(BAD, REFUSAL, BAD))[0]} == {REFUSAL}
+
+
+def test_unscored_is_not_good_and_a_prompt_without_a_good_answer_has_none() -> None:
+    engine = Drawn(*[BAD] * 3, "The sea.", " ", BAD, GOOD, BAD, BAD)
+    found, tally = draw(engine)
+    assert [(r.prompt, r.text) for r in found] == [(PROMPTS[2], GOOD)]
+    assert tally.refused == {"a mistake": 6, "unscored": 1, "empty": 1}
+
+
+def test_what_breaks_off_or_never_came_is_not_taken() -> None:
+    def spoil(text: str) -> Completion:
+        if text == "cut":
+            return Completion(text=text, tokens=9, truncated=True)
+        if text == "lost":
+            return Completion(text="", tokens=0, error="status 500")
+        return Completion(text=text, tokens=3)
+
+    found, tally = draw(Drawn("cut", "lost", GOOD, change=spoil))
+    assert {r.text for r in found} == {GOOD}
+    assert tally.refused == {"broken off at the token limit": 3, "no answer: status 500": 3}
+
+
+def test_nothing_good_at_all_says_what_was_wrong() -> None:
+    with pytest.raises(RunError, match=r"none of 9 answers was good.*'a mistake': 9"):
+        draw(Drawn(BAD))
+
+
+def test_the_guide_is_asked_with_only_where_it_is_wanted_and_dice_differ() -> None:
+    plain, guided = Drawn(GOOD), Drawn(GOOD)
+    draw(plain)
+    draw(guided, guided=True)
+    assert [r.messages for r in plain.asked[::3]] == [p.messages for p in PROMPTS]
+    assert [r.messages for r in guided.asked[::3]] == [
+        POLICY.guided_prompt(prompt) for prompt in PROMPTS
+    ]
+    assert len({request.seed for request in plain.asked}) == 9
+    again = Drawn(GOOD)
+    draw(again)
+    assert again.asked == plain.asked
+
+
+def test_annotated_answers_are_not_looked_at() -> None:
+    known = {PROMPTS[0].messages: "own"}
+    assert with_answer(PROMPTS[0], known).reference == "own"
+    assert with_answer(PROMPTS[1], known).reference is None
+    assert with_answer(PROMPTS[1], known).messages == (Message(role="user", content="case 1"),)
