@@ -57,6 +57,7 @@ LAYERS = [
     "misstep.models",
     "misstep.rendering",
     "misstep.gguf_merge",
+    "misstep.openvino_export",
     "misstep.folding",
     "misstep.training*",
     "misstep.engines.base",

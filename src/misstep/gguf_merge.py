@@ -160,10 +160,7 @@ def read_deltas(adapter: Path, header: Header) -> dict[str, Delta]:
     Raises:
         ModelError: the adapter is no plain LoRA, or a target has no tensor in this file.
     """
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    _refuse_unmergeable(adapter, config)
-    rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = _scale(adapter)
     shapes = {place.name: place.shape for place in header.tensors}
     deltas = {}
     for module, down, up in _pairs(adapter):
@@ -176,6 +173,22 @@ def read_deltas(adapter: Path, header: Header) -> dict[str, Delta]:
             )
         deltas[name] = Delta(down, up, scale)
     return deltas
+
+
+def plain_scale(adapter: Path) -> tuple[float, set[str]]:
+    """What the product of an adapter's matrices is multiplied by, and the modules it changes.
+
+    Raises:
+        ModelError: the adapter is no plain LoRA.
+    """
+    return _scale(adapter), {module for module, _, _ in _pairs(adapter)}
+
+
+def _scale(adapter: Path) -> float:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    _refuse_unmergeable(adapter, config)
+    rank = config["r"]
+    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _refuse_unmergeable(adapter: Path, config: Mapping[str, Any]) -> None:
@@ -195,7 +208,7 @@ def _refuse_unmergeable(adapter: Path, config: Mapping[str, Any]) -> None:
     if found:
         raise ModelError(
             f"{adapter}: expected a plain LoRA adapter, found {', '.join(found)}, which cannot "
-            "be merged into a GGUF. Serve it with the `transformers` engine."
+            "be merged into weights here. Serve it with the `transformers` engine."
         )
 
 
@@ -211,7 +224,7 @@ def _pairs(adapter: Path) -> Iterator[tuple[str, "Matrix", "Matrix"]]:
     if odd := sorted(known.symmetric_difference(tensors)):
         raise ModelError(
             f"{adapter}: expected pairs of lora_A and lora_B, found {odd[0]} "
-            f"({len(odd)} such tensors), which cannot be merged into a GGUF. "
+            f"({len(odd)} such tensors), which cannot be merged into weights here. "
             "Serve it with the `transformers` engine."
         )
     for module in sorted(modules):

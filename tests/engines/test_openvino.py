@@ -11,8 +11,8 @@ import pytest
 from misstep.engines import openvino
 from misstep.engines.base import Request
 from misstep.engines.openvino import BLOCK, COMPANIONS, LEAST_ROOM, ROOM, OpenVinoEngine
-from misstep.gguf_header import Header, Scalar, TensorPlace
 from misstep.models import EMBEDDED, Model, load_tokenizer, locate
+from misstep.openvino_export import Shape
 from misstep.records import Message
 from misstep.rendering import Renderer
 
@@ -72,7 +72,7 @@ def make(untuned_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(openvino, "_library", lambda: genai)
     monkeypatch.setattr(openvino, "identity", lambda *_: "stand-in")
-    monkeypatch.setattr(openvino, "read_header", lambda _: None)
+    monkeypatch.setattr(openvino, "_shape", lambda _: None)
     monkeypatch.setattr(openvino, "merge_adapter", merge)
     monkeypatch.setattr(Renderer, "for_model", lambda _: renderer)
     return made
@@ -103,39 +103,27 @@ def test_weights_of_an_adapter_go_with_their_engine(make: Make, tmp_path: Path) 
     assert len(list(scratch.iterdir())) == 1
 
 
-def family(layers: int, heads: int, groups: int, width: int, weights: int) -> Header:
-    values: dict[str, Scalar] = {
-        "general.architecture": "llama",
-        "llama.block_count": layers,
-        "llama.attention.head_count": heads,
-        "llama.attention.head_count_kv": groups,
-        "llama.embedding_length": width,
-    }
-    place = TensorPlace("w", (1000, weights // 1000), 1, 0)
-    return Header(values, {}, b"", 5, (place,))
-
-
-SMOLLM2_135M = family(30, 9, 3, 576, 135_000_000)
-QWEN2_5_500M = family(24, 14, 2, 896, 494_000_000)
-QWEN2_5_1_5B = family(28, 12, 2, 1536, 1_540_000_000)
-LLAMA_2_7B = family(32, 32, 32, 4096, 6_740_000_000)
-LLAMA_2_13B = family(40, 40, 40, 5120, 13_000_000_000)
+SMOLLM2_135M = Shape(30, 3, 64, 135_000_000)
+QWEN2_5_500M = Shape(24, 2, 64, 494_000_000)
+QWEN2_5_1_5B = Shape(28, 2, 128, 1_540_000_000)
+LLAMA_2_7B = Shape(32, 32, 128, 6_740_000_000)
+LLAMA_2_13B = Shape(40, 40, 128, 13_000_000_000)
 
 
 @pytest.mark.parametrize(
-    ("header", "blocks"), [(SMOLLM2_135M, 1456), (QWEN2_5_500M, 2730), (QWEN2_5_1_5B, 1170)]
+    ("shape", "blocks"), [(SMOLLM2_135M, 1456), (QWEN2_5_500M, 2730), (QWEN2_5_1_5B, 1170)]
 )
 def test_models_of_which_1_gib_holds_enough_have_that(
-    header: Header, blocks: int, monkeypatch: pytest.MonkeyPatch
+    shape: Shape, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openvino, "_precision", lambda: "bf16")
     for memory in (1, 1000):
         monkeypatch.setattr(openvino, "_memory", lambda memory=memory: memory * GIB)
-        assert openvino._cache_blocks(header) == blocks
+        assert openvino._cache_blocks(shape) == blocks
 
 
 @pytest.mark.parametrize(
-    ("header", "precision", "memory", "room"),
+    ("shape", "precision", "memory", "room"),
     [
         (LLAMA_2_7B, "bf16", 64, ROOM),
         (LLAMA_2_7B, "f32", 64, ROOM),
@@ -146,7 +134,7 @@ def test_models_of_which_1_gib_holds_enough_have_that(
     ],
 )
 def test_large_models_have_room_for_prompts_or_another_engine(
-    header: Header,
+    shape: Shape,
     precision: str,
     memory: int,
     room: int | None,
@@ -154,11 +142,11 @@ def test_large_models_have_room_for_prompts_or_another_engine(
 ) -> None:
     monkeypatch.setattr(openvino, "_precision", lambda: precision)
     monkeypatch.setattr(openvino, "_memory", lambda: memory * GIB)
-    monkeypatch.setattr(openvino, "read_header", lambda _: header)
+    monkeypatch.setattr(openvino, "_shape", lambda _: shape)
     obstacle = OpenVinoEngine.reads(locate(EMBEDDED))
     if room is None:
         assert obstacle and f"and {LEAST_ROOM} are needed" in obstacle
         return
     assert obstacle is None
-    found = (openvino._cache_blocks(header) - COMPANIONS) * BLOCK
+    found = (openvino._cache_blocks(shape) - COMPANIONS) * BLOCK
     assert found == room

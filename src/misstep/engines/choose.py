@@ -189,8 +189,10 @@ def _fastest(model: Model, adapter: Path | None) -> tuple[str, str]:
     """The engine to take where none is asked for, and the reason."""
     if not _has_gpu():
         obstacle = _openvino_obstacle(model, adapter)
-        if obstacle is None:
+        if obstacle is None and model.is_gguf:
             return "openvino", "this is a CPU and the model is a GGUF that it reads"
+        if obstacle is None:
+            return "openvino", "this is a CPU, and optimum-cli exports the model for it, once"
         return "transformers", obstacle
     from misstep.engines import vllm
 

@@ -1,9 +1,10 @@
-"""OpenVINO GenAI: fast answers on a CPU, from a GGUF file.
+"""OpenVINO GenAI: fast answers on a CPU, from a GGUF file or an export of a folder.
 
-The base model and a trained one answer through the same numbers: both are served from an F16
-GGUF, plain or with the adapter merged into it. Conversations go in as tokens and come out as
-tokens, so that rendering is the same as in training. This module knows OpenVINO's pipeline; it
-knows no other engine.
+The base model and a trained one answer through the same numbers: both are served in F16, from
+a GGUF, plain or with the adapter merged into it, or from one export, to whose weights OpenVINO
+adds the adapter while it loads. Conversations go in as tokens and come out as tokens, so that
+rendering is the same as in training. This module knows OpenVINO's pipeline; it knows no other
+engine.
 
 The same request gives the same text whatever else is in the batch and whatever the cache of
 prompt beginnings holds, on the same machine and version. Left alone, OpenVINO rounds by what
@@ -29,9 +30,10 @@ from typing import Any
 
 from misstep.engines.base import Completion, Engine, Request, completed
 from misstep.errors import EngineError, MissingExtra, ModelError
-from misstep.gguf_header import Header, read_header
+from misstep.gguf_header import read_header
 from misstep.gguf_merge import merge_adapter
 from misstep.models import Model, adapter_digest, is_full_fine_tune
+from misstep.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.rendering import Renderer
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -83,10 +85,15 @@ class OpenVinoEngine(Engine):
         self._temporary = None if scratch else TemporaryDirectory(prefix="misstep-")
         folder = Path(self._temporary.name) if self._temporary else scratch
         assert folder is not None
-        file = _weights(model, adapter, folder)
-        total = _cache_blocks(read_header(file))
-        self._merged = file if adapter else None
-        self._pipeline: Any = _pipeline(genai, file, total)
+        self._merged: Path | None = None
+        if model.is_gguf:
+            files, added = _weights(model, adapter, folder), None
+            self._merged = files if adapter else None
+        else:
+            files = exported(model)
+            added = adapter and _added(genai, files, adapter)
+        total = _cache_blocks(_shape(model))
+        self._pipeline: Any = _pipeline(genai, files, total, added)
         self._blocks = total - COMPANIONS
         self._genai = genai
         self._status = genai.GenerationStatus
@@ -95,19 +102,11 @@ class OpenVinoEngine(Engine):
     @staticmethod
     def reads(model: Model) -> str | None:
         """Why OpenVINO cannot read this model, or None where it can."""
-        if model.path is None or not model.is_gguf:
-            return "it is no GGUF file"
-        header = read_header(model.path)
-        if header.architecture not in FAMILIES:
-            return (
-                f"its family is {header.architecture or 'unknown'}, not {', '.join(FAMILIES)}"
-            )
-        scaling = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
-        if scaling != "none" or any(t.name.startswith("rope_freqs") for t in header.tensors):
-            return "its positions are scaled, which OpenVINO ignores"
-        if odd := {t.type_code for t in header.tensors} - PACKINGS:
-            return f"some weights are packed as type {min(odd)}"
-        room = (_cache_blocks(header) - COMPANIONS) * BLOCK
+        if model.endpoint is not None:
+            return "its weights are not here"
+        if reason := _gguf_obstacle(model) if model.is_gguf else obstacle(model):
+            return reason
+        room = (_cache_blocks(_shape(model)) - COMPANIONS) * BLOCK
         if room < LEAST_ROOM:
             return (
                 f"beside its weights, this machine's memory has room for {max(0, room)} tokens "
@@ -277,6 +276,43 @@ def _weights(model: Model, adapter: Path | None, folder: Path) -> Path:
     return out if out.is_file() else merge_adapter(model.path, adapter, out)
 
 
+def _gguf_obstacle(model: Model) -> str | None:
+    """Why OpenVINO's own reader does not take a GGUF file, or None."""
+    header = read_header(model.files)
+    if header.architecture not in FAMILIES:
+        return f"its family is {header.architecture or 'unknown'}, not {', '.join(FAMILIES)}"
+    scaling = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
+    if scaling != "none" or any(t.name.startswith("rope_freqs") for t in header.tensors):
+        return "its positions are scaled, which OpenVINO ignores"
+    if odd := {t.type_code for t in header.tensors} - PACKINGS:
+        return f"some weights are packed as type {min(odd)}"
+    return None
+
+
+def _added(genai: Any, folder: Path, adapter: Path) -> Any:
+    """What has OpenVINO add an adapter to an export's weights, once, while it loads."""
+    # It does not read the adapter's configuration: without the scale, half of it may be lost.
+    scale = adapter_scale(folder, adapter)
+    weights = genai.Adapter(str(adapter / "adapter_model.safetensors"))
+    return genai.AdapterConfig(weights, scale, genai.AdapterConfig.Mode.MODE_FUSE)
+
+
+def _shape(model: Model) -> Shape:
+    if not model.is_gguf:
+        found = shape(model)
+        assert found is not None  # Else the model was refused.
+        return found
+    header = read_header(model.files)
+    heads = header.number("attention.head_count")
+    width = header.values.get(f"{header.architecture}.attention.key_length")
+    return Shape(
+        layers=header.number("block_count"),
+        keys=int(header.values.get(f"{header.architecture}.attention.head_count_kv", heads)),
+        width=int(width) if width else header.number("embedding_length") // heads,
+        weights=sum(prod(tensor.shape) for tensor in header.tensors),
+    )
+
+
 def _precision() -> str:
     """What the processor computes in natively; also the precision of the cache."""
     from openvino import Core
@@ -285,21 +321,16 @@ def _precision() -> str:
     return "bf16" if "BF16" in able else "f32"
 
 
-def _cache_blocks(header: Header) -> int:
+def _cache_blocks(of: Shape) -> int:
     """Blocks of the cache: 1 GiB of them, or more where that holds few and memory allows it.
 
     By the memory that there is, not what is free now: the choice of an engine depends on it,
     and must be the same when a run is gone on with.
     """
-    heads = header.number("attention.head_count")
-    size = header.values.get(f"{header.architecture}.attention.key_length")
-    width = int(size) if size else header.number("embedding_length") // heads
-    keys = int(header.values.get(f"{header.architecture}.attention.head_count_kv", heads))
     number = 2 if _precision() == "bf16" else 4
-    block = 2 * header.number("block_count") * keys * width * BLOCK * number
-    weights = number * sum(prod(tensor.shape) for tensor in header.tensors)
+    block = 2 * of.layers * of.keys * of.width * BLOCK * number
     # A quarter is for all else.
-    spare = max(0, _memory() * 3 // 4 - weights)
+    spare = max(0, _memory() * 3 // 4 - number * of.weights)
     return max(CACHE_BYTES // block, min(COMPANIONS + blocks_of(ROOM), spare // block))
 
 
@@ -308,7 +339,7 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _pipeline(genai: Any, file: Path, blocks: int) -> Any:
+def _pipeline(genai: Any, files: Path, blocks: int, added: Any) -> Any:
     scheduler = genai.SchedulerConfig()
     scheduler.num_kv_blocks = blocks
     scheduler.enable_prefix_caching = True
@@ -317,11 +348,13 @@ def _pipeline(genai: Any, file: Path, blocks: int) -> Any:
     scheduler.max_num_batched_tokens = blocks * BLOCK
     precision = _precision()
     settings = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
+    if added is not None:
+        settings["adapters"] = added
     try:
-        return genai.ContinuousBatchingPipeline(str(file), scheduler, "CPU", settings)
+        return genai.ContinuousBatchingPipeline(str(files), scheduler, "CPU", settings)
     except RuntimeError as error:
         raise EngineError(
-            f"OpenVINO cannot load {file.name}: {error}. Use the `transformers` engine."
+            f"OpenVINO cannot load {files.name}: {error}. Use the `transformers` engine."
         ) from error
 
 
@@ -345,4 +378,5 @@ def identity(model: Model, adapter: Path | None) -> str:
         )
     trained = adapter_digest(adapter) if adapter else "base"
     release = version("openvino-genai")
-    return f"openvino-genai {release}:{model.digest}:{trained}:f16-{_precision()}"
+    form = "f16" if model.is_gguf else "exported-f16"
+    return f"openvino-genai {release}:{model.digest}:{trained}:{form}-{_precision()}"
