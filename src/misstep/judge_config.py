@@ -43,8 +43,9 @@ class JudgeConfig(Settings):
     """The folder that `misstep judge train` has written."""
     ensemble: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """Several judges, each written as a command writes it."""
-    needs: Literal["majority", "all"] = "majority"
-    """How many of an ensemble must say the same; else an answer is unscored."""
+    needs: Literal["majority", "all", "mean"] = "majority"
+    """How many of an ensemble must say the same, else an answer is unscored; or the mean of
+    what all of them say, of judges that give probabilities."""
     model: str | None = None
     """`smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
     `openai:MODEL@URL`, which is no guard's."""

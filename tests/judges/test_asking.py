@@ -354,6 +354,17 @@ def test_an_ensemble_needs_a_majority_or_all() -> None:
     assert tie.value is None
 
 
+def test_an_ensemble_may_say_the_mean_of_what_all_members_say() -> None:
+    members = [Fixed(0.9, 0.4, None), Fixed(0.3, 0.55, 1)]
+    responses = [answered(str(i)) for i in range(3)]
+    sure, unsure, lacking = EnsembleJudge(members, "mean").score(responses)
+    assert [s.value for s in (sure, unsure)] == pytest.approx([0.6, 0.475])
+    assert [s.counted for s in (sure, unsure)] == [1, 0]
+    assert lacking.value is None and "not all judges" in lacking.reason
+    names = {EnsembleJudge(members, needs).name for needs in ("majority", "all", "mean")}
+    assert len(names) == 2  # Of two judges a majority is all.
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 def test_shipped_rubrics_load_under_their_file_names(name: str) -> None:
     assert load_rubric(name).name == name

@@ -1,7 +1,8 @@
 """Several judges of one question, and what they say together.
 
 Each member gives its verdict, or none. The ensemble's score is the verdict of more than half of
-the members, or of all of them; without it the answer is unscored.
+the members, or of all of them, or the mean of all their scores; without it the answer is
+unscored.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Literal
 from misstep.judges.base import Judge
 from misstep.records import Prompt, Response, Score, digest
 
-Needs = Literal["majority", "all"]
+Needs = Literal["majority", "all", "mean"]
 
 
 class EnsembleJudge(Judge):
@@ -21,8 +22,10 @@ class EnsembleJudge(Judge):
         self.metric = members[0].metric
         self.votes = len(members)
         assert all(member.metric == self.metric for member in members)
-        self.enough = len(members) if needs == "all" else len(members) // 2 + 1
-        self.name = f"ensemble:{digest([[member.name for member in members], self.enough])}"
+        self.mean = needs == "mean"
+        self.enough = len(members) // 2 + 1 if needs == "majority" else len(members)
+        by = "mean" if self.mean else self.enough
+        self.name = f"ensemble:{digest([[member.name for member in members], by])}"
 
     def applies(self, prompt: Prompt) -> bool:
         return any(member.applies(prompt) for member in self.members)
@@ -44,9 +47,18 @@ class EnsembleJudge(Judge):
             f"{member.name}: {score.value:g}" if score.value is not None else score.reason
             for member, score in zip(self.members, scores, strict=True)
         )
-        verdict = next((v for v in (0.0, 1.0) if votes.count(v) >= self.enough), None)
-        if verdict is None:
-            found = self.unscored(response, f"the judges do not agree: {told}")
+        value = _mean(scores) if self.mean else self._verdict(votes)
+        if value is None:
+            lack = "not all judges give a score" if self.mean else "the judges do not agree"
+            found = self.unscored(response, f"{lack}: {told}")
         else:
-            found = self.scored(response, verdict, told)
+            found = self.scored(response, value, told)
         return found.model_copy(update={"votes": votes})
+
+    def _verdict(self, votes: Sequence[float | None]) -> float | None:
+        return next((v for v in (0.0, 1.0) if votes.count(v) >= self.enough), None)
+
+
+def _mean(scores: Sequence[Score]) -> float | None:
+    values = [score.value for score in scores if score.value is not None]
+    return sum(values) / len(values) if len(values) == len(scores) else None
