@@ -756,7 +756,8 @@ def test_where_nothing_trains_nothing_is_collected(recipe: Path, tmp_path: Path)
     assert {row["method"] for row in results["rows"]} == {"vanilla", "guided"}
     manifest = json.loads((folder / "manifest.json").read_text())
     assert list(manifest["stages"]) == ["respond", "evaluate"]
-    assert "What each stage kept" not in (folder / "report.html").read_text()
+    assert list(manifest["yields"]) == ["respond"]
+    assert "<h3>Mistakes<" not in (folder / "report.html").read_text()
     assert markdown_page(folder)
     assert not (folder / "mistakes.jsonl").exists()
     for stage in ("induce", "analyse"):

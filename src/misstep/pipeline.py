@@ -61,7 +61,7 @@ from misstep.stages.evaluate import (
 from misstep.stages.good_answers import good_answers, with_answer
 from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
-from misstep.stages.respond import respond
+from misstep.stages.respond import respond, whole_counted
 from misstep.stages.revise import revise
 from misstep.stages.train import input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
@@ -391,9 +391,12 @@ class Run:
 
     def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
+        tally = Tally()
         with self.manifest.stage("respond"):
-            answers = RecordFile(self.folder / "responses.jsonl", Answer)
-            return answers.fill(self._all_answers(adapters))
+            found = RecordFile(self.folder / "responses.jsonl", Answer)
+            found.fill(whole_counted(self._all_answers(adapters), tally))
+        self._yield("respond", tally)
+        return found
 
     def _all_answers(self, adapters: Mapping[str, Path | None]) -> Iterator[Answer]:
         for method, adapter in adapters.items():
@@ -493,7 +496,8 @@ class Run:
     def _yield(self, stage: str, tally: Tally) -> None:
         counts = tally.counts
         self.manifest.data["yields"][stage] = counts.model_dump(mode="json")
-        self.progress.say(f"{stage}: kept {counts.kept} of {counts.sampled or counts.given}")
+        kept = "whole" if stage == "respond" else "kept"
+        self.progress.say(f"{stage}: {kept} {counts.kept} of {counts.sampled or counts.given}")
 
     @contextmanager
     def _judge_of_mistakes(self) -> Iterator[Judge]:

@@ -3,7 +3,15 @@ import pytest
 from misstep.report.compared import scatter
 from misstep.report.pictures import scale
 from misstep.report.view import Setting, ends
-from misstep.report.words import brief, duration, gap, model_text, points, rate
+from misstep.report.words import (
+    brief,
+    duration,
+    gap,
+    model_text,
+    points,
+    rate,
+    what_stage_makes,
+)
 from misstep.results import Pooled
 
 
@@ -41,6 +49,14 @@ def test_numbers_keep_what_a_reader_needs() -> None:
     assert (rate(None), rate(0.2145)) == ("–", "21.4\u202f%")
     assert points(-0.172) == "\u221217.2\u202fpoints"
     assert (gap(0.0001), gap(0.25)) == ("0.0", "+25.0")
+
+
+def test_a_stage_is_titled_by_what_it_makes() -> None:
+    stages = ("induce", "analyse", "revise", "good answers", "respond", "induce, round 2")
+    assert [what_stage_makes(stage) for stage in stages] == [
+        *("Mistakes", "Analyses", "Revisions", "Good answers", "Answers to the tests"),
+        "Mistakes, round 2",
+    ]
 
 
 def test_durations_are_in_the_unit_that_a_person_would_choose() -> None:

@@ -4,8 +4,9 @@ from itertools import count, islice
 from misstep.engines.base import AT_ONCE
 from misstep.engines.scripted import ScriptedEngine
 from misstep.policy import load_policy
-from misstep.records import Message, Prompt
-from misstep.stages.respond import RespondSettings, respond
+from misstep.records import Answer, Message, Prompt, Response
+from misstep.stages.base import Tally
+from misstep.stages.respond import RespondSettings, respond, whole_counted
 
 POLICY = load_policy("goal-hijacking")
 PROMPTS = [
@@ -63,3 +64,25 @@ def test_an_answer_names_its_model_and_whether_it_broke_off() -> None:
     found = list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0))
     assert [r.truncated for r in found] == [True, False, True]
     assert {r.model for r in found} == {engine.identity}
+
+
+def test_answers_that_stopped_at_the_limit_are_counted_by_method_and_kept() -> None:
+    ends = [("vanilla", True, None), ("vanilla", False, None), ("sft", True, None)]
+    answers = [
+        Answer(
+            method=method,
+            guided=False,
+            test_set="t",
+            seed=0,
+            response=Response(prompt=PROMPTS[0], text="x", truncated=cut, error=error),
+        )
+        for method, cut, error in [*ends, ("sft", False, "status 500")]
+    ]
+    tally = Tally()
+    assert list(whole_counted(answers, tally)) == answers
+    assert (tally.given, tally.kept) == (4, 1)
+    assert tally.refused == {
+        "stopped at the token limit, vanilla": 1,
+        "stopped at the token limit, sft": 1,
+        "no answer: status 500": 1,
+    }

@@ -28,6 +28,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "duration": words.duration,
     "model_text": words.model_text,
     "most_frequent": words.most_frequent,
+    "what_stage_makes": words.what_stage_makes,
 }
 
 

@@ -153,6 +153,19 @@ def most_frequent(counts: Mapping[str, int], most: int = 8) -> dict[str, int]:
     return dict(ordered[:most]) | ({"other reasons": rest} if rest else {})
 
 
+def what_stage_makes(stage: str) -> str:
+    """What a stage's counts are about, by the name that the manifest has: `induce, round 2`."""
+    name, _, round_ = stage.partition(", ")
+    made = {
+        "induce": "Mistakes",
+        "analyse": "Analyses",
+        "revise": "Revisions",
+        "respond": "Answers to the tests",
+    }
+    title = made.get(name, name.capitalize())
+    return f"{title}, {round_}" if round_ else title
+
+
 class Text(NamedTuple):
     """Model text for the page: cut by characters, with the language that chooses its glyphs."""
 

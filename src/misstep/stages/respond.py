@@ -11,8 +11,16 @@ from pydantic import AfterValidator, Field
 
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy
-from misstep.records import Prompt, Response
-from misstep.stages.base import Ask, Settings, ask, derive_seed, each_once
+from misstep.records import Answer, Prompt, Response
+from misstep.stages.base import (
+    Ask,
+    Settings,
+    Tally,
+    ask,
+    derive_seed,
+    each_once,
+    no_answer,
+)
 
 Read = Callable[[str], str]
 """Takes from a model's text what a user gets to see."""
@@ -61,3 +69,22 @@ def respond(
             truncated=answer.truncated,
             error=answer.error,
         )
+
+
+def whole_counted(answers: Iterable[Answer], tally: Tally) -> Iterator[Answer]:
+    """The answers as they come, and a count of those that are whole.
+
+    One that stopped at the token limit is judged as it stands, on less than the model meant to
+    say: where many did, rates of mistakes and of help are too low.
+    """
+    for answer in answers:
+        response = answer.response
+        tally.given += 1
+        tally.sampled += 1
+        if response.error is not None:
+            tally.refused[no_answer(response.error)] += 1
+        elif response.truncated:
+            tally.refused[f"stopped at the token limit, {answer.method}"] += 1
+        else:
+            tally.kept += 1
+        yield answer
