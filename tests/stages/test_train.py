@@ -431,6 +431,46 @@ def test_checkpointing_keeps_less_for_the_gradient() -> None:
     assert kept[1] < 0.5 * kept[0]
 
 
+def kept_for_the_gradient(module: Any, states: Tensor) -> int:
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        found[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert module(states).requires_grad
+    return sum(found.values())
+
+
+def test_what_is_cheap_to_compute_again_is_not_kept() -> None:
+    loss = prepared("tied", "lora").to(torch.bfloat16).train()
+    states = torch.randn(2, 50, loss.lm.config.hidden_size, dtype=torch.bfloat16)
+    states.requires_grad_()
+    layer = loss.lm.get_decoder().layers[0]
+    for module in (layer.mlp, layer.input_layernorm):
+        plain = kept_for_the_gradient(module, states)
+        with fast_layers(loss):
+            fused = kept_for_the_gradient(module, states)
+        assert fused < 0.75 * plain
+
+
+def test_layers_that_compute_something_else_are_left_as_they_are() -> None:
+    loss = prepared("tied", "lora").train()
+    layer = loss.lm.get_decoder().layers[0]
+    # As Gemma's norm and its feed-forward layer: names and parts are the same.
+    usual = type(layer.input_layernorm).forward
+    layer.input_layernorm.forward = lambda x: usual(layer.input_layernorm, x) + x
+    layer.mlp.act_fn = torch.nn.GELU()
+    norm, ids = layer.input_layernorm.forward, torch.arange(20).unsqueeze(0)
+    before = loss.lm(input_ids=ids).logits
+    with fast_layers(loss):
+        assert layer.input_layernorm.forward is norm
+        assert "forward" not in vars(layer.mlp)
+        assert "forward" in vars(layer.post_attention_layernorm)
+        torch.testing.assert_close(loss.lm(input_ids=ids).logits, before)
+
+
 # --- order and micro-batches ------------------------------------------------------------------
 
 
