@@ -1,5 +1,6 @@
 """The pages of docs/results say what the committed files beside them say."""
 
+import json
 import re
 import runpy
 import shutil
@@ -112,6 +113,15 @@ def test_without_a_manifest_the_page_says_nothing_of_it(tmp_path: Path) -> None:
     assert rows_table(read_results(run / "results.json")) in page
     assert "Machine:" in whole and "## Yields" in whole
     assert "Machine:" not in page and "## Yields" not in page
+
+
+def test_a_run_of_one_setting_has_no_table_of_differences(tmp_path: Path) -> None:
+    run = next(run for run in RUNS if not read_results(run / "results.json").pooled)
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    alone = json.dumps(results | {"comparisons": []})
+    (tmp_path / "results.json").write_text(alone, encoding="utf-8")
+    assert "Paired differences" in markdown_page(run)
+    assert "Paired differences" not in markdown_page(tmp_path)
 
 
 def test_every_rate_stands_in_the_page() -> None:

@@ -53,12 +53,17 @@ def markdown_page(folder: Path) -> str:
         "## Rates with 95 % intervals",
         rows_table(results),
         *([CORRECTED] if is_corrected(results) else []),
-        "## Paired differences (a minus b)",
-        _comparisons_table(results.comparisons),
+        *_paired(results),
         *_agreements(results),
         *(["## Yields", _yields(manifest["yields"])] if manifest else []),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _paired(results: Results) -> list[str]:
+    if not results.comparisons:
+        return []
+    return ["## Paired differences (a minus b)", _comparisons_table(results.comparisons)]
 
 
 def _overlaps(manifest: dict[str, Any]) -> list[str]:
