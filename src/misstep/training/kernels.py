@@ -94,6 +94,8 @@ def _is_plain_norm(module: Any) -> bool:
     weight, epsilon = (getattr(module, name, None) for name in ("weight", "variance_epsilon"))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or epsilon is None:
         return False
+    if not _is_whole(weight):
+        return False
     x = _some_states(weight, len(weight))
     with torch.no_grad():
         same = torch.equal(module(x), FrozenNorm.apply(x, weight, epsilon))
@@ -114,9 +116,16 @@ def _is_plain_mlp(module: Any, plain: Container[Any]) -> bool:
     if not all(part in plain for part in parts):
         return False
     gate, up, down = parts
+    if not all(_is_whole(part.base_layer.weight) for part in parts):
+        return False
     x = _some_states(up.base_layer.weight, up.in_features)
     with torch.no_grad():
         return bool(torch.equal(module(x), down(nn.functional.silu(gate(x)) * up(x))))
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """Whether a weight lies here as a whole; of a sharded one nothing can be tried out."""
+    return type(weight.data) is Tensor
 
 
 def _some_states(like: Tensor, width: int) -> Tensor:
