@@ -39,8 +39,8 @@ MEASURED_PAIRS = 64
 MICRO_TOKENS = {"cpu": 1536, "cuda": 16384}
 """Padded tokens of one micro-batch: what a processor needs to be busy, and not more memory.
 
-SmolLM2-135M, rows of analyses, one core: 1,024 take as long as 2,048, and 0.5 GB less; with two
-cores half as many rows are a little slow."""
+SmolLM2-135M, rows of analyses, one core: 1,024 take as long as 2,048, and 0.5 GB less. Between
+the two, since more cores need more rows; that was not measured apart."""
 
 
 @dataclass(frozen=True)
