@@ -94,7 +94,9 @@ def speed() -> Iterator[Aim]:
         why = f"{need} of the GEMM peak would give it; earlier runs {' and '.join(before)}"
         yield least(f"training, tokens/s over `{peer}`", aim, ratio, _times, why)
     before = [rate(run["ours"]["gemm_share"]) for run in earlier]
-    why = f"attention, norms and the adapter are not counted; earlier runs {' and '.join(before)}"
+    why = (
+        f"attention, norms and the adapter are not counted; earlier runs {' and '.join(before)}"
+    )
     yield least("training, share of the GEMM peak", 0.5, share, rate, why)
     for peer in ("trl-documented", "trl-best"):
         ratio = work["peers"][peer]["ratio_peak_memory"]
