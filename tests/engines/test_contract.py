@@ -1,6 +1,9 @@
 """One contract for all engines, and the proof that an adapter's weights really answer."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,6 +222,27 @@ def test_openvino_refuses_what_its_cache_cannot_hold(scratch: Path) -> None:
         large, small = engine.generate([ask("Hi", max_tokens=10_000_000), ask("Hi")])
         assert large.error and "exceed OpenVINO's cache" in large.error
         assert small.tokens and not small.error
+
+
+ON_ONE_CORE = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from misstep.engines.base import Request
+from misstep.engines.openvino import OpenVinoEngine
+from misstep.models import locate
+from misstep.records import Message
+with OpenVinoEngine(locate("smollm2-135m")) as engine:
+    request = Request(messages=(Message(role="user", content="Hi"),), max_tokens=4)
+    assert engine.generate([request, request])[1].tokens
+"""
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux's affinity")
+def test_openvino_answers_where_it_may_use_one_core_only() -> None:
+    pytest.importorskip("openvino_genai")
+    done = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")

@@ -317,8 +317,13 @@ def _precision() -> str:
     """What the processor computes in natively; also the precision of the cache."""
     from openvino import Core
 
-    able = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return "bf16" if "BF16" in able else "f32"
+    core = Core()
+    _, processors = core.get_property("CPU", "RANGE_FOR_STREAMS")
+    # With one to use, its layers for AMX divide by zero and the process dies:
+    # github.com/openvinotoolkit/openvino/issues/33300
+    if processors < 2:
+        return "f32"
+    return "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
 
 
 def _cache_blocks(of: Shape) -> int:
