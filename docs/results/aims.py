@@ -199,6 +199,10 @@ def breadth() -> Iterator[Aim]:
     made = {name for name in ABLATIONS if (HERE / f"ablation-{name}").is_dir()} | {"guidance"}
     why = f"{', '.join(sorted(set(ABLATIONS) - made))}: too long for two cores so far"
     yield least("ablations with a result", len(ABLATIONS), len(made), _whole, why)
+    swept = read_results(HERE / "ablation-number-of-mistakes/results.json").rows
+    limits = {int(str(row.variant).partition("=")[2]) for row in swept}
+    why = f"{' and '.join(map(str, sorted(limits)))} were; more were too long for two cores"
+    yield least("mistakes, the most that were swept", 500, max(limits), _whole, why)
 
 
 def judges() -> Iterator[Aim]:

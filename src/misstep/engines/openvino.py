@@ -319,8 +319,8 @@ def _precision() -> str:
 
     core = Core()
     _, processors = core.get_property("CPU", "RANGE_FOR_STREAMS")
-    # With one to use, its layers for AMX divide by zero and the process dies:
-    # github.com/openvinotoolkit/openvino/issues/33300
+    # With one to use, bf16 was seen to divide by zero on a processor with AMX, which ends the
+    # process: github.com/openvinotoolkit/openvino/issues/33300
     if processors < 2:
         return "f32"
     return "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
