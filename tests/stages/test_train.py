@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ from misstep.rendering import Renderer
 from misstep.stages import fit
 from misstep.stages.train import input_digest, model_card, train
 from misstep.stages.train_settings import PreferenceSettings, TrainSettings
+from misstep.training import kernels, sharing
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
 from misstep.training.loss import (
@@ -658,6 +660,64 @@ def test_steps_are_the_same_in_small_micro_batches(
     assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in wanted], rel=0.01)
 
 
+def in_lanes(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have micro-batches of a few rows computed side by side; the threads that compute."""
+    threads, loss = list[str](), trainer_module.CompletionTrainer._loss
+
+    def noted(self: Any, model: Any, batch: Any, scale: float) -> Tensor:
+        threads.append(threading.current_thread().name)
+        return loss(self, model, batch, scale)
+
+    monkeypatch.setattr(trainer_module.CompletionTrainer, "_loss", noted)
+    monkeypatch.setattr(sharing, "lanes_of", lambda _lm: count)
+    # Of this small a model an adapter is no small part.
+    monkeypatch.setattr(kernels, "SMALL", 1.0)
+    monkeypatch.setattr(fit, "MICRO_TOKENS", {"cpu": 100, "cuda": 100})
+    return threads
+
+
+def test_micro_batches_side_by_side_train_the_same_adapter_as_one_by_one(
+    model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = in_lanes(3, monkeypatch)
+    curve = train(model, EXAMPLES, QUICK, 7, tmp_path / "lanes").loss_curve
+    assert len(set(threads)) >= 2 and threading.current_thread().name not in threads
+    wanted = report_of(undisturbed).loss_curve
+    # In bf16, whose rounding depends on the shapes of the products.
+    assert [loss for _, loss in curve] == pytest.approx([loss for _, loss in wanted], rel=0.01)
+    train(model, EXAMPLES, QUICK, 7, tmp_path / "again")
+    assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "lanes")
+
+
+def test_gradients_side_by_side_are_those_of_one_lane(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_lanes(3, monkeypatch)
+    abreast = trainer_module.CompletionTrainer._side_by_side
+    steps: list[tuple[Tensor, Tensor]] = []
+
+    def compared(self: Any, model: Any, micro: Any, scale: float) -> Tensor:
+        found = abreast(self, model, micro, scale)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        gradients = [p.grad.clone() for p in learned]
+        model.zero_grad()
+        alone = torch.stack([self._backward(model, batch, scale) for batch in micro]).sum()
+        assert len(micro) > 2
+        for gradient, parameter in zip(gradients, learned, strict=True):
+            assert torch.equal(gradient, parameter.grad)
+        steps.append((found, alone))
+        return found
+
+    monkeypatch.setattr(trainer_module.CompletionTrainer, "_side_by_side", compared)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(model, EXAMPLES[:12], QUICK, 7, tmp_path)
+    finally:
+        torch.set_num_threads(before)
+    assert steps and all(torch.equal(found, alone) for found, alone in steps)
+
+
 def memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stands in for a GPU that fails at the end of the way back; what it was tried with."""
     backward, tried = trainer_module.CompletionTrainer._backward, list[int]()
@@ -722,9 +782,10 @@ def test_what_memory_does_not_hold_is_measured_in_smaller_parts() -> None:
             raise torch.OutOfMemoryError
         return [len(row.ids) for row in group]
 
-    found = list(measured(some, 10**6, lengths))
-    assert sorted(n for _, ns in found for n in ns) == sorted(len(row.ids) for row in some)
-    assert all(ns == [len(row.ids) for row in group] for group, ns in found)
+    for lanes in (1, 3):
+        found = list(measured(some, 10**6, lengths, lanes))
+        assert sorted(n for _, ns in found for n in ns) == sorted(len(r.ids) for r in some)
+        assert all(ns == [len(row.ids) for row in group] for group, ns in found)
     with pytest.raises(torch.OutOfMemoryError):
         list(measured([*some, Row(tuple(range(3 * most)), 1, "long")], 10**6, lengths))
 

@@ -126,7 +126,9 @@ def _run(job: Job) -> dict[str, Any]:
             command = [sys.executable, str(job.script), job.work["recipe"], *overrides]
             command += ["--found", str(wanted)]
         started = time.monotonic()
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=_environment(job)
+        )
         wall = time.monotonic() - started
         if ended.returncode or not wanted.exists():
             lines = (ended.stderr or ended.stdout).strip().splitlines()[-LINES_OF_A_FAILURE:]
@@ -136,6 +138,12 @@ def _run(job: Job) -> dict[str, Any]:
             )
         found: dict[str, Any] = json.loads(wanted.read_text(encoding="utf-8"))
     return found | {"seconds": wall} if "recipe" in job.work else found
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """The environment of a side: a peer's threads wait as they would without this project."""
+    ours = job.name == OURS
+    return {k: v for k, v in os.environ.items() if ours or k != "OMP_WAIT_POLICY"}
 
 
 def side(found: Sequence[dict[str, Any]], **more: Any) -> Side:

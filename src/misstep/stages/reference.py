@@ -55,6 +55,7 @@ def row_losses(model: Model, adapter: Path | None, rows: Sequence[Row]) -> dict[
     from peft import PeftModel
 
     from misstep.training.loss import CompletionLoss, measured, on_device, without_gradient
+    from misstep.training.sharing import lanes_of
 
     loaded = load_weights(model, adapter)
     lm = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
@@ -67,7 +68,7 @@ def row_losses(model: Model, adapter: Path | None, rows: Sequence[Row]) -> dict[
         return sums
 
     with without_gradient(loss):
-        for group, sums in measured(rows, micro_tokens(), sums_of):
+        for group, sums in measured(rows, micro_tokens(), sums_of, lanes_of(lm)):
             found |= {row: s / row.learned for row, s in zip(group, sums, strict=True)}
     return found
 

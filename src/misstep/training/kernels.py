@@ -20,6 +20,9 @@ from misstep.training import sharing
 from misstep.training.label_loss import LabelLoss
 from misstep.training.loss import CompletionLoss
 
+SMALL = 0.1
+"""The share of all parameters up to which those that are trained are few."""
+
 
 @contextmanager
 def fast_layers(
@@ -41,6 +44,8 @@ def fast_layers(
         sharing.register()
         lm.set_attn_implementation(sharing.ATTENTION)
         loss.collate = sharing.collate_shared
+    if not checkpointing and not compiled and _is_mostly_frozen(loss):
+        loss.lanes = sharing.lanes_of(lm)
     if checkpointing:
         lm.activation_checkpointing_enable()
     blocks = list(lm.get_decoder().layers) if compiled else []
@@ -55,9 +60,17 @@ def fast_layers(
             lm.activation_checkpointing_disable()
         for layer in fused:
             del layer.forward
+        loss.lanes = 1
         if shares:
             lm.set_attn_implementation(attention)
             loss.collate = collate
+
+
+def _is_mostly_frozen(loss: nn.Module) -> bool:
+    """Whether the gradients of several micro-batches take little memory beside the weights."""
+    sizes = [(p.numel(), p.requires_grad) for p in loss.parameters()]
+    learned, total = sum(n for n, learns in sizes if learns), sum(n for n, _ in sizes)
+    return bool(learned < SMALL * total)
 
 
 def _is_plain(layer: Any) -> bool:

@@ -46,6 +46,8 @@ class LabelLoss(nn.Module):  # type: ignore[misc]
         """What a row labelled 0 counts, and one labelled 1."""
         self.collate: Callable[[Sequence[Row]], MicroBatch] = collate
         """How rows become a micro-batch that this model reads."""
+        self.lanes = 1
+        """How many micro-batches may be computed at once."""
 
     @property
     def lm(self) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from misstep.models import halve
+from misstep.training.lanes import side_by_side
 from misstep.training.rows import Row, Unit, micro_batches, padded
 
 T = TypeVar("T")
@@ -66,6 +67,8 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
         """Whether body and head may run apart; else the model computes all its logits."""
         self.collate: Callable[[Sequence[Row]], MicroBatch] = collate
         """How rows become a micro-batch that this model reads."""
+        self.lanes = 1
+        """How many micro-batches may be computed at once."""
 
     @property
     def lm(self) -> Any:
@@ -137,16 +140,25 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 
 def measured(
-    rows: Sequence[Unit], micro_tokens: int, measure: Callable[[list[Unit]], T]
+    rows: Sequence[Unit],
+    micro_tokens: int,
+    measure: Callable[[list[Unit]], T],
+    lanes: int = 1,
 ) -> Iterator[tuple[list[Unit], T]]:
-    """Each micro-batch with what is measured of it; smaller ones where memory runs out."""
-    waiting = micro_batches(rows, micro_tokens)[::-1]
+    """Each micro-batch with what is measured of it; smaller ones where memory runs out.
+
+    Where there are lanes, so many are measured at once.
+    """
+    waiting = micro_batches(rows, micro_tokens)
     while waiting:
-        found = _tried(measure, group := waiting.pop())
-        if found is None:
-            waiting += micro_batches(group, halve(padded(group)))[::-1]
-        else:
-            yield group, found
+        tried = side_by_side(lambda group: _tried(measure, group), waiting, lanes)
+        again: list[list[Unit]] = []
+        for group, found in zip(waiting, tried, strict=True):
+            if found is None:
+                again += micro_batches(group, halve(padded(group)))
+            else:
+                yield group, found
+        waiting = again
 
 
 def _tried(measure: Callable[[list[Unit]], T], group: list[Unit]) -> T | None:
@@ -162,7 +174,9 @@ def _tried(measure: Callable[[list[Unit]], T], group: list[Unit]) -> T | None:
 def mean_loss(loss: Any, rows: Sequence[Unit], micro_tokens: int) -> float:
     """The mean loss of a completion token, or of a pair; without dropout and gradient."""
     with without_gradient(loss):
-        parts = measured(rows, micro_tokens, lambda g: loss(**on_device(loss, g)).item())
+        parts = measured(
+            rows, micro_tokens, lambda g: loss(**on_device(loss, g)).item(), loss.lanes
+        )
         total = sum(found for _, found in parts)
     return float(total / loss.count(rows))
 

@@ -32,6 +32,11 @@ class PreferenceLoss(nn.Module):  # type: ignore[misc]
         self.completion = completion
         self.beta = beta
 
+    @property
+    def lanes(self) -> int:
+        """How many micro-batches may be computed at once."""
+        return self.completion.lanes
+
     def collate(self, pairs: Sequence[PairRow]) -> MicroBatch:
         """The rows of pairs, chosen before rejected, with the pairs' `reference`."""
         batch = self.completion.collate([row for pair in pairs for row in pair.lines])
@@ -57,7 +62,7 @@ def margins(loss: PreferenceLoss, pairs: Sequence[PairRow], micro_tokens: int) -
         return gains
 
     with without_gradient(loss):
-        for group, gains in measured(pairs, micro_tokens, gains_of):
+        for group, gains in measured(pairs, micro_tokens, gains_of, loss.lanes):
             found |= {p: gain + p.reference for p, gain in zip(group, gains, strict=True)}
     return [found[pair] for pair in pairs]
 

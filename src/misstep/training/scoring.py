@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from misstep.errors import ModelError
 from misstep.training.loss import measured
 from misstep.training.rows import Row as TokenRow
+from misstep.training.sharing import lanes_of
 
 
 class ScoreHead(nn.Linear):  # type: ignore[misc]
@@ -76,7 +77,9 @@ class Scorer:
         wanted = [TokenRow(tuple(row), 0, "scored") for row in rows]
         was_training = self.model.training
         self.model.eval()
-        for group, scores in measured(wanted, self.micro_tokens, self._scores):
+        for group, scores in measured(
+            wanted, self.micro_tokens, self._scores, lanes_of(self.model)
+        ):
             found |= {row.ids: score for row, score in zip(group, scores, strict=True)}
         self.model.train(was_training)
         return [(found[row.ids] - self.mean) / self.deviation for row in wanted]

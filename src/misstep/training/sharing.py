@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from misstep.training.lanes import MOST
 from misstep.training.loss import MicroBatch
 from misstep.training.rows import Row
 
@@ -41,6 +42,15 @@ def can_share(lm: Any) -> bool:
         and (windows is None or getattr(config, "use_sliding_window", True) is False)
         and not getattr(config, "attention_dropout", 0.0)
     )
+
+
+def lanes_of(lm: Any) -> int:
+    """How many micro-batches are computed side by side: several of a plain model on a CPU.
+
+    What other models keep from one layer for the next, threads might mix up.
+    """
+    plain = lm.device.type == "cpu" and lm.config.get_text_config().model_type in FAMILIES
+    return min(MOST, torch.get_num_threads()) if plain else 1
 
 
 def collate_shared(rows: Sequence[Row]) -> MicroBatch:

@@ -30,6 +30,7 @@ from misstep.errors import TrainingError
 from misstep.models import halve
 from misstep.records import write_text
 from misstep.training.label_loss import LabelLoss
+from misstep.training.lanes import side_by_side
 from misstep.training.loss import CompletionLoss, MicroBatch
 from misstep.training.preference import PreferenceLoss
 from misstep.training.processes import like, whole
@@ -113,8 +114,19 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
 
     def _groups(self, rows: Sequence[Any]) -> list[list[Any]]:
         """The micro-batches of this process."""
+        if self._lanes > 1:
+            dealt = shares(rows, self._lanes, self.micro_tokens)
+            found = [group for groups in dealt for group in groups if group]
+            # The longest first, so that no lane begins it when the others are done.
+            return sorted(found, key=padded, reverse=True)
         dealt = shares(rows, self.args.world_size, self.micro_tokens)
         return dealt[self.args.process_index]
+
+    @property
+    def _lanes(self) -> int:
+        """How many micro-batches are computed at once; several processes are lanes already."""
+        alone = self.accelerator.distributed_type == DistributedType.NO
+        return self.loss.lanes if alone else 1
 
     def _tried(
         self, model: Any, rows: Sequence[Any], groups: Sequence[list[Any]]
@@ -146,6 +158,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         micro = [self._prepare_inputs(self.loss.collate(group or idle)) for group in groups]
         # Gradients are averaged over the processes; the loss is to be summed over them.
         scale = self.args.world_size / self.loss.count(rows)
+        if self._lanes > 1:
+            return self._side_by_side(model, micro, scale)
         total = torch.zeros((), device=self.args.device)
         for batch, group in zip(micro[:-1], groups, strict=False):
             self.accelerator.gradient_state._set_sync_gradients(False)
@@ -154,9 +168,29 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         self.accelerator.gradient_state._set_sync_gradients(True)
         return total + self._backward(model, micro[-1], scale * bool(groups[-1]))
 
-    def _backward(self, model: Any, batch: MicroBatch, scale: float) -> Tensor:
+    def _side_by_side(self, model: Any, micro: Sequence[MicroBatch], scale: float) -> Tensor:
+        """As one after the other: gradients are summed in the order of the micro-batches."""
+        parameters = list(trained(model).values())
+
+        def derived(batch: MicroBatch) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            loss = self._loss(model, batch, scale)
+            return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        found = side_by_side(derived, micro, self._lanes)
+        for _, gradients in found:
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    held = parameter.grad
+                    parameter.grad = gradient if held is None else held.add_(gradient)
+        return torch.stack([loss for loss, _ in found]).sum()
+
+    def _loss(self, model: Any, batch: MicroBatch, scale: float) -> Tensor:
         with self.compute_loss_context_manager():
-            loss = model(**batch) * scale
+            loss: Tensor = model(**batch) * scale
+        return loss
+
+    def _backward(self, model: Any, batch: MicroBatch, scale: float) -> Tensor:
+        loss = self._loss(model, batch, scale)
         self.accelerator.backward(loss)
         return loss.detach()
 
