@@ -8,7 +8,14 @@ from pathlib import Path
 
 from misstep.errors import ModelError
 from misstep.gguf_merge import merge_adapter
-from misstep.models import Model, adapter_digest, load_tokenizer, load_weights, locate
+from misstep.models import (
+    Model,
+    adapter_digest,
+    load_tokenizer,
+    load_weights,
+    locate,
+    no_progress_bars,
+)
 from misstep.records import digest
 
 
@@ -48,6 +55,7 @@ def _save_sum(model: Model, adapter: Path, out: Path) -> None:
     weights = load_weights(model, adapter)
     whole = weights.merge_and_unload()
     temporary = out.with_name(out.name + ".tmp")
-    whole.save_pretrained(temporary)
+    with no_progress_bars():
+        whole.save_pretrained(temporary)
     load_tokenizer(model).save_pretrained(temporary)
     temporary.replace(out)

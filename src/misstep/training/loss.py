@@ -147,9 +147,9 @@ def measured(
 ) -> Iterator[tuple[list[Unit], T]]:
     """Each micro-batch with what is measured of it; smaller ones where memory runs out.
 
-    Where there are lanes, so many are measured at once, of that many tokens together.
+    Where there are lanes, so many are measured at once.
     """
-    waiting = micro_batches(rows, micro_tokens // lanes)
+    waiting = micro_batches(rows, micro_tokens)
     while waiting:
         tried = side_by_side(lambda group: _tried(measure, group), waiting, lanes)
         again: list[list[Unit]] = []

@@ -115,8 +115,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     def _groups(self, rows: Sequence[Any]) -> list[list[Any]]:
         """The micro-batches of this process."""
         if self._lanes > 1:
-            # Together they hold as many tokens as one that is alone.
-            dealt = shares(rows, self._lanes, self.micro_tokens // self._lanes)
+            dealt = shares(rows, self._lanes, self.micro_tokens)
             found = [group for groups in dealt for group in groups if group]
             # The longest first, so that no lane begins it when the others are done.
             return sorted(found, key=padded, reverse=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from misstep.models import no_progress_bars
 from misstep.training.loss import CompletionLoss
 
 
@@ -68,7 +69,8 @@ def save_all_weights(
     lm.config.__dict__.pop("quantization_config", None)
     lm.hf_quantizer = None
     lm.config.dtype = dtype
-    lm.save_pretrained(
-        folder, state_dict={name: typed[id(tensor)] for name, tensor in weights.items()}
-    )
+    with no_progress_bars():
+        lm.save_pretrained(
+            folder, state_dict={name: typed[id(tensor)] for name, tensor in weights.items()}
+        )
     tokenizer.save_pretrained(folder)
