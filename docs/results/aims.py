@@ -105,9 +105,9 @@ def speed() -> Iterator[Aim]:
         yield most(f"training, peak memory over `{peer}`", 0.6, ratio, _fine_times, why)
     for name, aim in (("analysis", 6.0), ("attacks", 2.2)):
         runs = (_json(f"bench/generate-{n}.json") for n in ("first", "second"))
-        before = [run["workloads"][name]["peers"] for run in runs]
+        rounds = [run["workloads"][name]["peers"] for run in runs]
         for peer, found in _json("bench/generate.json")["workloads"][name]["peers"].items():
-            others = " and ".join(_times(r[peer]["ratio_tokens_per_second"]) for r in before)
+            others = " and ".join(_times(r[peer]["ratio_tokens_per_second"]) for r in rounds)
             why = f"one round of 32 prompts; on a processor without AMX {others}"
             what = f"answers ({name}), tokens/s over `{peer}`"
             yield least(what, aim, found["ratio_tokens_per_second"], _times, why)

@@ -8,10 +8,10 @@ import torch
 from misstep.training.lanes import side_by_side
 
 
-def test_results_come_in_the_order_of_the_items_whichever_is_done_first():
+def test_results_come_in_the_order_of_the_items_whichever_is_done_first() -> None:
     first_may_end = threading.Event()
 
-    def work(item):
+    def work(item: int) -> int:
         if item == 0:
             assert first_may_end.wait(30)
         else:
@@ -23,13 +23,13 @@ def test_results_come_in_the_order_of_the_items_whichever_is_done_first():
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_threads_know_whether_gradients_are_wanted(wanted):
+def test_threads_know_whether_gradients_are_wanted(wanted: bool) -> None:
     with torch.set_grad_enabled(wanted):
         found = side_by_side(lambda _: torch.is_grad_enabled(), range(4), 2)
     assert found == [wanted] * 4
 
 
-def test_cores_are_dealt_out_and_given_back():
+def test_cores_are_dealt_out_and_given_back() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
