@@ -689,6 +689,18 @@ def test_micro_batches_side_by_side_train_the_same_adapter_as_one_by_one(
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "lanes")
 
 
+@pytest.mark.parametrize(("dropout", "lanes"), [(0.0, 3), (0.1, 1)])
+def test_a_model_with_dropout_is_trained_in_one_lane(
+    dropout: float, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_lanes(3, monkeypatch)
+    loss = prepared("untied", "lora")
+    loss.lm.config.attention_dropout = dropout
+    with fast_layers(loss):
+        assert loss.lanes == lanes
+    assert loss.lanes == 1
+
+
 def test_gradients_side_by_side_are_those_of_one_lane(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

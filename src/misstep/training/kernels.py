@@ -45,7 +45,8 @@ def fast_layers(
         sharing.register()
         lm.set_attn_implementation(sharing.ATTENTION)
         loss.collate = sharing.collate_shared
-    if not checkpointing and not compiled and _is_mostly_frozen(loss):
+    # What does not share may have dropout, whose random numbers threads would take by turns.
+    if shares and not checkpointing and not compiled and _is_mostly_frozen(loss):
         loss.lanes = sharing.lanes_of(lm)
     if checkpointing:
         lm.activation_checkpointing_enable()

@@ -4,8 +4,7 @@ A small model's layers are many short products, after each of which all cores wa
 slowest. Waiting asleep, as the command line has it for machines that others use too, takes
 about as long as the work. Threads that have a micro-batch each hardly ever wait.
 
-What was measured (20 layers of SmolLM2-135M in bf16, rank 16, labelled answers, two cores of a
-Xeon with AMX): one micro-batch after the other on both cores 714 tokens/s, one on each 1,315.
+What came of it beside other trainers stands in docs/bench.md.
 
 This module knows torch; it knows no row, loss or trainer.
 """
@@ -21,8 +20,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MOST = 2
-"""Each holds the memory of a micro-batch. Two that were half as large took 0.4 GB less of 2.7
-on the same model, and trained 14 % slower."""
+"""Each holds the memory of a whole micro-batch: halves take less and train slower, as measured
+in docs/bench.md."""
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T], lanes: int) -> list[R]:
