@@ -52,7 +52,7 @@ from misstep.training import kernels, sharing
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
 from misstep.training.loss import (
-    LOGITS_AT_ONCE,
+    TARGETS_AT_ONCE,
     ChunkedCrossEntropy,
     CompletionLoss,
     collate,
@@ -75,6 +75,8 @@ from misstep.training.rows import (
 )
 from misstep.training.sharing import (
     FAMILIES,
+    LENGTH,
+    TOKENS,
     Spread,
     can_share,
     causal_attention,
@@ -251,7 +253,7 @@ def _looking_ahead(forward: Any) -> Any:
 def test_loss_and_gradients_are_those_of_the_plain_loss(
     kind: str, adapter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 300 * 7)
+    monkeypatch.setitem(TARGETS_AT_ONCE, "cpu", 7)
     loss, batch = prepared(kind, adapter), rows(9)
     assert loss.skips_logits == (kind != "granite")
     expected = plain_loss(loss.model, batch)
@@ -265,7 +267,7 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(
 def test_logits_are_computed_in_chunks_that_suit_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert LOGITS_AT_ONCE["cuda"] > LOGITS_AT_ONCE["cpu"]
+    assert TARGETS_AT_ONCE["cuda"] > TARGETS_AT_ONCE["cpu"]
     chunks: list[int] = []
     plain = torch.log_softmax
 
@@ -275,8 +277,8 @@ def test_logits_are_computed_in_chunks_that_suit_the_device(
 
     monkeypatch.setattr(torch, "log_softmax", count)
     hidden, weight = torch.ones(6, 2), torch.ones(4, 2)
-    for device, at_once in (("cpu", 8), ("cuda", 12)):
-        monkeypatch.setitem(LOGITS_AT_ONCE, device, at_once)
+    for device, at_once in (("cpu", 2), ("cuda", 3)):
+        monkeypatch.setitem(TARGETS_AT_ONCE, device, at_once)
     ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(6, dtype=torch.long))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(6, dtype=torch.long))
@@ -327,12 +329,14 @@ def test_rows_that_share_their_beginning_have_the_plain_loss(family: str) -> Non
 def test_each_shared_token_is_there_once() -> None:
     batch = collate_shared(branching_rows())
     ids, positions = batch["ids"][0], batch["position_ids"][0]
-    assert len(ids) == 17 + 12 + 3 + 1 + 3 + 4
+    there = 17 + 12 + 3 + 1 + 3 + 4
+    assert len(ids) == len(batch["first"]) == TOKENS > there > int(batch["rows"].max())
+    assert batch["rows"].shape[1] % LENGTH == 0
     for line, row in zip(batch["rows"], sorted(r.ids for r in branching_rows()), strict=True):
         at = line[: len(row)]
         assert tuple(ids[at].tolist()) == row
         assert positions[at].tolist() == list(range(len(row)))
-    assert batch["rows"].flatten()[batch["first"]].tolist() == list(range(len(ids)))
+    assert batch["rows"].flatten()[batch["first"][:there]].tolist() == list(range(there))
 
 
 def test_a_model_with_windows_or_unknown_attention_does_not_share() -> None:
@@ -732,6 +736,7 @@ def test_gradients_side_by_side_are_those_of_one_lane(
 
 def memory_for(tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Stands in for a GPU that fails at the end of the way back; what it was tried with."""
+    monkeypatch.setattr(sharing, "MOST", 1)
     backward, tried = trainer_module.CompletionTrainer._backward, list[int]()
 
     def limited(self: Any, model: Any, batch: Any, scale: float) -> Tensor:
@@ -1058,7 +1063,7 @@ def fast_dpo(
 def test_the_loss_of_pairs_and_its_gradients_are_those_of_the_paper(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", 300 * 7)
+    monkeypatch.setitem(TARGETS_AT_ONCE, "cpu", 7)
     loss, pairs = prepared(kind, "lora"), pair_rows(7)
     expected = plain_dpo(loss.model, pairs, 0.1)
     expected.backward()

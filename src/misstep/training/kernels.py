@@ -2,16 +2,15 @@
 
 They give what PEFT and transformers give, to rounding, and tests hold them to it. A layer or an
 attention that is not of the plain kind is left as it is, and the model is afterwards as before.
-What is cheap to compute again is not kept for the gradient: the normed states, and in a gated
-feed-forward layer all but gate and up. Of an adapter on a processor several micro-batches may
-be computed at once.
-
-What was measured (SmolLM2-135M in bf16, rank 16, rows of 190 tokens, one core): PEFT's layer
-casts each input to fp32 and back, 146 tokens/s; fused in the weights' type 174.
+PEFT's layer casts each input to fp32 and back; here the adapter is computed in the weights' type.
+What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and in
+a gated feed-forward layer all but its input. Of an adapter on a processor several micro-batches
+may be computed at once.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -150,12 +149,15 @@ def _some_states(like: Tensor, width: int) -> Tensor:
 
 
 def _gated(mlp: Any) -> Callable[[Tensor], Tensor]:
-    base, down, up, scale = _parts(mlp.down_proj)
+    parts = [_parts(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
 
     def forward(x: Tensor) -> Tensor:
-        parted = mlp.gate_proj(x), mlp.up_proj(x)
-        lora = down.weight, up.weight, scale
-        y: Tensor = GatedLora.apply(*parted, base.weight, base.bias, *lora)
+        weights = [
+            t
+            for base, down, up, _ in parts
+            for t in (base.weight, base.bias, down.weight, up.weight)
+        ]
+        y: Tensor = GatedLora.apply(x, [scale for *_, scale in parts], *weights)
         return y
 
     return forward
@@ -192,40 +194,56 @@ class FusedLora(torch.autograd.Function):  # type: ignore[misc]
 
 
 class GatedLora(torch.autograd.Function):  # type: ignore[misc]
-    """A frozen linear layer of `silu(gate) * up` plus its adapter; the product is not kept."""
+    """`down(silu(gate(x)) * up(x))` of frozen layers with their adapters; keeps `x` alone."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_down: Tensor,
-        lora_up: Tensor,
-        scale: float,
+        ctx: Any, x: Tensor, scales: Sequence[float], *weights: Tensor | None
     ) -> Tensor:
-        """As `FusedLora`, of the product."""
-        rows = (nn.functional.silu(gate) * up).flatten(0, -2)
-        lora = lora_down.to(up.dtype), (lora_up * scale).to(up.dtype)
-        y, *kept = _linear(rows, weight, bias, *lora)
-        ctx.save_for_backward(gate, up, *kept)
-        ctx.scale, ctx.dtype = scale, lora_down.dtype
-        return y.view(*up.shape[:-1], y.shape[-1])
+        """As `FusedLora`, of three layers.
+
+        `weights` are weight, bias and the adapter's two matrices: of gate, of up, of down.
+        """
+        rows = x.flatten(0, -2)
+        gate, up, down = _layers(weights, scales, x.dtype)
+        product = nn.functional.silu(_linear(rows, *gate)[0]).mul_(_linear(rows, *up)[0])
+        ctx.save_for_backward(rows, *weights)
+        ctx.scales, ctx.shape = scales, x.shape
+        return _linear(product, *down)[0].view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of gate, up and the adapter."""
-        gate, up, *kept = ctx.saved_tensors
-        open_ = nn.functional.silu(gate)
-        rows = (open_ * up).flatten(0, -2)
-        by_y = above[0].reshape(len(rows), -1)
-        by_rows, by_down, by_up = _by_linear(by_y, rows, kept, True)
-        assert by_rows is not None
-        by_product = by_rows.view(up.shape)
-        by_gate = torch.ops.aten.silu_backward(by_product * up, gate)
-        lora = by_down.to(ctx.dtype), by_up.to(ctx.dtype) * ctx.scale
-        return by_gate, by_product * open_, None, None, *lora, None
+    def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
+        """Gradients of the input and of the adapters."""
+        rows, *weights = ctx.saved_tensors
+        gate, up, down = _layers(weights, ctx.scales, rows.dtype)
+        opened, *of_gate = _linear(rows, *gate)
+        raised, *of_up = _linear(rows, *up)
+        open_ = nn.functional.silu(opened)
+        product = open_ * raised
+        of_down = (down[0], *down[2:], product @ down[2].t())
+        by_product, *by_down = _by_linear(
+            above[0].reshape(len(rows), -1), product, of_down, True
+        )
+        assert by_product is not None
+        by_opened = torch.ops.aten.silu_backward(by_product * raised, opened)
+        by_x, *by_gate = _by_linear(by_opened, rows, of_gate, True)
+        by_x_too, *by_up = _by_linear(by_product * open_, rows, of_up, True)
+        assert by_x is not None and by_x_too is not None
+        matrices = [
+            (None, None, one.to(weights[2].dtype), other.to(weights[2].dtype) * scale)
+            for (one, other), scale in zip((by_gate, by_up, by_down), ctx.scales, strict=True)
+        ]
+        return (by_x + by_x_too).view(ctx.shape), None, *chain.from_iterable(matrices)
+
+
+def _layers(
+    weights: Sequence[Any], scales: Sequence[float], dtype: torch.dtype
+) -> list[tuple[Any, Any, Tensor, Tensor]]:
+    """What `_linear` takes, of each layer."""
+    return [
+        (*weights[i : i + 2], weights[i + 2].to(dtype), (weights[i + 3] * scale).to(dtype))
+        for i, scale in zip(range(0, len(weights), 4), scales, strict=True)
+    ]
 
 
 def _linear(

@@ -27,6 +27,10 @@ QUERIES_AT_ONCE = 128
 """Queries of one block; a block's keys end where its queries end."""
 LONGEST = 2048
 """Beyond it the attention weights, kept for the gradient, cost more memory than time is won."""
+TOKENS, LENGTH = 64, 16
+"""Tokens of a micro-batch, and of its longest row, are filled up to a multiple of these: what a
+processor's library compiles for each shape of a product, it then compiles less often and keeps
+less of."""
 
 
 def can_share(lm: Any) -> bool:
@@ -61,7 +65,7 @@ def collate_shared(rows: Sequence[Row]) -> MicroBatch:
     """
     numbers = sorted(range(len(rows)), key=lambda number: rows[number].ids)
     ordered = [rows[number] for number in numbers]
-    longest = max(len(row.ids) for row in ordered)
+    longest = _filled(max(len(row.ids) for row in ordered), LENGTH)
     ids: list[int] = []
     depths: list[int] = []
     first: list[int] = []
@@ -80,6 +84,11 @@ def collate_shared(rows: Sequence[Row]) -> MicroBatch:
         positions += path[row.prompt_length - 1 : -1]
         targets += row.ids[row.prompt_length :]
         before = row.ids
+    # No row has these tokens, so that nothing depends on them.
+    spare = _filled(len(ids), TOKENS) - len(ids)
+    ids += [0] * spare
+    depths += [0] * spare
+    first += [0] * spare
     return {
         "ids": torch.tensor(ids).unsqueeze(0),
         "positions": torch.tensor(positions),
@@ -89,6 +98,11 @@ def collate_shared(rows: Sequence[Row]) -> MicroBatch:
         "rows": table,
         "first": torch.tensor(first),
     }
+
+
+def _filled(count: int, to: int) -> int:
+    """The next multiple."""
+    return -(-count // to) * to
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
