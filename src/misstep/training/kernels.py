@@ -2,7 +2,7 @@
 
 They give what PEFT and transformers give, to rounding, and tests hold them to it. A layer or an
 attention that is not of the plain kind is left as it is, and the model is afterwards as before.
-PEFT's layer casts each input to fp32 and back; here the adapter is computed in the weights' type.
+PEFT's layer casts each input to fp32 and back; here an adapter has the type of the weights.
 What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and in
 a gated feed-forward layer all but its input. Of an adapter on a processor several micro-batches
 may be computed at once.
