@@ -264,6 +264,26 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(
     assert_same(fast, wanted)
 
 
+def test_what_is_computed_again_is_not_kept_and_gives_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, kept = [], []
+    for places in (frozenset({"cpu"}), frozenset[str]()):
+        monkeypatch.setattr(kernels, "COMPUTED_AGAIN_ON", places)
+        sizes: list[int] = []
+
+        def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            found.append(fast_gradients(prepared("untied", "lora"), [rows(9)]))
+        kept.append(sum(sizes))
+    assert found[0][0] == found[1][0]
+    assert_same(found[0][1], found[1][1])
+    assert kept[0] < kept[1]
+
+
 def test_logits_are_computed_in_chunks_that_suit_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -3,9 +3,9 @@
 They give what PEFT and transformers give, to rounding, and tests hold them to it. A layer or an
 attention that is not of the plain kind is left as it is, and the model is afterwards as before.
 PEFT's layer casts each input to fp32 and back; here an adapter has the type of the weights.
-What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and in
-a gated feed-forward layer all but its input. Of an adapter on a processor several micro-batches
-may be computed at once.
+What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and, on
+a processor, what a gated feed-forward layer makes of its input. There, too, several
+micro-batches of an adapter may be computed at once.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -22,6 +22,9 @@ from misstep.training.loss import CompletionLoss
 
 SMALL = 0.1
 """The share of all parameters up to which those that are trained are few."""
+COMPUTED_AGAIN_ON = frozenset({"cpu"})
+"""Where a gated layer's two inner products are computed again on the way back: they take little
+of a step's time on a processor, and half of what it keeps. Elsewhere that was not measured."""
 
 
 @contextmanager
@@ -194,7 +197,10 @@ class FusedLora(torch.autograd.Function):  # type: ignore[misc]
 
 
 class GatedLora(torch.autograd.Function):  # type: ignore[misc]
-    """`down(silu(gate(x)) * up(x))` of frozen layers with their adapters; keeps `x` alone."""
+    """`down(silu(gate(x)) * up(x))` of frozen layers with their adapters.
+
+    Keeps `x`, and where memory is not scarce what gate and up make of it.
+    """
 
     @staticmethod
     def forward(
@@ -206,28 +212,29 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         """
         rows = x.flatten(0, -2)
         gate, up, down = _layers(weights, scales, x.dtype)
-        product = nn.functional.silu(_linear(rows, *gate)[0]).mul_(_linear(rows, *up)[0])
-        ctx.save_for_backward(rows, *weights)
+        opened, raised = _linear(rows, *gate)[0], _linear(rows, *up)[0]
+        again = x.device.type in COMPUTED_AGAIN_ON
+        ctx.save_for_backward(rows, *weights, *(() if again else (opened, raised)))
         ctx.scales, ctx.shape = scales, x.shape
+        product = nn.functional.silu(opened, inplace=again).mul_(raised)
         return _linear(product, *down)[0].view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
         """Gradients of the input and of the adapters."""
         rows, *weights = ctx.saved_tensors
+        weights, parted = weights[:12], weights[12:]
         gate, up, down = _layers(weights, ctx.scales, rows.dtype)
-        opened, *of_gate = _linear(rows, *gate)
-        raised, *of_up = _linear(rows, *up)
+        opened, raised = parted or (_linear(rows, *layer)[0] for layer in (gate, up))
         open_ = nn.functional.silu(opened)
         product = open_ * raised
-        of_down = (down[0], *down[2:], product @ down[2].t())
         by_product, *by_down = _by_linear(
-            above[0].reshape(len(rows), -1), product, of_down, True
+            above[0].reshape(len(rows), -1), product, _kept(product, down), True
         )
         assert by_product is not None
         by_opened = torch.ops.aten.silu_backward(by_product * raised, opened)
-        by_x, *by_gate = _by_linear(by_opened, rows, of_gate, True)
-        by_x_too, *by_up = _by_linear(by_product * open_, rows, of_up, True)
+        by_x, *by_gate = _by_linear(by_opened, rows, _kept(rows, gate), True)
+        by_x_too, *by_up = _by_linear(by_product * open_, rows, _kept(rows, up), True)
         assert by_x is not None and by_x_too is not None
         matrices = [
             (None, None, one.to(weights[2].dtype), other.to(weights[2].dtype) * scale)
@@ -246,13 +253,19 @@ def _layers(
     ]
 
 
+def _kept(rows: Tensor, layer: tuple[Any, Any, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """What `_linear` gives beside its output, of a layer as it takes it."""
+    weight, _, down, up = layer
+    return weight, down, up, rows @ down.t()
+
+
 def _linear(
     rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
 ) -> tuple[Tensor, ...]:
     """The output, and what its gradient needs beside the rows."""
-    inner = rows @ down.t()
+    kept = _kept(rows, (weight, bias, down, up))
     y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-    return y.addmm_(inner, up.t()), weight, down, up, inner
+    return y.addmm_(kept[-1], up.t()), *kept
 
 
 def _by_linear(

@@ -20,8 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 MOST = 2
-"""Each holds the memory of a whole micro-batch: halves take less and train slower, as measured
-in docs/bench.md."""
+"""Each holds the memory of a micro-batch."""
 
 
 def side_by_side(work: Callable[[T], R], items: Sequence[T], lanes: int) -> list[R]:
