@@ -18,7 +18,7 @@ shares a step, since matrices of one row and attention of one token take paths o
 
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -46,7 +46,8 @@ ROOM = 16_384
 """Tokens of requests that the cache is to hold even where they take more than that."""
 LEAST_ROOM = 4_096
 """Tokens; where memory has not got so many, long prompts would not be answered."""
-ROWS = 64
+ROWS = 128
+"""Prompts that are answered at once."""
 STEP_TOKENS = 1024
 """New prompt tokens in one step; one longer prompt goes alone."""
 COMPANION_TOKENS = 512
@@ -116,6 +117,14 @@ class OpenVinoEngine(Engine):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer every request, in order; see the module's text for what is promised."""
+        parts = self.stream(requests, len(requests))
+        found = {place: answer for part in parts for place, answer in part}
+        return [found[place] for place in range(len(requests))]
+
+    def stream(
+        self, requests: Sequence[Request], batch: int
+    ) -> Iterator[list[tuple[int, Completion]]]:
+        """Give answers as they come, so many at a time: neighbours are nothing to a request."""
         prompts = [self.renderer.prompt(request.messages) for request in requests]
         refused = {
             place: self._refused(prompt, request)
@@ -123,12 +132,17 @@ class OpenVinoEngine(Engine):
             if blocks_of(len(prompt) + request.max_tokens) > self._blocks
         }
         places = [place for place in range(len(requests)) if place not in refused]
+        part = [*refused.items()]
         try:
-            answers = self._run(self._jobs(requests, prompts, places))
+            for place, ids in self._run(self._jobs(requests, prompts, places)):
+                part.append((place, completed(self.renderer, ids)))
+                if len(part) >= batch:
+                    yield part
+                    part = []
         except RuntimeError as error:
             raise EngineError(f"OpenVINO stopped: {error}") from error
-        found = refused | {p: completed(self.renderer, ids) for p, ids in answers.items()}
-        return [found[place] for place in range(len(requests))]
+        if part:
+            yield part
 
     def close(self) -> None:
         """Give back the memory, and remove the weights that were written.
@@ -166,11 +180,10 @@ class OpenVinoEngine(Engine):
             last = prompt
         return jobs
 
-    def _run(self, jobs: Sequence[Job]) -> dict[int, list[int]]:
-        """The tokens of every job's answer, by its place."""
+    def _run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, list[int]]]:
+        """The place of every job, and the tokens of its answer, as they come."""
         queue = deque(jobs)
         running: list[tuple[Job, Any]] = []
-        answers: dict[int, list[int]] = {}
         companion: Any = None
         try:
             while queue or running:
@@ -181,13 +194,15 @@ class OpenVinoEngine(Engine):
                 done = [
                     pair for pair in running if pair[1].get_status() != self._status.RUNNING
                 ]
-                answers |= {job.place: self._read(handle) for job, handle in done}
                 running = [pair for pair in running if pair not in done]
+                for job, handle in done:
+                    tokens = self._read(handle)
+                    if not job.rehearsal:
+                        yield job.place, tokens
         finally:
             self._drop(
                 [*(handle for _, handle in running), *([companion] if companion else [])]
             )
-        return answers
 
     def _admitted(self, queue: deque[Job], running: list[Job]) -> list[tuple[Job, Any]]:
         """Start as many jobs as the next step and the cache have room for."""
