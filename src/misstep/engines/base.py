@@ -8,7 +8,7 @@ and backend by content: it is part of the cache key, so stale weights cannot ans
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 from misstep.records import Message, Record
@@ -40,6 +40,12 @@ class Completion(Record):
     error: str | None = None
     """Why there is no answer to this request; the text is then empty. An engine whose requests
     fail one by one says so here, one that fails as a whole raises."""
+
+
+def in_order(parts: Iterable[Sequence[tuple[int, Completion]]]) -> list[Completion]:
+    """All that a stream of parts gives, by place."""
+    found = dict(pair for part in parts for pair in part)
+    return [found[place] for place in range(len(found))]
 
 
 def completed(renderer: Renderer, ids: Sequence[int]) -> Completion:

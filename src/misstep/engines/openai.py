@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, Field, ValidationError
 
 from misstep.endpoint import OPENAI, Endpoint, refused_key
-from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.base import Completion, Engine, Request, in_order
 from misstep.engines.pace import Pace
 from misstep.engines.threads import as_done
 from misstep.errors import EngineError, MissingExtra
@@ -123,9 +123,7 @@ class OpenAIEngine(Engine):
         Raises:
             EngineError: no request can succeed; of a failure of one the completion tells.
         """
-        parts = self.stream(requests, len(requests))
-        found = {place: answer for part in parts for place, answer in part}
-        return [found[place] for place in range(len(requests))]
+        return in_order(self.stream(requests, len(requests)))
 
     def stream(
         self, requests: Sequence[Request], batch: int

@@ -28,7 +28,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from misstep.engines.base import Completion, Engine, Request, completed
+from misstep.engines.base import Completion, Engine, Request, completed, in_order
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.gguf_header import read_header
 from misstep.gguf_merge import merge_adapter
@@ -117,9 +117,7 @@ class OpenVinoEngine(Engine):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer every request, in order; see the module's text for what is promised."""
-        parts = self.stream(requests, len(requests))
-        found = {place: answer for part in parts for place, answer in part}
-        return [found[place] for place in range(len(requests))]
+        return in_order(self.stream(requests, len(requests)))
 
     def stream(
         self, requests: Sequence[Request], batch: int

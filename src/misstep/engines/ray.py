@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from pydantic import TypeAdapter
 
-from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.base import Completion, Engine, Request, in_order
 from misstep.errors import EngineError, MissingExtra, MisstepError
 
 BATCH = 128
@@ -66,8 +66,7 @@ class RayEngine(Engine):
         Raises:
             EngineError: an engine could not answer, or an answer is missing.
         """
-        answers = dict(pair for part in self.stream(requests, BATCH) for pair in part)
-        return [answers[place] for place in range(len(requests))]
+        return in_order(self.stream(requests, BATCH))
 
     def stream(
         self, requests: Sequence[Request], batch: int
