@@ -181,7 +181,9 @@ class FusedLora(torch.autograd.Function):  # type: ignore[misc]
     ) -> Tensor:
         """`x W^T + bias + (x down^T) (scale * up)^T`."""
         rows = x.flatten(0, -2)
-        y, *kept = _linear(rows, weight, bias, down.to(x.dtype), (up * scale).to(x.dtype))
+        (layer,) = _layers((weight, bias, down, up), [scale], x.dtype)
+        kept = _kept(rows, layer)
+        y = _output(rows, layer, kept)
         ctx.save_for_backward(rows, *kept)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, down.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -199,7 +201,7 @@ class FusedLora(torch.autograd.Function):  # type: ignore[misc]
 class GatedLora(torch.autograd.Function):  # type: ignore[misc]
     """`down(silu(gate(x)) * up(x))` of frozen layers with their adapters.
 
-    Keeps `x`, and where memory is not scarce what gate and up make of it.
+    Keeps `x`, and elsewhere than on a processor what gate and up make of it.
     """
 
     @staticmethod
@@ -212,12 +214,12 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         """
         rows = x.flatten(0, -2)
         gate, up, down = _layers(weights, scales, x.dtype)
-        opened, raised = _linear(rows, *gate)[0], _linear(rows, *up)[0]
+        opened, raised = (_output(rows, one, _kept(rows, one)) for one in (gate, up))
         again = x.device.type in COMPUTED_AGAIN_ON
         ctx.save_for_backward(rows, *weights, *(() if again else (opened, raised)))
         ctx.scales, ctx.shape = scales, x.shape
         product = nn.functional.silu(opened, inplace=again).mul_(raised)
-        return _linear(product, *down)[0].view(x.shape)
+        return _output(product, down, _kept(product, down)).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
@@ -225,7 +227,8 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         rows, *weights = ctx.saved_tensors
         weights, parted = weights[:12], weights[12:]
         gate, up, down = _layers(weights, ctx.scales, rows.dtype)
-        opened, raised = parted or (_linear(rows, *layer)[0] for layer in (gate, up))
+        of_gate, of_up = _kept(rows, gate), _kept(rows, up)
+        opened, raised = parted or (_output(rows, gate, of_gate), _output(rows, up, of_up))
         open_ = nn.functional.silu(opened)
         product = open_ * raised
         by_product, *by_down = _by_linear(
@@ -233,8 +236,8 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         )
         assert by_product is not None
         by_opened = torch.ops.aten.silu_backward(by_product * raised, opened)
-        by_x, *by_gate = _by_linear(by_opened, rows, _kept(rows, gate), True)
-        by_x_too, *by_up = _by_linear(by_product * open_, rows, _kept(rows, up), True)
+        by_x, *by_gate = _by_linear(by_opened, rows, of_gate, True)
+        by_x_too, *by_up = _by_linear(by_product * open_, rows, of_up, True)
         assert by_x is not None and by_x_too is not None
         matrices = [
             (None, None, one.to(weights[2].dtype), other.to(weights[2].dtype) * scale)
@@ -243,29 +246,29 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         return (by_x + by_x_too).view(ctx.shape), None, *chain.from_iterable(matrices)
 
 
-def _layers(
-    weights: Sequence[Any], scales: Sequence[float], dtype: torch.dtype
-) -> list[tuple[Any, Any, Tensor, Tensor]]:
-    """What `_linear` takes, of each layer."""
+Layer = tuple[Any, Any, Tensor, Tensor]
+"""A frozen layer's weight and bias, its adapter's two matrices: scaled, in the input's type."""
+
+
+def _layers(weights: Sequence[Any], scales: Sequence[float], dtype: torch.dtype) -> list[Layer]:
+    """The layers of weights as modules have them, four for each."""
     return [
         (*weights[i : i + 2], weights[i + 2].to(dtype), (weights[i + 3] * scale).to(dtype))
         for i, scale in zip(range(0, len(weights), 4), scales, strict=True)
     ]
 
 
-def _kept(rows: Tensor, layer: tuple[Any, Any, Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """What `_linear` gives beside its output, of a layer as it takes it."""
+def _kept(rows: Tensor, layer: Layer) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """What a layer's gradient needs beside the rows; last, what the adapter makes of them."""
     weight, _, down, up = layer
     return weight, down, up, rows @ down.t()
 
 
-def _linear(
-    rows: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
-) -> tuple[Tensor, ...]:
-    """The output, and what its gradient needs beside the rows."""
-    kept = _kept(rows, (weight, bias, down, up))
+def _output(rows: Tensor, layer: Layer, kept: Sequence[Tensor]) -> Tensor:
+    """What a layer makes of rows."""
+    weight, bias, _, up = layer
     y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-    return y.addmm_(kept[-1], up.t()), *kept
+    return y.addmm_(kept[-1], up.t())
 
 
 def _by_linear(
