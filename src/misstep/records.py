@@ -6,14 +6,16 @@ Lines and Parquet; it knows no model, no policy and no judge.
 """
 
 import gzip
-import hashlib
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TextIO, TypeVar
 from uuid import uuid4
 
+import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from misstep.errors import DataError
@@ -22,15 +24,9 @@ Role = Literal["system", "user", "assistant"]
 MistakeSource = Literal["origin", "reported", "induced"]
 
 
-# Made once, since every record and every seed is named through it.
-ENCODER = json.JSONEncoder(
-    sort_keys=True, ensure_ascii=False, separators=(",", ":"), check_circular=False
-)
-
-
 def digest(value: object) -> str:
     """16 hexadecimal digits that name a JSON-serialisable value by its content."""
-    return hashlib.sha256(ENCODER.encode(value).encode()).hexdigest()[:16]
+    return sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 class Record(BaseModel):
@@ -54,9 +50,9 @@ class Record(BaseModel):
 
 # Seeds and file names follow a record's content: where one of these fields says nothing, the
 # record is written and named as if the field did not exist.
-KNOWN = Field(exclude_if=lambda value: value is None)
+KNOWN = Field(exclude_if=partial(operator.is_, None))
 """A field that is written only where it is known."""
-SOME = Field(exclude_if=lambda value: not value)
+SOME = Field(exclude_if=operator.not_)
 """A field that is written only where it is true, or holds something."""
 
 

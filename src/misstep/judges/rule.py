@@ -68,7 +68,9 @@ class Word(NamedTuple):
 
 def words(text: str) -> list[Word]:
     """The words of a text, without case, accents' encodings and punctuation."""
-    return [Word(_fold(m.group()), *m.span()) for m in WORD.finditer(text)]
+    if text.isascii():
+        return [Word(m.group(), m.start(), m.end()) for m in WORD.finditer(text.lower())]
+    return [Word(_fold(m.group()), m.start(), m.end()) for m in WORD.finditer(text)]
 
 
 @lru_cache(1024)
@@ -123,16 +125,20 @@ def _occurrences(text: str, target: str) -> Iterator[tuple[int, int]]:
             position += 1
             continue
         window = said[position : position + len(wanted) + 1]
-        blocks = SequenceMatcher(
-            None, [w.text for w in window], wanted, autojunk=False
-        ).get_matching_blocks()[:-1]
-        matched = {block.b + i for block in blocks for i in range(block.size)}
-        here = window[: blocks[-1].a + blocks[-1].size] if blocks else []
-        if here and blocks[0].a == 0 and _says(wanted, matched, {w.text for w in here}):
-            yield here[0].start, here[-1].end
-            position += len(window)
-        else:
-            position += 1
+        until = _said_until([word.text for word in window], wanted)
+        if until:
+            yield window[0].start, window[until - 1].end
+        position += len(window) if until else 1
+
+
+def _said_until(window: Sequence[str], wanted: tuple[str, ...]) -> int:
+    """How many words say what is wanted, from the first one on; 0 where they do not."""
+    if tuple(window[: len(wanted)]) == wanted:
+        return len(wanted)
+    blocks = SequenceMatcher(None, window, wanted, autojunk=False).get_matching_blocks()[:-1]
+    matched = {block.b + i for block in blocks for i in range(block.size)}
+    until = blocks[-1].a + blocks[-1].size if blocks and blocks[0].a == 0 else 0
+    return until if _says(wanted, matched, {*window[:until]}) else 0
 
 
 def _says(wanted: Sequence[str], matched: set[int], said: set[str]) -> bool:
