@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TextIO, TypeVar
 from uuid import uuid4
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from misstep.errors import DataError
@@ -24,9 +23,16 @@ Role = Literal["system", "user", "assistant"]
 MistakeSource = Literal["origin", "reported", "induced"]
 
 
+# Made once, since every record and every seed is named through it. Python's own JSON: another
+# library writes numbers with fractions otherwise, and names outlive the library.
+ENCODER = json.JSONEncoder(
+    sort_keys=True, ensure_ascii=False, separators=(",", ":"), check_circular=False
+)
+
+
 def digest(value: object) -> str:
     """16 hexadecimal digits that name a JSON-serialisable value by its content."""
-    return sha256(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
+    return sha256(ENCODER.encode(value).encode()).hexdigest()[:16]
 
 
 class Record(BaseModel):
