@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from misstep.errors import PolicyError
-from misstep.policy import Policy, blanks, dump, fill, load_policy, matches, shipped
+from misstep.policy import Policy, blanks, dump, fill, found, load_policy, matches, shipped
 from misstep.records import Message, Mistake, Prompt
 from misstep.stages.analyse import gate
 
@@ -184,3 +184,21 @@ def test_an_unknown_policy_lists_what_there_is() -> None:
 def test_patterns_are_searched_without_regard_to_case() -> None:
     assert matches(["no", r"\bharm"], "It is HARMFUL") == r"\bharm"
     assert matches([r"\bharm"], "pharmacy") is None
+
+
+NEEDLES = [
+    "harm",
+    r"(a)b\1",
+    r"(b)(a)\2",
+    r"(?s)\Aa.b",
+    r"(?x) a b  # no more",
+    r"a|b",
+    r"(?P<n>a)",
+]
+
+
+@given(st.lists(st.sampled_from(NEEDLES), max_size=4), st.text("abAB \n", max_size=8))
+def test_patterns_looked_up_together_are_found_as_each_alone(
+    patterns: list[str], text: str
+) -> None:
+    assert found(tuple(patterns), text) == (matches(patterns, text) is not None)

@@ -24,6 +24,7 @@ from misstep.records import (
     digest,
     read_jsonl,
     read_parquet,
+    text_digest,
     write_jsonl,
     write_parquet,
     write_text,
@@ -65,6 +66,21 @@ def test_a_name_is_the_same_in_every_process() -> None:
 def test_the_order_of_keys_names_nothing_and_the_order_of_items_does() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest([1, 2]) != digest([2, 1])
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(2**53), 2**53) | text,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner),
+    )
+)
+def test_the_fast_name_is_the_name(value: Any) -> None:
+    assert text_digest(value) == digest(value)
+
+
+def test_names_of_fractions_are_those_that_python_writes() -> None:
+    # Settings are named with them; read from files of version 0.1.
+    assert digest({"learning_rate": 5e-05}) == "a889e0da98dfcf14"
 
 
 def test_a_changed_copy_has_a_name_of_its_own() -> None:

@@ -7,6 +7,7 @@ contains `{response}` or Jinja code stays as it is. Knows no model, no engine an
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,8 @@ from misstep.records import SOME, Message, Mistake, Prompt, digest
 
 SHIPPED = Path(__file__).parent / "policies"
 BLANK = re.compile(r"\{\{|\}\}|\{([a-z_]*)\}|[{}]")
+BY_NUMBER = re.compile(r"\\[1-9]|\(\?\(")
+"""In a pattern: another group of it, by its number."""
 
 
 def fill(template: str, **values: str) -> str:
@@ -26,12 +29,18 @@ def fill(template: str, **values: str) -> str:
 
     What is filled in is never read again, so it may contain braces or blanks of its own.
     """
+    return "".join([values[part] if blank else part for part, blank in _parts(template)])
 
-    def replace(match: re.Match[str]) -> str:
-        whole = match.group(0)
-        return whole[0] if whole in ("{{", "}}") else values[match.group(1)]
 
-    return BLANK.sub(replace, template)
+@cache
+def _parts(template: str) -> tuple[tuple[str, bool], ...]:
+    """A template in parts: its own words, and the names of its blanks."""
+    parts, end = list[tuple[str, bool]](), 0
+    for match in BLANK.finditer(template):
+        whole, name = match.group(0), match.group(1)
+        parts += [(template[end : match.start()], False), (name or whole[0], name is not None)]
+        end = match.end()
+    return (*parts, (template[end:], False))
 
 
 def blanks(template: str) -> set[str]:
@@ -302,6 +311,22 @@ def dump(policy: Policy) -> dict[str, Any]:
 def matches(patterns: Sequence[str], text: str) -> str | None:
     """The first pattern that is found in the text, without regard to case."""
     return next((p for p in patterns if _compiled(p).search(text)), None)
+
+
+def found(patterns: tuple[str, ...], text: str) -> bool:
+    """Whether any pattern is found in the text, without regard to case; sooner than which."""
+    return any(pattern.search(text) for pattern in _together(patterns))
+
+
+@cache
+def _together(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """One pattern for all of them, which goes through a text once, where that can be made."""
+    # Groups that are referred to by number have other numbers beside other patterns.
+    if patterns and not any(map(BY_NUMBER.search, patterns)):
+        # One that begins with flags of its own, or repeats a group's name, stands alone.
+        with suppress(re.error):
+            return (_compiled("|".join(f"(?:{pattern})" for pattern in patterns)),)
+    return tuple(map(_compiled, patterns))
 
 
 @cache

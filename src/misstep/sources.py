@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 
 from misstep.columns import Labelled, Reading, instances_of, labelled_answers, prompt_of
 from misstep.errors import DataError
-from misstep.records import Mistake, MistakeSource, Prompt, digest
+from misstep.records import Mistake, MistakeSource, Prompt, digest, text_digest
 from misstep.shelf import Names, Shelf
 from misstep.suites import (
     Kinds,
@@ -232,7 +232,7 @@ def place_of(question: str, seed: int = 0) -> float:
 
 def _asked(prompt: Prompt) -> str:
     """Names a prompt by its words alone, whatever else is known of it."""
-    return digest([[m.role, m.content] for m in prompt.messages])
+    return text_digest([[m.role, m.content] for m in prompt.messages])
 
 
 def _mistake(item: Labelled, kind: MistakeSource, good: str | None) -> Mistake:

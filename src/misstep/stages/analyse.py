@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from misstep.engines.base import Completion, Engine, Request
-from misstep.policy import BLANK, Policy, matches
+from misstep.policy import BLANK, Policy, found
 from misstep.records import Analysis, Mistake
 from misstep.shelf import Shelf
 from misstep.stages.base import Settings, Tally, ask, derive_seed, no_answer
@@ -91,9 +91,9 @@ def gate(policy: Policy, mistake: Mistake, analysis: str) -> tuple[str, ...]:
     reasons, said = [], _plain(analysis)
     if len(analysis.split()) < policy.gate.min_words:
         reasons.append("too short")
-    if matches(policy.gate.names_fault, analysis) is None:
+    if not found(policy.gate.names_fault, analysis):
         reasons.append("does not name the fault")
-    if matches(policy.gate.endorses, analysis) is not None:
+    if found(policy.gate.endorses, analysis):
         reasons.append("endorses the response")
     elif _recommends(analysis, mistake):
         reasons.append("recommends the bad response")
@@ -112,8 +112,10 @@ def gate(policy: Policy, mistake: Mistake, analysis: str) -> tuple[str, ...]:
 def _repeats_itself(plain: str) -> bool:
     """Whether some three words in a row come again and again."""
     said = plain.split()
-    counts = Counter(zip(said, said[1:], said[2:], strict=False))
-    return max(counts.values(), default=0) >= REPEATS
+    threes = [*zip(said, said[1:], said[2:], strict=False)]
+    if len(threes) - len(set(threes)) < REPEATS - 1:
+        return False
+    return max(Counter(threes).values()) >= REPEATS
 
 
 def _quotes_what_nobody_said(analysis: str, mistake: Mistake) -> bool:

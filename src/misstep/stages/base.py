@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from misstep.engines.base import AT_ONCE, Completion, Engine, Request
 from misstep.judges.base import Judge
-from misstep.records import Message, Record, Response, Score, digest
+from misstep.records import Message, Record, Response, Score, text_digest
 
 Notify = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is."""
@@ -101,4 +101,4 @@ def no_answer(error: str) -> str:
 
 def derive_seed(*parts: object) -> int:
     """A seed that depends on all parts and on nothing else."""
-    return int(digest([str(part) for part in parts])[:7], 16)
+    return int(text_digest([str(part) for part in parts])[:7], 16)

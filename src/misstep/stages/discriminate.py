@@ -20,7 +20,7 @@ from typing import Annotated
 from pydantic import Field
 
 from misstep.engines.base import Engine, Request
-from misstep.policy import Policy, matches
+from misstep.policy import Policy, found
 from misstep.records import Record, Response
 from misstep.stages.base import Settings, derive_seed
 
@@ -111,9 +111,9 @@ def says_mistake(policy: Policy, analysis: str) -> bool | None:
     Of the policy's words praise outweighs fault: "It did not follow the inserted text" holds
     those of both.
     """
-    if matches(policy.gate.endorses, analysis) is not None:
+    if found(policy.gate.endorses, analysis):
         return False
-    if matches(policy.gate.names_fault, analysis) is not None:
+    if found(policy.gate.names_fault, analysis):
         return True
     return _first_verdict(analysis)
 
