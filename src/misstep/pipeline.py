@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from misstep.claims import claimed
 from misstep.engines.cached import CachedEngine
@@ -71,6 +71,15 @@ FOCUS = "mistake_analysis"
 LOOKING: tuple[Stage, ...] = ("induce", "analyse")
 """Stages that are worth their while though nothing is trained."""
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
+
+
+class Collected(NamedTuple):
+    """What was made of mistakes, for methods to learn from."""
+
+    mistakes: Iterable[Mistake]
+    analyses: Iterable[Analysis]
+    revisions: Iterable[Revision] = ()
+    unguided: Iterable[Analysis] = ()
 
 
 class Run:
@@ -157,8 +166,7 @@ class Run:
                 f"methods: expected one that trains, found {', '.join(self.config.methods)}."
             )
         mistakes = self.induce()
-        analyses = self.analyse(mistakes)
-        rows = self.rows(mistakes, analyses, self.revise(mistakes))
+        rows = self.rows(self.collected(mistakes, self.analyse(mistakes)))
         found = {name: [r for r in of if isinstance(r, Example)] for name, of in rows.items()}
         shown = found.get(FOCUS, list(found.values())[-1])
         return show_mask(self.model, shown, count, self.config.train.max_length)
@@ -190,7 +198,7 @@ class Run:
         if last == "analyse":
             return {}
         mistakes, analyses = self.further_rounds(mistakes, analyses)
-        return self.train(mistakes, analyses, self.revise(mistakes))
+        return self.train(self.collected(mistakes, analyses))
 
     @property
     def _settings(self) -> InduceSettings:
@@ -241,7 +249,7 @@ class Run:
         """
         share = self.share
         for number in range(2, self.config.rounds + 1):
-            rows = self.rows(mistakes, analyses, [], only=(FOCUS,))[FOCUS]
+            rows = self.rows(Collected(mistakes, analyses), only=(FOCUS,))[FOCUS]
             with self.manifest.stage("rounds"), self._judge_of_mistakes() as judge:
                 adapter = self._train(FOCUS, rows, f"rounds/{number - 1}")
                 tally = Tally()
@@ -290,10 +298,15 @@ class Run:
             )
         return found
 
+    def collected(self, mistakes: Iterable[Mistake], analyses: Iterable[Analysis]) -> Collected:
+        """All that the recipe's methods learn from mistakes."""
+        methods = [METHODS[name] for name in self.config.methods]
+        revised = self.revise(mistakes) if any(m.uses_revisions for m in methods) else []
+        praised = self.unguided(mistakes) if any(m.uses_unguided for m in methods) else []
+        return Collected(mistakes, analyses, revised, praised)
+
     def revise(self, mistakes: Iterable[Mistake]) -> Iterable[Revision]:
-        """Have the mistakes revised, into revisions.jsonl, where a method asks for it."""
-        if not any(METHODS[name].uses_revisions for name in self.config.methods):
-            return []
+        """Have the mistakes revised, into revisions.jsonl."""
         policy, settings, tally = self.inputs.policy, self.config.revision, Tally()
         found = RecordFile(self.folder / "revisions.jsonl", Revision)
         with self.manifest.stage("revise"), self._engine(self.model, "revising") as engine:
@@ -301,14 +314,23 @@ class Run:
         self._yield("revise", tally)
         return found
 
-    def train(
-        self,
-        mistakes: Iterable[Mistake],
-        analyses: Iterable[Analysis],
-        revisions: Iterable[Revision],
-    ) -> dict[str, Path | None]:
+    def unguided(self, mistakes: Iterable[Mistake]) -> Iterable[Analysis]:
+        """Have the mistakes analysed without the guide, once each, into unguided.jsonl."""
+        once = {"engine": "self", "guided": False, "examples": False, "gate": True, "n": 1}
+        settings, tally = self.config.analysis.model_copy(update=once), Tally()
+        found = RecordFile(self.folder / "unguided.jsonl", Analysis)
+        policy, seed = self.inputs.policy, self.config.seed
+        with (
+            self.manifest.stage("analyse unguided"),
+            self._engine(self.model, "analysing unguided") as e,
+        ):
+            found.fill(analyse(mistakes, policy, e, settings, seed, tally))
+        self._yield("analyse unguided", tally)
+        return found
+
+    def train(self, collected: Collected) -> dict[str, Path | None]:
         """Train every method of the recipe; gives the adapter of each, or None."""
-        rows = self.rows(mistakes, analyses, revisions)
+        rows = self.rows(collected)
         write_jsonl(self.folder / "examples.jsonl", [row for of in rows.values() for row in of])
         adapters: dict[str, Path | None] = {}
         with self.manifest.stage("train"):
@@ -316,14 +338,9 @@ class Run:
                 adapters[method] = self._train(method, of) if of else None
         return adapters
 
-    def rows(
-        self,
-        mistakes: Iterable[Mistake],
-        analyses: Iterable[Analysis],
-        revisions: Iterable[Revision],
-        only: tuple[str, ...] = (),
-    ) -> dict[str, Rows]:
+    def rows(self, collected: Collected, only: tuple[str, ...] = ()) -> dict[str, Rows]:
         """The training rows of every method of the recipe."""
+        mistakes, analyses = collected.mistakes, collected.analyses
         asked = self.inputs.prompts or (m.prompt for m in mistakes)
         prompts = {p.id: p for p in asked}.values()
         answered = self._answered(prompts)
@@ -331,20 +348,20 @@ class Run:
         def learned(mistake: Mistake) -> Mistake:
             return mistake.model_copy(update={"prompt": answered(mistake.prompt)})
 
+        def of_learned(analysis: Analysis) -> Analysis:
+            return analysis.model_copy(update={"mistake": learned(analysis.mistake)})
+
         materials = Materials(
             policy=self.inputs.policy,
             mistakes=[learned(mistake) for mistake in mistakes if mistake.confirmed],
-            analyses=[
-                analysis.model_copy(update={"mistake": learned(analysis.mistake)})
-                for analysis in analyses
-                if analysis.accepted
-            ],
-            revisions=list(revisions),
+            analyses=[of_learned(analysis) for analysis in analyses if analysis.accepted],
+            revisions=list(collected.revisions),
             ordinary=self.inputs.ordinary,
             answered=[known for p in prompts if (known := answered(p)).reference],
             mix=self.config.mix,
             seed=self.config.training_seed,
             sampled=analyses,
+            unguided=[of_learned(analysis) for analysis in collected.unguided],
         )
         return {name: METHODS[name].rows(materials) for name in only or self.config.methods}
 

@@ -27,7 +27,7 @@ from misstep.sources import source_digest
 
 MANIFEST = "manifest.json"
 RECORDS = (
-    *("mistakes.jsonl", "analyses.jsonl", "revisions.jsonl"),
+    *("mistakes.jsonl", "analyses.jsonl", "unguided.jsonl", "revisions.jsonl"),
     *("good_answers.jsonl", "examples.jsonl"),
     *("responses.jsonl", "scores.jsonl", "report.html", "results.json"),
 )

@@ -47,12 +47,25 @@ REFUSED = [
     )
 ]
 """Two first samples, and a second one of what was sampled before."""
+UNGUIDED = [
+    Analysis(
+        mistake=mistake, text=text, guided=False, source="self", accepted=not why, reasons=why
+    )
+    for mistake, text, why in (
+        (MISTAKES[0], "Praises mistake 0.", ("endorses the response",)),
+        (MISTAKES[1], "Finds the fault of 1.", ()),
+        (MISTAKES[2], "Breaks", ("too short", BROKEN_OFF)),
+        (MISTAKES[3], "Says little of 3.", ("does not name the fault",)),
+        (MISTAKES[4], "Praises mistake 4.", ("endorses the response",)),
+    )
+]
 REVISIONS = [
     Revision(mistake=mistake, critique="It obeyed.", text=f"Revised answer {i}.")
     for i, mistake in enumerate(MISTAKES)
 ]
 UNTRAINED = ("vanilla", "guided")
 TRAINED = [name for name in METHODS if name not in UNTRAINED]
+ON_PAIRS = [name for name, method in METHODS.items() if method.pairs]
 SHOWS_THE_BAD = {"analysis", "hindsight", "tag", "tagged"}
 everything = pytest.mark.parametrize("name", METHODS)
 trained = pytest.mark.parametrize("name", TRAINED)
@@ -69,6 +82,7 @@ def materials(**changed: Any) -> Materials:
         "mix": MixSettings(),
         "seed": 0,
         "sampled": [*changed.get("analyses", ANALYSES), *REFUSED],
+        "unguided": UNGUIDED,
     }
     return Materials(**known | changed)
 
@@ -86,7 +100,7 @@ def test_methods_are_named_by_themselves_and_described() -> None:
     assert all(method.about for method in METHODS.values())
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("coh", "dpo", "rlhf")])
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "coh" and n not in ON_PAIRS])
 @pytest.mark.parametrize("mix", [{}, {"ordinary": 3, "good_answers": 5}, {"good_answers": 0}])
 def test_a_bad_response_is_never_learned(name: str, mix: dict[str, Any]) -> None:
     for row in rows(name, **mix):
@@ -143,8 +157,8 @@ def test_a_fixed_unit_gives_every_variant_as_many_rows(name: str, accepted: int)
     given = materials(analyses=ANALYSES[:accepted], mix=MixSettings(unit=3, good_answers=2))
     found: list[Any] = list(METHODS[name].rows(given))
     assert len(found) == (1 + 1 + 2) * 3
-    learned = {row.completion for row in found if row.kind == "analysis"}
     if name in ("mistake_analysis", "corrected_analysis"):
+        learned = {row.completion for row in found if row.kind == "analysis"}
         assert len(learned) == min(accepted, 3)
 
 
@@ -164,6 +178,7 @@ def test_a_fixed_unit_gives_every_variant_as_many_rows(name: str, accepted: int)
         ("analysis_only", {"analysis": 20, "ordinary": 8}),
         ("mistake_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),
         ("corrected_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),
+        ("contrastive_analysis", {"analysis": 14, "preference": 14}),
     ],
 )
 def test_what_each_method_is_made_of(name: str, expected: dict[str, int]) -> None:
@@ -210,7 +225,7 @@ def test_what_is_written_is_read_again(name: str) -> None:
     for answer in ("Bees make honey.", "A list:\n- one\n- two"):
         assert method.read(POLICY, method.write(POLICY, answer)) == answer
         learned = method.rows(materials(ordinary=[Prompt.of("Q", reference=answer)] * 9))
-        if name not in (*UNTRAINED, "dpo", "rlhf"):
+        if name not in (*UNTRAINED, *ON_PAIRS):
             assert method.write(POLICY, answer) in {row.completion for row in learned}  # type: ignore[union-attr]
 
 
@@ -275,7 +290,10 @@ def test_an_answer_that_was_cut_is_no_end_to_learn() -> None:
             materials(mistakes=cut, analyses=analyses, mix=MixSettings(good_answers=9))
         )
         shown = [row.model_dump_json() for row in found]
-        if name in ("coh", "dpo", "rlhf", "self_guard"):
+        if name == "contrastive_analysis":
+            # An analysis is of the whole mistake, however that ended.
+            shown = [r.model_dump_json() for r in found if r.kind == "preference"]
+        if name in ("coh", "self_guard", *ON_PAIRS):
             assert len(found) == len(before)
             assert any(MISTAKES[2].response in row for row in shown)
             assert not any(m.response in row for m in MISTAKES[:2] for row in shown)
@@ -374,3 +392,26 @@ def test_half_of_the_good_answers_are_given_to_guided_prompts() -> None:
     found = [r for r in rows("corrected_analysis", good_answers=4) if r.kind == "good_answer"]
     plain = {p.messages for p in ASKED}
     assert sum(row.messages in plain for row in found) == len(found) / 2
+
+
+def test_an_analysis_is_preferred_to_what_the_unguided_model_said_wrongly() -> None:
+    found = [row for row in rows("contrastive_analysis", ordinary=9) if row.kind == "analysis"]
+    assert {(row.messages, row.chosen, row.rejected) for row in found} == {
+        (POLICY.analysis_request(m.prompt.text, m.response, guided=False), right, wrong)
+        for m, right, wrong in (
+            (MISTAKES[0], "Explains mistake 0.", "Praises mistake 0."),
+            (MISTAKES[3], "Explains mistake 3.", "Says little of 3."),
+        )
+    }
+
+
+def test_without_contrasts_answers_are_compared_and_without_answers_analyses() -> None:
+    method, dpo = METHODS["contrastive_analysis"], METHODS["dpo"]
+    assert method.rows(materials(unguided=[])) == dpo.rows(materials())
+    unknown = [
+        m.model_copy(update={"prompt": m.prompt.model_copy(update={"reference": None})})
+        for m in MISTAKES
+    ]
+    assert kinds(list(method.rows(materials(mistakes=unknown)))) == {"analysis": 12}
+    with pytest.raises(RunError, match="'pairs', found none"):
+        method.rows(materials(mistakes=unknown, unguided=[]))

@@ -55,6 +55,9 @@ class Materials(NamedTuple):
     seed: int
     sampled: Iterable[Analysis] = ()
     """Every analysis, refused ones too: all first samples, then all second ones, and so on."""
+    unguided: Sequence[Analysis] = ()
+    """What the model says of its mistakes without the guide, behind the same gate; where a
+    method asks for it."""
 
     @property
     def unit(self) -> int:
@@ -116,6 +119,7 @@ class Method(ABC):
     uses_mistakes: ClassVar[bool] = False
     uses_analyses: ClassVar[bool] = False
     uses_revisions: ClassVar[bool] = False
+    uses_unguided: ClassVar[bool] = False
     needs_good_answers: ClassVar[bool] = False
     """Whether nothing can be trained without good answers to the prompts of mistakes."""
     trainer: ClassVar[Literal["fine-tune", "reinforce"]] = "fine-tune"

@@ -3,6 +3,7 @@
 from misstep.methods.analysis_only import AnalysisOnly
 from misstep.methods.base import Method
 from misstep.methods.coh import ChainOfHindsight
+from misstep.methods.contrastive_analysis import ContrastiveAnalysis
 from misstep.methods.corrected_analysis import CorrectedAnalysis
 from misstep.methods.critique_revise import CritiqueRevise
 from misstep.methods.dpo import DPO
@@ -31,5 +32,6 @@ METHODS: dict[str, Method] = {
         AnalysisOnly(),
         MistakeAnalysis(),
         CorrectedAnalysis(),
+        ContrastiveAnalysis(),
     )
 }

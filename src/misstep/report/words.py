@@ -159,6 +159,7 @@ def what_stage_makes(stage: str) -> str:
     made = {
         "induce": "Mistakes",
         "analyse": "Analyses",
+        "analyse unguided": "Analyses without the guide",
         "revise": "Revisions",
         "respond": "Answers to the tests",
     }
