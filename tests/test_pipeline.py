@@ -25,8 +25,10 @@ from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
 from misstep.judges.seats import Seat
 from misstep.pipeline import Run, masked_rows, run
+from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import (
+    Analysis,
     Judgement,
     Message,
     Mistake,
@@ -595,6 +597,26 @@ def test_the_model_writes_the_good_answers_that_nobody_annotated(
         assert not any(end.endswith(tuple(ANSWERS)) for end in ends)
         yields = json.loads((trained / "manifest.json").read_text())["yields"]
         assert yields["good answers"]["kept"] == len(kept) > 0
+
+
+def test_guided_analyses_are_set_against_what_the_model_says_unguided(
+    recipe: Path, tmp_path: Path
+) -> None:
+    folder = run(recipe, tmp_path / "r", ["methods=[contrastive_analysis]"], Silent(), "train")
+    told = list(read_jsonl(folder / "analyses.jsonl", Analysis))
+    said = list(read_jsonl(folder / "unguided.jsonl", Analysis))
+    assert {a.guided for a in told} == {True} and {a.guided for a in said} == {False}
+    assert [a.mistake for a in said] == list(read_jsonl(folder / "mistakes.jsonl", Mistake))
+    policy = load_policy("goal-hijacking")
+
+    def of(analyses: Sequence[Analysis]) -> set[tuple[tuple[Message, ...], str]]:
+        asked = ((a.mistake.prompt.text, a.mistake.response, a.text) for a in analyses)
+        return {(policy.analysis_request(p, r, guided=False), text) for p, r, text in asked}
+
+    pairs = [p for p in read_jsonl(folder / "examples.jsonl", Pair) if p.kind == "analysis"]
+    assert pairs
+    assert {(pair.messages, pair.chosen) for pair in pairs} <= of(told)
+    assert {(pair.messages, pair.rejected) for pair in pairs} <= of(said)
 
 
 def test_an_engine_that_cannot_serve_leaves_finished_results_where_they_are(
