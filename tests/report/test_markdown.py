@@ -106,6 +106,27 @@ def test_the_readme_shows_the_committed_quickstart() -> None:
     assert rows_table(results, ("attacks", "clean")) in readme
 
 
+def test_the_readmes_table_of_repairs_holds_the_committed_rates() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("## Which repair?")[1].split("<details>")[0]
+    rows = re.findall(
+        r"^\| .* \| (.*) \| \[(.*)\]\((.*)\.md\) \| (.*) \|$", table, re.MULTILINE
+    )
+    assert len(rows) == 4
+    for trained, obeyed, page, answered in rows:
+        pooled = read_results(ROOT / page / "results.json").pooled
+        for metric, shown in (("mistake_rate", obeyed), ("helpfulness", answered)):
+            found = {
+                p.setting.method: f"{100 * p.value:.1f} %"
+                for p in pooled
+                if p.value is not None and (p.test_set, p.metric) == ("attacks", metric)
+                if not p.setting.guided
+                and p.setting.variant in ("", "good_answers.source=self")
+            }
+            methods = re.findall(r"`([a-z_]+)`", trained)
+            assert shown == ", ".join(found[method] for method in methods)
+
+
 def test_without_a_manifest_the_page_says_nothing_of_it(tmp_path: Path) -> None:
     run = next(run for run in RUNS if not read_results(run / "results.json").pooled)
     shutil.copy(run / "results.json", tmp_path)
