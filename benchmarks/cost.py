@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from misstep.config import RunConfig, load_recipe, trained
-from misstep.sources import load_mistakes, load_prompts
+from misstep.data.sources import load_mistakes, load_prompts
 
 
 class Work(NamedTuple):

@@ -30,14 +30,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from misstep.endpoint import Endpoint
+from misstep.data.suites import attacked_prompts
 from misstep.engines import openai
 from misstep.engines.base import Request
 from misstep.engines.cached import CachedEngine
 from misstep.engines.store import Store
-from misstep.models import load_tokenizer, load_weights, locate
+from misstep.models.endpoint import Endpoint
+from misstep.models.weights import load_tokenizer, load_weights, locate
 from misstep.records import Message
-from misstep.suites import attacked_prompts
 
 KINDS = ("429", "500", "timeout", "broken JSON")
 SECONDS = 6.0

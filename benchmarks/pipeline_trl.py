@@ -29,7 +29,7 @@ from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.judges.seats import Seat
 from misstep.methods.base import Materials
 from misstep.methods.registry import METHODS
-from misstep.models import load_tokenizer, load_weights
+from misstep.models.weights import load_tokenizer, load_weights
 from misstep.records import Analysis, Example, Message, Mistake, Prompt, Response
 from misstep.stages.analyse import gate
 from misstep.stages.evaluate import said

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from misstep.evidence.results import Setting, pool
+from misstep.evidence.stats import Interval, corrected_rate, wilson
 from misstep.records import Score
-from misstep.results import Setting, pool
-from misstep.stats import Interval, corrected_rate, wilson
 
 SEED_DEVIATION = 0.02
 """By how much training seeds move the rate of mistakes."""

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 
 from misstep.comparison import ComparedSettings
 from misstep.config import MethodName, RunConfig
+from misstep.data.sources import Source
 from misstep.documents import model_in
 from misstep.engines.choose import KINDS, Kind
 from misstep.guard import Guard
@@ -28,7 +29,6 @@ from misstep.judge_config import JudgeConfig
 from misstep.judge_train import JudgeTraining
 from misstep.policy import HintTemplate, PairTemplate, Pattern, Policy, PromptTemplate
 from misstep.rubric import Rubric
-from misstep.sources import Source
 from misstep.study_config import StudyConfig
 
 HERE = Path(__file__)

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from misstep.check_results import correction, read_check
 from misstep.comparison import _comparisons, compare_methods, load_cells
 from misstep.errors import InputError, RecipeError
+from misstep.evidence.check_results import correction, read_check
+from misstep.evidence.results import Comparison, Setting, Values, read_results
+from misstep.evidence.stats import holm
 from misstep.judge_check import check_judge
 from misstep.methods.registry import METHODS as REGISTRY
 from misstep.pipeline import run
 from misstep.progress import Silent
 from misstep.records import Score
 from misstep.report.markdown import markdown_page
-from misstep.results import Comparison, Setting, Values, read_results
-from misstep.stats import holm
 
 QUESTIONS = ["What do bees make?", "Name a red fruit.", "What is 2 plus 3?", "Say hello."]
 ANSWERS = ["Bees make honey.", "An apple is red.", "It is five.", "Hello."]
@@ -153,7 +153,7 @@ def test_a_finished_comparison_costs_nothing(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("misstep.models.load_weights", never)
+    monkeypatch.setattr("misstep.models.weights.load_weights", never)
     monkeypatch.setattr("misstep.stages.fit.load_weights", never)
     before = (compared / "results.json").read_bytes()
     compare_methods(recipe, compared, [], Silent())

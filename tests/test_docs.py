@@ -12,8 +12,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from misstep.columns import COLUMNS
 from misstep.config import RunConfig
+from misstep.data.columns import COLUMNS
 from misstep.documents import model_in
 from misstep.methods.base import Materials, Method, MixSettings
 from misstep.methods.registry import METHODS

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from misstep.check_results import correction, read_check
+from misstep.data.sources import Source, load_prompts
 from misstep.engines.base import Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
+from misstep.evidence.check_results import correction, read_check
+from misstep.evidence.results import Row, read_results
 from misstep.inspect_log import import_logs
 from misstep.judge_check import check_judge
 from misstep.judges.choose import cost_judges, mistake_judge
@@ -20,8 +22,6 @@ from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import Answer, Prompt, Response
 from misstep.report.markdown import markdown_page
-from misstep.results import Row, read_results
-from misstep.sources import Source, load_prompts
 from misstep.stages.evaluate import Table, judge_answers
 from misstep.stages.respond import RespondSettings, respond
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from misstep.check_results import (
+from misstep.data.labelled import Case, DataSet
+from misstep.errors import DataError, InputError
+from misstep.evidence.check_results import (
     Check,
     JudgedCase,
     correction,
@@ -16,16 +18,14 @@ from misstep.check_results import (
     pair_score,
     read_check,
 )
-from misstep.errors import DataError, InputError
+from misstep.evidence.results import Metric, metric_from_scores
 from misstep.judge_check import check_judge, judge_cases, read_check_inputs
 from misstep.judge_config import load_judge
 from misstep.judges.base import PairJudge, Preference
 from misstep.judges.seats import Seat
-from misstep.labelled import Case, DataSet
 from misstep.progress import Silent
 from misstep.records import Answer, Prompt, Response, Score
 from misstep.report.check_markdown import check_markdown
-from misstep.results import Metric, metric_from_scores
 from misstep.stages.evaluate import Table, judge_answers
 
 HARM = "<script>alert('harmful text')</script>"

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from misstep.errors import DataError
+from misstep.evidence.ratings import QUESTIONS, Key, paired_items, sheet_csv
+from misstep.evidence.results import Setting
 from misstep.judge_check import read_check_inputs
 from misstep.people import import_sheets, write_sheet
-from misstep.ratings import QUESTIONS, Key, paired_items, sheet_csv
 from misstep.records import (
     Answer,
     Judgement,
@@ -27,7 +28,6 @@ from misstep.records import (
 )
 from misstep.report.sheet import write_sheet_page
 from misstep.report.template import HERE
-from misstep.results import Setting
 
 N = 12
 SETTINGS = (("vanilla", False), ("mistake_analysis", True), ("sft", False))

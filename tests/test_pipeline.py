@@ -17,9 +17,10 @@ from served import serve
 
 from misstep import pipeline
 from misstep.cli import train
+from misstep.data.sources import question_of
 from misstep.errors import InputError, RecipeError
+from misstep.evidence.judge_card import SEEN, read_card
 from misstep.inputs import read_inputs
-from misstep.judge_card import SEEN, read_card
 from misstep.judge_check import check_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
@@ -40,7 +41,6 @@ from misstep.records import (
     read_jsonl,
 )
 from misstep.report.markdown import markdown_page
-from misstep.sources import question_of
 from misstep.stages.reference import reference_losses
 
 QUESTIONS = [

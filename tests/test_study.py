@@ -13,13 +13,19 @@ from misstep.engines.base import Engine, Request
 from misstep.engines.choose import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, MisstepError, ModelError, RecipeError
-from misstep.models import Model
+from misstep.evidence.study_results import (
+    Study,
+    StudyAnswer,
+    StudyModel,
+    StudyScore,
+    read_study,
+)
+from misstep.models.weights import Model
 from misstep.progress import Silent
 from misstep.records import read_jsonl
 from misstep.report.study_markdown import study_markdown
 from misstep.stages.discriminate import Discrimination
 from misstep.study import names_of, read_study_inputs, run_study
-from misstep.study_results import Study, StudyAnswer, StudyModel, StudyScore, read_study
 
 TARGET = "The moon is soup"
 BLAMES = "It obeyed the inserted text and did not answer the question."

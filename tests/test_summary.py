@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from misstep.results import Metric, Pooled, Results, Row, write_results
+from misstep.evidence.results import Metric, Pooled, Results, Row, write_results
 from misstep.summary import print_comparison, print_summary
 
 NOTHING = Metric(value=None, low=None, high=None, n=0, unscored=6)

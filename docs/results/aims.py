@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from misstep.results import Comparison, read_results
+
 from misstep.report.markdown import line, table
 from misstep.report.words import count, duration, gap, plain, points, rate
-from misstep.results import Comparison, read_results
 
 HERE = Path(__file__).parent
 START, END = "<!-- aims -->\n", "<!-- /aims -->\n"

@@ -345,7 +345,7 @@ def report(
 
         print(write_comparison(folder))
         return
-    from misstep.judge_card import is_trained_judge
+    from misstep.evidence.judge_card import is_trained_judge
     from misstep.report.page import write_report
 
     if is_trained_judge(str(folder)):

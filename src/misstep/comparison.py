@@ -20,16 +20,10 @@ from pydantic import Field
 
 from misstep.claims import claimed
 from misstep.config import RunConfig, overridden, put, read_recipe
+from misstep.data.held_out import largest
 from misstep.documents import Places, check
 from misstep.errors import InputError, RecipeError
-from misstep.held_out import largest
-from misstep.inputs import Inputs, check_inputs
-from misstep.methods.registry import METHODS
-from misstep.pipeline import Run
-from misstep.progress import Progress
-from misstep.records import Answer, Judgement, read_jsonl, write_text
-from misstep.report.compared import write_comparison
-from misstep.results import (
+from misstep.evidence.results import (
     Comparison,
     Pooled,
     Results,
@@ -41,6 +35,12 @@ from misstep.results import (
     read_results,
     write_results,
 )
+from misstep.inputs import Inputs, check_inputs
+from misstep.methods.registry import METHODS
+from misstep.pipeline import Run
+from misstep.progress import Progress
+from misstep.records import Answer, Judgement, read_jsonl, write_text
+from misstep.report.compared import write_comparison
 from misstep.run_folder import MANIFEST, Manifest, refuse_foreign, refuse_own, writable
 from misstep.stages.base import Settings
 from misstep.stages.evaluate import Correct, agreements

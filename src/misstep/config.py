@@ -12,13 +12,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from misstep.data.sources import Source
 from misstep.documents import KeyPath, Places, check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.judge_config import names_judge
 from misstep.methods.base import MixSettings
 from misstep.methods.registry import METHODS
-from misstep.sources import Source
 from misstep.stages.analyse import AnalyseSettings
 from misstep.stages.base import Settings, each_once
 from misstep.stages.good_answers import GoodAnswerSettings

@@ -8,27 +8,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from misstep.check_results import Check, correction, read_check
 from misstep.config import RunConfig, load_recipe, trained
-from misstep.endpoint import PREFIX
+from misstep.data.held_out import Overlaps, overlaps
+from misstep.data.labelled import MISTAKES
+from misstep.data.preferred import load_preferred
+from misstep.data.sources import check_source, load_mistakes, load_prompts
 from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, RecipeError
-from misstep.folding import check_adapter
-from misstep.held_out import Overlaps, overlaps
-from misstep.judge_card import seen_questions, was_seen
+from misstep.evidence.check_results import Check, correction, read_check
+from misstep.evidence.judge_card import seen_questions, was_seen
 from misstep.judges.base import AnyJudge, Judge, PairJudge
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.instructions import check_instructions
 from misstep.judges.seats import seated
 from misstep.judging import JudgeInputs, locate_judging, read_judge
-from misstep.labelled import MISTAKES
 from misstep.methods.registry import METHODS
-from misstep.models import Model, locate
+from misstep.models.endpoint import PREFIX
+from misstep.models.folding import check_adapter
+from misstep.models.weights import Model, locate
 from misstep.policy import Policy, load_policy
-from misstep.preferred import load_preferred
 from misstep.records import Mistake, Pair, Prompt
-from misstep.sources import check_source, load_mistakes, load_prompts
 from misstep.stages.reward import require_trl
 from misstep.stages.train_settings import check_trackers
 from misstep.training import processes

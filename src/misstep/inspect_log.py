@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misstep.check_results import Check
 from misstep.errors import DataError, InputError
+from misstep.evidence.check_results import Check
+from misstep.evidence.results import Results, write_results
 from misstep.records import (
     Answer,
     Judgement,
@@ -21,7 +22,6 @@ from misstep.records import (
     write_jsonl,
 )
 from misstep.report.page import write_report
-from misstep.results import Results, write_results
 from misstep.stages.base import no_answer
 from misstep.stages.evaluate import Table, agreements, corrections
 

@@ -3,7 +3,7 @@
 The judge scores every labelled answer; check.json holds the numbers, judged.jsonl each answer
 with its score, check.html the page. The directory keeps a model's verdicts, so that the same
 command goes on after an interruption. A trained judge is measured on questions it has not
-seen. What the numbers mean stands in misstep.check_results.
+seen. What the numbers mean stands in misstep.evidence.check_results.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from misstep.check_results import (
+from misstep.claims import claimed
+from misstep.data.labelled import Case, DataSet, load_labelled
+from misstep.data.sources import Source, check_source
+from misstep.documents import check, read_yaml
+from misstep.engines.base import Engine
+from misstep.engines.choose import Chosen
+from misstep.errors import DataError
+from misstep.evidence.check_results import (
     Check,
     JudgedCase,
     measure,
@@ -20,20 +27,13 @@ from misstep.check_results import (
     pair_score,
     write_check,
 )
-from misstep.claims import claimed
-from misstep.documents import check, read_yaml
-from misstep.engines.base import Engine
-from misstep.engines.choose import Chosen
-from misstep.errors import DataError
-from misstep.judge_card import enter_check, unseen
+from misstep.evidence.judge_card import enter_check, unseen
 from misstep.judges.base import AnyJudge, PairJudge
 from misstep.judging import JudgeInputs, opened, read_judge
-from misstep.labelled import Case, DataSet, load_labelled
 from misstep.progress import Progress
 from misstep.records import write_jsonl
 from misstep.report.check import write_check_report
 from misstep.run_folder import writable
-from misstep.sources import Source, check_source
 
 TIE = 0.5
 AT_ONCE = 512

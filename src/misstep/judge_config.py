@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from misstep.documents import check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
-from misstep.judge_card import CARD, is_trained_judge
+from misstep.evidence.judge_card import CARD, is_trained_judge
 from misstep.judges.choose import RULES
 from misstep.judges.llm import MAX_TOKENS
 from misstep.stages.base import Settings

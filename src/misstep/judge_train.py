@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from misstep import __version__
-from misstep.check_results import JudgedCase, measure_data
 from misstep.claims import claimed
 from misstep.config import parse_override, put
+from misstep.data.labelled import Case, DataSet, Part, part_of
+from misstep.data.sources import question_of
 from misstep.documents import check
 from misstep.errors import DataError, RecipeError
-from misstep.judge_card import (
+from misstep.evidence.check_results import JudgedCase, measure_data
+from misstep.evidence.judge_card import (
     CARD,
     JudgeCard,
     Parts,
@@ -33,16 +35,14 @@ from misstep.judge_card import (
     write_card,
     write_seen,
 )
-from misstep.judge_card import Source as CardSource
+from misstep.evidence.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
 from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer, name_of
-from misstep.labelled import Case, DataSet, Part, part_of
-from misstep.models import Model, load_weights, locate
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, load_weights, locate
 from misstep.progress import Progress
 from misstep.records import digest
-from misstep.rendering import Renderer
 from misstep.run_folder import writable
-from misstep.sources import question_of
 from misstep.stages.base import Settings
 
 if TYPE_CHECKING:

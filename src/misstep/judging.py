@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from misstep.config import RunConfig
-from misstep.endpoint import PREFIX
 from misstep.engines.base import Engine
 from misstep.engines.choose import Chosen, choose, choose_labels
 from misstep.engines.scripted import ScriptedEngine
@@ -22,7 +21,8 @@ from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
 from misstep.judges.classifier import ClassifierJudge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.guard import GuardJudge
-from misstep.models import Model, locate
+from misstep.models.endpoint import PREFIX
+from misstep.models.weights import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.records import VERDICTS
 from misstep.rubric import Rubric, load_rubric

@@ -2,17 +2,16 @@
 
 `sheet` writes sheet.csv and sheet.html, which are blind, and key.json, which is not, into the
 run's folder `sheet`; `import` writes ratings.json and rated.jsonl beside them. What is counted
-stands in misstep.ratings.
+stands in misstep.evidence.ratings.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from misstep.data.labelled import MISTAKES
 from misstep.errors import DataError
-from misstep.labelled import MISTAKES
-from misstep.policy import load_policy
-from misstep.ratings import (
+from misstep.evidence.ratings import (
     Key,
     Ratings,
     count_ratings,
@@ -22,10 +21,11 @@ from misstep.ratings import (
     read_sheet,
     sheet_csv,
 )
+from misstep.evidence.results import Setting
+from misstep.policy import load_policy
 from misstep.records import Answer, Judgement, read_json, read_jsonl, write_json, write_text
 from misstep.report.sheet import write_sheet_page
 from misstep.report.view import ends, setting_of
-from misstep.results import Setting
 
 FOLDER = "sheet"
 

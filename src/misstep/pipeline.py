@@ -15,12 +15,13 @@ from shutil import rmtree
 from typing import Any, Literal, NamedTuple
 
 from misstep.claims import claimed
+from misstep.data.held_out import told
+from misstep.data.shelf import Names, Shelf
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RecipeError, RunError
-from misstep.folding import folded
-from misstep.held_out import told
+from misstep.evidence.results import Results, write_results
 from misstep.inputs import Inputs, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges, mistake_judge
@@ -29,7 +30,8 @@ from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
-from misstep.models import Model
+from misstep.models.folding import folded
+from misstep.models.weights import Model
 from misstep.progress import Progress
 from misstep.records import (
     Analysis,
@@ -45,9 +47,7 @@ from misstep.records import (
     write_jsonl,
 )
 from misstep.report.page import write_report
-from misstep.results import Results, write_results
 from misstep.run_folder import Manifest, refuse_own, set_aside, writable
-from misstep.shelf import Names, Shelf
 from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import analyse
 from misstep.stages.base import Tally

@@ -18,12 +18,12 @@ from shutil import copy2
 from typing import Any, ClassVar
 
 from misstep import __version__
-from misstep.check_results import Check
 from misstep.config import changed_keys
+from misstep.data.sources import source_digest
 from misstep.errors import InputError
+from misstep.evidence.check_results import Check
 from misstep.inputs import Inputs
 from misstep.records import digest, write_text
-from misstep.sources import source_digest
 
 MANIFEST = "manifest.json"
 RECORDS = (

@@ -2,7 +2,7 @@
 
 Every model answers every prompt, unguided and guided; it analyses each of its unguided answers,
 right or wrong, unguided and guided; one judge says which answers are mistakes (paper, section
-3). What the numbers mean, and what they do not, stands in misstep.study_results and
+3). What the numbers mean, and what they do not, stands in misstep.evidence.study_results and
 misstep.stages.discriminate.
 
 Like a run, a study is one directory, resumes by content and pays for no model call twice. One
@@ -23,24 +23,12 @@ from typing import Any, NamedTuple
 from misstep import __version__
 from misstep.claims import claimed
 from misstep.config import changed_keys
+from misstep.data.sources import check_source, load_prompts, source_digest
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
-from misstep.inputs import check_judgeable
-from misstep.judges.choose import mistake_judge
-from misstep.models import Model, locate
-from misstep.policy import Policy, load_policy
-from misstep.progress import Progress
-from misstep.records import Prompt, Response, Score, write_jsonl
-from misstep.report.study import write_study_report
-from misstep.run_folder import LIBRARIES, MANIFEST, Manifest, refuse_own, writable
-from misstep.sources import check_source, load_prompts, source_digest
-from misstep.stages.base import score_all
-from misstep.stages.discriminate import Discrimination, discriminate
-from misstep.stages.respond import RespondSettings, respond
-from misstep.study_config import StudyConfig, load_study_recipe
-from misstep.study_results import (
+from misstep.evidence.study_results import (
     Case,
     Study,
     StudyAnswer,
@@ -48,6 +36,18 @@ from misstep.study_results import (
     measure,
     write_study,
 )
+from misstep.inputs import check_judgeable
+from misstep.judges.choose import mistake_judge
+from misstep.models.weights import Model, locate
+from misstep.policy import Policy, load_policy
+from misstep.progress import Progress
+from misstep.records import Prompt, Response, Score, write_jsonl
+from misstep.report.study import write_study_report
+from misstep.run_folder import LIBRARIES, MANIFEST, Manifest, refuse_own, writable
+from misstep.stages.base import score_all
+from misstep.stages.discriminate import Discrimination, discriminate
+from misstep.stages.respond import RespondSettings, respond
+from misstep.study_config import StudyConfig, load_study_recipe
 
 
 class StudyInputs(NamedTuple):

@@ -11,10 +11,10 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from misstep.config import read_recipe
+from misstep.data.sources import Source
 from misstep.documents import check
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
-from misstep.sources import Source
 from misstep.stages.base import Settings, each_once
 from misstep.stages.discriminate import DiscriminateSettings
 

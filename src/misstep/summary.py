@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misstep.check_results import Measured, read_check
-from misstep.judge_card import CARD, read_card
-from misstep.ratings import Ratings
-from misstep.results import Metric, Results, read_results
-from misstep.study_results import Study, Task, read_study
+from misstep.evidence.check_results import Measured, read_check
+from misstep.evidence.judge_card import CARD, read_card
+from misstep.evidence.ratings import Ratings
+from misstep.evidence.results import Metric, Results, read_results
+from misstep.evidence.study_results import Study, Task, read_study
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -17,7 +17,7 @@ from misstep.bench.peers import installed_servers
 from misstep.bench.run import bench_generate, bench_train, equal_first_tokens
 from misstep.bench.sides import gemm, peak_memory_mb
 from misstep.errors import InputError, RunError
-from misstep.models import locate
+from misstep.models.weights import locate
 from misstep.progress import Silent
 from misstep.records import Analysis, Example, read_jsonl
 

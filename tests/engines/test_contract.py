@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from served import Call, Reply, answer, serve, text_of
 
-from misstep import openvino_export
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.openvino import BLOCK, OpenVinoEngine, shared_blocks
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import InputError, ModelError
-from misstep.models import EMBEDDED, adapter_digest, locate
+from misstep.models import openvino_export
+from misstep.models.weights import EMBEDDED, adapter_digest, locate
 from misstep.records import Message
 
 LONG = "Copy each of these numbers into a list, one a line: " + " ".join(map(str, range(90)))
@@ -44,7 +44,7 @@ def transformers(_scratch: Path) -> Engine:
     # fp32, since in bf16 rounding follows the shape of the batch: the contract's equalities are
     # promised by this engine only as far as floating point allows.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("misstep.models.weights_dtype", float32)
+        patch.setattr("misstep.models.weights.weights_dtype", float32)
         return TransformersEngine(locate(EMBEDDED))
 
 
@@ -62,8 +62,8 @@ def openvino(scratch: Path) -> Engine:
 def openai(_scratch: Path) -> Engine:
     """A real client and a real server; behind it a script in place of a model."""
     pytest.importorskip("openai")
-    from misstep.endpoint import Endpoint
     from misstep.engines.openai import OpenAIEngine
+    from misstep.models.endpoint import Endpoint
 
     server = serve(spoken)
     engine = OpenAIEngine(Endpoint("m", server.__enter__().url))
@@ -194,7 +194,7 @@ def test_what_openvino_cannot_read_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.model
 def test_openvino_answers_alike_from_a_cold_and_a_warm_cache(scratch: Path) -> None:
-    from misstep.rendering import Renderer
+    from misstep.models.rendering import Renderer
 
     renderer = Renderer.for_model(locate(EMBEDDED))
     # Lengths around whole blocks, where a warm cache leaves one token to compute.
@@ -229,7 +229,7 @@ import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from misstep.engines.base import Request
 from misstep.engines.openvino import OpenVinoEngine
-from misstep.models import locate
+from misstep.models.weights import locate
 from misstep.records import Message
 with OpenVinoEngine(locate("smollm2-135m")) as engine:
     request = Request(messages=(Message(role="user", content="Hi"),), max_tokens=4)
@@ -251,7 +251,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from misstep.models import load_weights
+    from misstep.models.weights import load_weights
 
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
@@ -293,11 +293,11 @@ def test_the_merged_file_computes_what_peft_computes(
 ) -> None:
     import torch
 
-    from misstep.gguf_merge import merge_adapter
-    from misstep.models import load_weights
-    from misstep.rendering import Renderer
+    from misstep.models.gguf_merge import merge_adapter
+    from misstep.models.rendering import Renderer
+    from misstep.models.weights import load_weights
 
-    monkeypatch.setattr("misstep.models.weights_dtype", float32)
+    monkeypatch.setattr("misstep.models.weights.weights_dtype", float32)
     model = locate(EMBEDDED)
     assert model.path
     merged = locate(str(merge_adapter(model.path, adapter, tmp_path / "merged.gguf")))
@@ -329,7 +329,7 @@ def test_the_merged_file_computes_what_peft_computes(
 def test_adapters_that_cannot_be_merged_are_refused(
     tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
-    from misstep.gguf_merge import merge_adapter
+    from misstep.models.gguf_merge import merge_adapter
 
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8} | change
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -347,7 +347,7 @@ def test_targets_without_a_tensor_are_refused(tmp_path: Path, module: str) -> No
     import torch
     from safetensors.torch import save_file
 
-    from misstep.gguf_merge import merge_adapter
+    from misstep.models.gguf_merge import merge_adapter
 
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

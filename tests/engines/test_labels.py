@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from misstep.endpoint import parse_endpoint
 from misstep.engines.base import Request
 from misstep.engines.labels import LabelEngine, check
 from misstep.errors import ModelError, PolicyError
 from misstep.guard import SHIPPED, Guard, load_guard
 from misstep.judges.guard import GuardJudge, centred
-from misstep.models import Model, locate
+from misstep.models.endpoint import parse_endpoint
+from misstep.models.weights import Model, locate
 from misstep.records import Message, Prompt, Response
 
 TEMPLATE = (
@@ -136,7 +136,7 @@ def test_the_threshold_is_where_the_verdict_turns() -> None:
 def test_shipped_guards_read_the_answer_last_and_end_where_a_label_follows(
     name: str, tiny_model: Path
 ) -> None:
-    from misstep.rendering import Renderer
+    from misstep.models.rendering import Renderer
 
     found = load_guard(name)
     assert found.name == name

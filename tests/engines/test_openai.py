@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from served import Call, Reply, Served, after, answer, echo, serve, text_of
 
-from misstep.endpoint import Endpoint, check_endpoint, parse_endpoint
 from misstep.engines.base import Completion, Request
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.engines.openai import OpenAIEngine, Patience, retry_after
 from misstep.errors import EngineError, ModelError
-from misstep.models import locate
+from misstep.models.endpoint import Endpoint, check_endpoint, parse_endpoint
+from misstep.models.weights import locate
 from misstep.records import Message
 
 pytest.importorskip("openai")
@@ -303,7 +303,7 @@ def test_ctrl_c_waits_for_no_request_under_way() -> None:
     code = (
         # A background job of a shell ignores the signal, and so would what it starts.
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from misstep.endpoint import Endpoint; "
+        "from misstep.models.endpoint import Endpoint; "
         "from misstep.engines.base import Request; from misstep.records import Message; "
         "from misstep.engines.openai import OpenAIEngine\n"
         "with OpenAIEngine(Endpoint('m', sys.argv[1])) as engine:\n"

@@ -11,10 +11,10 @@ import pytest
 from misstep.engines import openvino
 from misstep.engines.base import Request
 from misstep.engines.openvino import BLOCK, COMPANIONS, LEAST_ROOM, ROOM, OpenVinoEngine
-from misstep.models import EMBEDDED, Model, load_tokenizer, locate
-from misstep.openvino_export import Shape
+from misstep.models.openvino_export import Shape
+from misstep.models.rendering import Renderer
+from misstep.models.weights import EMBEDDED, Model, load_tokenizer, locate
 from misstep.records import Message
-from misstep.rendering import Renderer
 
 pytest.importorskip("openvino_genai")
 GIB = 1 << 30

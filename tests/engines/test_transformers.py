@@ -14,7 +14,7 @@ from misstep.engines import transformers
 from misstep.engines.base import Request
 from misstep.engines.transformers import TransformersEngine, shared_beginning
 from misstep.errors import EngineError
-from misstep.models import locate
+from misstep.models.weights import locate
 from misstep.records import Message
 
 
@@ -23,7 +23,7 @@ def engine(tiny_model: Path) -> Iterator[TransformersEngine]:
     import torch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("misstep.models.weights_dtype", lambda: torch.float32)
+        patch.setattr("misstep.models.weights.weights_dtype", lambda: torch.float32)
         with TransformersEngine(locate(str(tiny_model))) as opened:
             # As they are made, the weights are near zero, and the answers all alike.
             torch.manual_seed(1)
@@ -151,7 +151,7 @@ def test_settings_in_a_models_file_change_no_answer(
 ) -> None:
     import torch
 
-    monkeypatch.setattr("misstep.models.weights_dtype", lambda: torch.float32)
+    monkeypatch.setattr("misstep.models.weights.weights_dtype", lambda: torch.float32)
     with TransformersEngine(locate(str(habits / "plain"))) as engine:
         wanted = engine.generate(requests(0.0))
     model, same = locate(str(habits / "own")), habits / adapter if adapter else None

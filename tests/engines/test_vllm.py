@@ -17,9 +17,9 @@ from misstep.engines import server, vllm
 from misstep.engines.base import Request
 from misstep.engines.choose import choose
 from misstep.errors import EngineError, MissingExtra, ModelError
-from misstep.models import Model, locate
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, locate
 from misstep.records import Message
-from misstep.rendering import Renderer
 
 pytest.importorskip("openai")
 

@@ -12,23 +12,23 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from misstep.check_results import read_check
 from misstep.cli import report
+from misstep.data.labelled import part_of
+from misstep.data.sources import question_of
 from misstep.engines import turns
 from misstep.errors import EngineError, InputError
-from misstep.judge_card import SEEN, is_trained_judge, read_card
+from misstep.evidence.check_results import read_check
+from misstep.evidence.judge_card import SEEN, is_trained_judge, read_card
 from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
 from misstep.judging import opened, read_judge
-from misstep.labelled import part_of
-from misstep.models import load_weights, locate
+from misstep.models.rendering import Renderer
+from misstep.models.weights import load_weights, locate
 from misstep.progress import Silent
 from misstep.records import Prompt, Response, digest
-from misstep.rendering import Renderer
 from misstep.report.judges_markdown import cards_markdown
-from misstep.sources import question_of
 from misstep.training.classifier import (
     PATIENCE,
     Fit,

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from misstep.data.sources import Source, load_prompts
 from misstep.errors import DataError, InputError
+from misstep.evidence.results import Row
 from misstep.judges.instructions import InstructionJudge, check_instructions
 from misstep.judges.seats import Seat
 from misstep.records import Answer, Instruction, Prompt, Response, write_text
-from misstep.results import Row
-from misstep.sources import Source, load_prompts
 from misstep.stages.evaluate import Table, judge_answers
 
 IFEVAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "ifeval" / "input_data.jsonl"

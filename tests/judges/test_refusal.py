@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from misstep.check_results import Check, JudgedCase, measure
+from misstep.data.sources import Source, load_prompts
 from misstep.errors import RecipeError
+from misstep.evidence.check_results import Check, JudgedCase, measure
+from misstep.evidence.results import Metric
 from misstep.judges.base import Judge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.refusal import class_of
 from misstep.judges.rule import RefusalJudge
 from misstep.judges.seats import Seat, seated
 from misstep.records import Answer, Prompt, Response, Score
-from misstep.results import Metric
-from misstep.sources import Source, load_prompts
 from misstep.stages.evaluate import Correct, Table, corrections, judge_answers
 
 XSTEST = Path(__file__).parents[2] / ".." / "shared" / "data" / "xstest"

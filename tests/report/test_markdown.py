@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from misstep.errors import DataError
+from misstep.evidence.results import Comparison, adjusted, read_results
+from misstep.evidence.study_results import read_study
 from misstep.report.compared import write_picture
 from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
 from misstep.report.study import write_study_picture
 from misstep.report.study_markdown import study_markdown
 from misstep.report.words import gap, p_text
-from misstep.results import Comparison, adjusted, read_results
-from misstep.study_results import read_study
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))

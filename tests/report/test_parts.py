@@ -1,5 +1,6 @@
 import pytest
 
+from misstep.evidence.results import Pooled
 from misstep.report.compared import scatter
 from misstep.report.pictures import scale
 from misstep.report.view import Setting, ends
@@ -12,7 +13,6 @@ from misstep.report.words import (
     rate,
     what_stage_makes,
 )
-from misstep.results import Pooled
 
 
 def test_after_is_trained_on_analyses_and_guided() -> None:

@@ -2,11 +2,11 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
+from misstep.evidence.results import Comparison, Corrected, Metric, Row
 from misstep.judges.base import Judge, PairJudge, Preference
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.judges.seats import Seat, seated
 from misstep.records import Answer, Prompt, Response, Score
-from misstep.results import Comparison, Corrected, Metric, Row
 from misstep.stages.evaluate import Table, agreements, judge_answers
 
 Pools = Mapping[str, Sequence[str]]

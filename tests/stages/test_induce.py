@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 import pytest
 from pydantic import ValidationError
 
+from misstep.data.sources import Source
 from misstep.engines.base import AT_ONCE, Completion, Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RunError
@@ -11,7 +12,6 @@ from misstep.judges.base import Judge
 from misstep.judges.rule import ObedienceJudge
 from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Prompt, Response, Score
-from misstep.sources import Source
 from misstep.stages.base import Tally, Yield
 from misstep.stages.induce import InduceSettings, confirm, induce, some_mistakes
 

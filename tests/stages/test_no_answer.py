@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import pytest
 
+from misstep.data.sources import Source
 from misstep.engines.base import Completion, Engine, Request
 from misstep.judges.base import Judge
 from misstep.judges.seats import Seat
 from misstep.methods.registry import METHODS
 from misstep.policy import load_policy
 from misstep.records import Answer, Message, Mistake, Prompt, Response, Score
-from misstep.sources import Source
 from misstep.stages.analyse import AnalyseSettings, analyse
 from misstep.stages.base import Tally
 from misstep.stages.discriminate import DiscriminateSettings, discriminate

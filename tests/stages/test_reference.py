@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from misstep.models import Model, load_weights
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, load_weights
 from misstep.policy import load_policy
 from misstep.records import Answer, Prompt, Response
-from misstep.rendering import Renderer
 from misstep.stages import reference
 from misstep.stages.reference import reference_losses
 

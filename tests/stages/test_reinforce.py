@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from misstep.errors import MissingExtra, ModelError, TrainingError
-from misstep.models import Model, load_weights, locate
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, load_weights, locate
 from misstep.records import Message, Pair, Prompt
-from misstep.rendering import Renderer
 from misstep.stages import reinforce as stage
 from misstep.stages import reward as reward_stage
 from misstep.stages.reinforce import Feedback, Job, ReinforceSettings, reinforce

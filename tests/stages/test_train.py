@@ -40,11 +40,11 @@ from transformers import (
 from transformers.models.granite import GraniteForCausalLM
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
-from misstep import models as models_module
 from misstep.errors import RecipeError, TrainingError
-from misstep.models import Model, load_weights, locate
+from misstep.models import weights as models_module
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, load_weights, locate
 from misstep.records import Example, Message, Pair
-from misstep.rendering import Renderer
 from misstep.stages import fit
 from misstep.stages.train import input_digest, model_card, train
 from misstep.stages.train_settings import PreferenceSettings, TrainSettings

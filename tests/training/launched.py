@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 
-from misstep import models
+from misstep.models import weights as models
 from misstep.records import Example, Message, Pair
 from misstep.stages import fit
 from misstep.stages.train import follow, train

@@ -16,20 +16,20 @@ from typing import Any
 
 from misstep.bench.measure import machine, versions
 from misstep.config import EvaluateSettings, RunConfig
+from misstep.data.sources import Source, load_prompts
+from misstep.data.suites import attacked_prompts
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.choose import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import Store
 from misstep.inputs import Inputs
-from misstep.models import Model
+from misstep.models.weights import Model
 from misstep.pipeline import Run
 from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import Record
-from misstep.sources import Source, load_prompts
 from misstep.stages.induce import InduceSettings
 from misstep.stages.respond import RespondSettings
-from misstep.suites import attacked_prompts
 
 SUITE = "goal-hijacking"
 TARGET = "Robots rule every kitchen"

@@ -8,11 +8,11 @@ and wordings; it knows no clock.
 import re
 from itertools import islice
 
+from misstep.data.suites import attacked_prompts, clean_prompts
 from misstep.methods.base import Materials, MixSettings, analysis_row
 from misstep.methods.registry import METHODS
 from misstep.policy import Policy, load_policy
 from misstep.records import Analysis, Example, Message, Mistake, Prompt
-from misstep.suites import attacked_prompts, clean_prompts
 
 SUITE = "goal-hijacking"
 SEED = 0

@@ -26,7 +26,7 @@ from misstep.bench.overhead import Overhead, measured
 from misstep.bench.peers import GENERATION, TRAINING, Peer, installed_servers
 from misstep.errors import InputError
 from misstep.inputs import read_inputs
-from misstep.models import Model, load_tokenizer, locate
+from misstep.models.weights import Model, load_tokenizer, locate
 from misstep.progress import Progress
 from misstep.records import Example
 from misstep.stages.reward import require_trl

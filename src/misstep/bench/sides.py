@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from misstep.bench.overhead import overhead
 from misstep.bench.peers import ROWS_A_STEP
 from misstep.errors import RunError
-from misstep.models import Model, load_tokenizer, load_weights, locate, weights_dtype
+from misstep.models.weights import Model, load_tokenizer, load_weights, locate, weights_dtype
 from misstep.records import Example, Message
 
 if TYPE_CHECKING:
@@ -190,8 +190,8 @@ def _until_end(tokens: list[int], end: int) -> list[int]:
 
 def generate_served(work: Work) -> Found:
     """A server in its own process, asked over HTTP."""
-    from misstep.endpoint import Endpoint
     from misstep.engines.openai import OpenAIEngine
+    from misstep.models.endpoint import Endpoint
 
     with _server(locate(work["model"]), work["settings"]) as (url, process):
         with OpenAIEngine(Endpoint("bench", url)) as engine:

@@ -11,8 +11,8 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
+from misstep.models.rendering import Renderer
 from misstep.records import Message, Record
-from misstep.rendering import Renderer
 
 AT_ONCE = 4096
 """Requests in one call, where an engine asks for no more: many batches, few megabytes."""

@@ -12,12 +12,12 @@ from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator
 
-from misstep.endpoint import Endpoint
 from misstep.engines.base import AT_ONCE, Engine
 from misstep.engines.cached import CachedEngine
 from misstep.errors import InputError
 from misstep.guard import Guard
-from misstep.models import Model, is_full_fine_tune
+from misstep.models.endpoint import Endpoint
+from misstep.models.weights import Model, is_full_fine_tune
 
 LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
 KIND = f"{LOCAL}|ray(:{LOCAL})?"

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import EngineError, ModelError
 from misstep.guard import Guard
-from misstep.models import Model, free, load_weights, weights_dtype
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, free, load_weights, weights_dtype
 from misstep.records import Message, digest
-from misstep.rendering import Renderer
 
 if TYPE_CHECKING:
     import torch

@@ -26,11 +26,11 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from misstep.endpoint import OPENAI, Endpoint, refused_key
 from misstep.engines.base import Completion, Engine, Request, in_order
 from misstep.engines.pace import Pace
 from misstep.engines.threads import as_done
 from misstep.errors import EngineError, MissingExtra
+from misstep.models.endpoint import OPENAI, Endpoint, refused_key
 
 MOST_AT_ONCE = 64
 """Requests under way at most, whatever the endpoint bears."""

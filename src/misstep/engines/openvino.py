@@ -30,11 +30,11 @@ from typing import Any
 
 from misstep.engines.base import Completion, Engine, Request, completed, in_order
 from misstep.errors import EngineError, MissingExtra, ModelError
-from misstep.gguf_header import read_header
-from misstep.gguf_merge import merge_adapter
-from misstep.models import Model, adapter_digest, is_full_fine_tune
-from misstep.openvino_export import Shape, adapter_scale, exported, obstacle, shape
-from misstep.rendering import Renderer
+from misstep.models.gguf_header import read_header
+from misstep.models.gguf_merge import merge_adapter
+from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, adapter_digest, is_full_fine_tune
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Codes of the packed types that can be dequantised: F32, F16, Q4_0 to Q8_0, K, IQ and BF16.

@@ -18,8 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 from misstep.engines.base import Completion, Engine, Request, completed
 from misstep.errors import EngineError
-from misstep.models import Model, adapter_digest, free, halve, load_weights, weights_dtype
-from misstep.rendering import Renderer
+from misstep.models.rendering import Renderer
+from misstep.models.weights import (
+    Model,
+    adapter_digest,
+    free,
+    halve,
+    load_weights,
+    weights_dtype,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -21,14 +21,20 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from misstep.endpoint import Endpoint
 from misstep.engines.base import Completion, Request, completed
 from misstep.engines.openai import Fault, OpenAIEngine
 from misstep.engines.pace import Pace
 from misstep.engines.server import PORT, Server
 from misstep.errors import EngineError, MissingExtra, ModelError
-from misstep.models import WEIGHTS, Model, adapter_digest, is_full_fine_tune, weights_dtype
-from misstep.rendering import Renderer
+from misstep.models.endpoint import Endpoint
+from misstep.models.rendering import Renderer
+from misstep.models.weights import (
+    WEIGHTS,
+    Model,
+    adapter_digest,
+    is_full_fine_tune,
+    weights_dtype,
+)
 
 BASE, TRAINED = "base", "trained"
 """What the server calls the model without and with the adapter."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from misstep.engines import turns
 from misstep.errors import DataError, EngineError
-from misstep.judge_card import CARD, read_card
+from misstep.evidence.judge_card import CARD, read_card
 from misstep.judges.base import Judge
-from misstep.models import FILES, folder_digest, free, locate
+from misstep.models.rendering import Renderer
+from misstep.models.weights import FILES, folder_digest, free, locate
 from misstep.records import Response, Score, digest
-from misstep.rendering import Renderer
 
 if TYPE_CHECKING:
     from misstep.training.scoring import Scorer

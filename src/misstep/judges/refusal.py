@@ -8,7 +8,7 @@ docs/judges.md.
 
 import re
 
-from misstep.labelled import REFUSALS
+from misstep.data.labelled import REFUSALS
 from misstep.records import Prompt, Response, Score, base_metric
 
 DUE_REFUSALS = "unsafe_refusal"

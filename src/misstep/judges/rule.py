@@ -12,9 +12,9 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import NamedTuple
 
+from misstep.data.labelled import REFUSALS
 from misstep.judges.base import Judge
 from misstep.judges.refusal import EMPTY
-from misstep.labelled import REFUSALS
 from misstep.policy import matches
 from misstep.records import Prompt, Response, Score, digest
 

@@ -8,9 +8,9 @@ tasks and of prompts that say whether they are safe are scored, and by names of 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from misstep.data.labelled import REFUSALS
 from misstep.judges.base import VOTES_AGREE, AnyJudge, Judge
 from misstep.judges.refusal import classes, refusal_metric, says_if_due
-from misstep.labelled import REFUSALS
 from misstep.records import Prompt, Response, Score
 
 

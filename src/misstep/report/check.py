@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from misstep.check_results import (
+from misstep.evidence.check_results import (
     CalibrationBin,
     Check,
     DataCheck,
@@ -17,12 +17,12 @@ from misstep.check_results import (
     Measured,
     read_check,
 )
+from misstep.evidence.results import Metric
 from misstep.records import read_jsonl
 from misstep.report import words
 from misstep.report.check_words import METRICS, RATES, caution, shown, sides
 from misstep.report.pictures import Panel, Strip, Ticks, marks, rate_scale, scale
 from misstep.report.template import write_page
-from misstep.results import Metric
 
 WORST = 12
 """Disagreements of each data set that are shown."""

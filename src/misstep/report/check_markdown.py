@@ -6,7 +6,7 @@ Made from check.json alone.
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from misstep.check_results import Check, DataCheck, Measured, read_check
+from misstep.evidence.check_results import Check, DataCheck, Measured, read_check
 from misstep.report.check import number
 from misstep.report.check_words import caution, shown, sides
 from misstep.report.markdown import line, table

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from misstep.check_results import Check
+from misstep.evidence.check_results import Check
 
 METRICS = {
     "accuracy": "Accuracy",

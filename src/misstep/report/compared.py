@@ -9,15 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from misstep.data.held_out import told
 from misstep.errors import DataError
-from misstep.held_out import told
-from misstep.records import base_metric
-from misstep.report import words
-from misstep.report.pictures import scale
-from misstep.report.scatter import COLOURS, RADIUS, Scatter, from_below, point, write_svg
-from misstep.report.template import write_page
-from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS, rate
-from misstep.results import (
+from misstep.evidence.results import (
     Comparison,
     Corrected,
     Pooled,
@@ -25,6 +19,12 @@ from misstep.results import (
     Setting,
     read_results,
 )
+from misstep.records import base_metric
+from misstep.report import words
+from misstep.report.pictures import scale
+from misstep.report.scatter import COLOURS, RADIUS, Scatter, from_below, point, write_svg
+from misstep.report.template import write_page
+from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS, rate
 
 
 def write_comparison(folder: Path) -> Path:

@@ -6,8 +6,8 @@ Made from the cards alone, which are either a judge's own or files named after t
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from misstep.check_results import CalibrationBin
-from misstep.judge_card import CARD, JudgeCard, Tested, is_trained_judge
+from misstep.evidence.check_results import CalibrationBin
+from misstep.evidence.judge_card import CARD, JudgeCard, Tested, is_trained_judge
 from misstep.records import read_json
 from misstep.report.check import number
 from misstep.report.check_markdown import plain

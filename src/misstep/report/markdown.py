@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from misstep.held_out import told
+from misstep.data.held_out import told
+from misstep.evidence.results import Comparison, Metric, Results, read_results
 from misstep.report.compared import (
     between_variants,
     by_test_set,
@@ -22,7 +23,6 @@ from misstep.report.compared import (
     within_variants,
 )
 from misstep.report.words import direction, duration, metric_title, plain, rate
-from misstep.results import Comparison, Metric, Results, read_results
 
 FOCUS = "mistake_analysis/"
 SHOWN = ("vanilla/unguided", "sft/guided")

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from misstep.held_out import told
+from misstep.data.held_out import told
 from misstep.report.headline import findings, headline
 from misstep.report.pictures import kinds_panel, losses, panels, squares
 from misstep.report.reading import Run, read_run

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from misstep.evidence.results import Metric, metric_from_scores
 from misstep.records import base_metric
 from misstep.report.reading import Scored, Training
 from misstep.report.view import FOCUS, VANILLA, About, Setting, View, setting_of
@@ -19,7 +20,6 @@ from misstep.report.words import (
     sample_size,
     unit,
 )
-from misstep.results import Metric, metric_from_scores
 
 Ticks = list[tuple[float, str]]
 """Place and text."""

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
 
+from misstep.data.held_out import Overlaps
 from misstep.errors import DataError
-from misstep.held_out import Overlaps
+from misstep.evidence.results import Results, read_results
 from misstep.records import Analysis, Answer, Judgement, Record, Score, describe, read_jsonl
-from misstep.results import Results, read_results
 
 FILES = ("manifest.json", "results.json", "analyses.jsonl", "responses.jsonl", "scores.jsonl")
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from misstep.evidence.results import Metric
 from misstep.report.pictures import Scale, Ticks
 from misstep.report.template import write_page
-from misstep.results import Metric
 
 COLOURS = (
     *("#4c566a", "#9aa0ac", "#b58900", "#2a78b5", "#7a5195", "#bc5090"),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from misstep.ratings import QUESTIONS, Item
+from misstep.evidence.ratings import QUESTIONS, Item
 from misstep.records import digest
 from misstep.report.template import HERE, write_page
 

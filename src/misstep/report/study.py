@@ -14,14 +14,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from misstep.errors import DataError
-from misstep.records import read_jsonl
-from misstep.report import words
-from misstep.report.pictures import Panel, Strip, marks, rate_scale, scale
-from misstep.report.scatter import COLOURS, Scatter, from_below, point, write_svg
-from misstep.report.template import write_page
-from misstep.results import Metric
-from misstep.stages.discriminate import Discrimination
-from misstep.study_results import (
+from misstep.evidence.results import Metric
+from misstep.evidence.study_results import (
     Paired,
     Study,
     StudyScore,
@@ -29,6 +23,12 @@ from misstep.study_results import (
     Verdict,
     read_study,
 )
+from misstep.records import read_jsonl
+from misstep.report import words
+from misstep.report.pictures import Panel, Strip, marks, rate_scale, scale
+from misstep.report.scatter import COLOURS, Scatter, from_below, point, write_svg
+from misstep.report.template import write_page
+from misstep.stages.discriminate import Discrimination
 
 SAMPLES = 4
 """Answers of each model that are shown with both analyses."""
@@ -182,7 +182,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def tested(study: Study) -> list[Tested]:
     """Every comparison, telling against doing first, then guided against unguided."""
     # numpy, which stats needs, is slow to load, and the command starts without it.
-    from misstep.stats import holm
+    from misstep.evidence.stats import holm
 
     found = [
         (model.model, paired)

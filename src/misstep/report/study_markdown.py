@@ -6,10 +6,10 @@ Made from study.json and manifest.json alone, as the page of a run is from its o
 from collections.abc import Iterator
 from pathlib import Path
 
+from misstep.evidence.study_results import Study, StudyModel, StudyRow, read_study
 from misstep.report.markdown import line, made_by, metric_cell, table
 from misstep.report.study import TITLES, read_manifest, tested
 from misstep.report.words import capitalised
-from misstep.study_results import Study, StudyModel, StudyRow, read_study
 
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "decided")
 CAUTION = (

@@ -7,11 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+from misstep.evidence.results import Comparison, Metric, Row
 from misstep.records import Answer, base_metric
 from misstep.report import words
 from misstep.report.reading import Run
 from misstep.report.words import BETTER, method_title, metric_title
-from misstep.results import Comparison, Metric, Row
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ def _numbers(rows: Iterable[Row]) -> dict[About, dict[Setting, Metric]]:
 
 def _tested(comparisons: Sequence[Comparison]) -> dict[About, list[Tested]]:
     # numpy, which stats needs, is slow to load, and the command starts without it.
-    from misstep.stats import holm
+    from misstep.evidence.stats import holm
 
     found: dict[About, list[Tested]] = defaultdict(list)
     adjusted = holm([comparison.p for comparison in comparisons])

@@ -14,10 +14,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from misstep.data.shelf import Shelf
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import BLANK, Policy, found
 from misstep.records import Analysis, Mistake
-from misstep.shelf import Shelf
 from misstep.stages.base import Settings, Tally, ask, derive_seed, no_answer
 
 RECOMMENDS = re.compile(

@@ -9,13 +9,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from itertools import chain, combinations
 from types import MappingProxyType
 
-from misstep.check_results import Check, correction, length_pull
 from misstep.errors import RecipeError
-from misstep.judges.base import Judge, PairJudge, Preference
-from misstep.judges.refusal import rates_of
-from misstep.judges.seats import Seat
-from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
-from misstep.results import (
+from misstep.evidence.check_results import Check, correction, length_pull
+from misstep.evidence.results import (
     LENGTH_BIAS,
     Agreement,
     Comparison,
@@ -27,6 +23,10 @@ from misstep.results import (
     compare,
     metric_from_scores,
 )
+from misstep.judges.base import Judge, PairJudge, Preference
+from misstep.judges.refusal import rates_of
+from misstep.judges.seats import Seat
+from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
 from misstep.stages.base import no_answer, score_all
 
 Pools = Mapping[str, Sequence[str]]
@@ -178,8 +178,8 @@ def agreements(
 def _agreement(
     test_set: str, a: str, b: str, pairs: Sequence[tuple[bool | None, bool | None, str]]
 ) -> Agreement:
-    from misstep.agreement import kappa
-    from misstep.stats import clustered_rate
+    from misstep.evidence.agreement import kappa
+    from misstep.evidence.stats import clustered_rate
 
     scored = [(x, y, name) for x, y, name in pairs if x is not None and y is not None]
     unscored = len(pairs) - len(scored)

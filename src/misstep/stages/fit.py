@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
-from misstep.models import Model, load_weights
-from misstep.rendering import Renderer
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, load_weights
 from misstep.stages.base import Notify
 from misstep.stages.train_settings import TrainSettings
 from misstep.training import processes

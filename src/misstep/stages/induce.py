@@ -13,13 +13,13 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from misstep.data.shelf import Names
+from misstep.data.sources import Source
 from misstep.engines.base import Engine, Request
 from misstep.errors import RunError
 from misstep.judges.base import Judge
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, MistakeSource, Prompt, Response, Score
-from misstep.shelf import Names
-from misstep.sources import Source
 from misstep.stages.base import Settings, Tally, derive_seed, portions, score_all
 
 UNSCORED = "unscored"

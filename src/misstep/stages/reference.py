@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from misstep.models import Model, adapter_digest, free, load_weights
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, adapter_digest, free, load_weights
 from misstep.policy import Policy
 from misstep.records import Answer, Example, Judgement, Score, digest, write_json
-from misstep.rendering import Renderer
 from misstep.stages.base import Ask
 from misstep.stages.fit import micro_tokens
 from misstep.training.rows import Row, render_rows

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from misstep.errors import MissingExtra, TrainingError
-from misstep.models import Model, free, load_weights
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, free, load_weights
 from misstep.records import Pair, digest, write_text
-from misstep.rendering import Renderer
 from misstep.stages.base import Notify, Settings
 from misstep.stages.fit import micro_tokens
 from misstep.stages.train import usable_rows

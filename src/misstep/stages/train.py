@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from misstep import __version__
 from misstep.errors import TrainingError
-from misstep.models import Model, free
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model, free
 from misstep.records import Example, Pair, Record, digest, write_text
-from misstep.rendering import Renderer
 from misstep.stages.base import Notify
 from misstep.stages.fit import CHECKPOINTS, Job, fit
 from misstep.stages.train_settings import ASIDE, HOW, TrainSettings, check_trackers, naming
@@ -222,7 +222,7 @@ def _save(
     job: Job, loss: "CompletionLoss", weights: dict[str, Any], report: TrainReport
 ) -> None:
     """Write weights, card and, last, the report: with it the folder is finished."""
-    from misstep.models import weights_dtype
+    from misstep.models.weights import weights_dtype
     from misstep.training.weights import save_adapter, save_all_weights
 
     if job.settings.adapter == "full":

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from misstep.gguf_header import read_header
-from misstep.models import Model
+from misstep.models.gguf_header import read_header
+from misstep.models.weights import Model
 
 
 def card_head(base: Model, tags: Sequence[str], datasets: Sequence[str]) -> str:

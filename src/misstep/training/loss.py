@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from misstep.models import halve
+from misstep.models.weights import halve
 from misstep.training.lanes import side_by_side
 from misstep.training.rows import Row, Unit, micro_batches, padded
 

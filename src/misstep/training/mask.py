@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from misstep.models import Model
+from misstep.models.rendering import Renderer
+from misstep.models.weights import Model
 from misstep.records import Example
-from misstep.rendering import Renderer
 from misstep.training.rows import render_rows
 
 if TYPE_CHECKING:

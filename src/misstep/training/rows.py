@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from misstep.models.rendering import Renderer
 from misstep.records import Example, Pair
-from misstep.rendering import Renderer
 
 GROUP_COST = 256
 """Tokens that could be computed in the time that a further group costs: reading all weights

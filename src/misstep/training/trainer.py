@@ -27,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from misstep.errors import TrainingError
-from misstep.models import halve
+from misstep.models.weights import halve
 from misstep.records import write_text
 from misstep.training.label_loss import LabelLoss
 from misstep.training.lanes import side_by_side

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from misstep.models import no_progress_bars
+from misstep.models.weights import no_progress_bars
 from misstep.training.loss import CompletionLoss
 
 

@@ -1,0 +1,1 @@
+"""Data in: files, Hugging Face data sets and shipped suites become records."""

@@ -1,0 +1,1 @@
+"""Numbers out: intervals, paired tests, agreement, and the files that hold them."""

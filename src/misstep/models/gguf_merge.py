@@ -1,0 +1,246 @@
+"""Write a GGUF file as F16, with a LoRA adapter added into its weights.
+
+OpenVINO ignores adapters on a model that was read from a GGUF, so the adapter has to be in the
+weights; the base model is written the same way, so that both answer in the same precision. The
+sum is formed in fp32, one tensor at a time. Metadata, and with it tokenizer and chat template,
+is copied byte for byte. An adapter that holds anything which cannot be added is refused.
+This module knows LoRA and the file layout; it knows no backend.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from misstep.errors import EngineError, ModelError
+from misstep.models.gguf_header import ALIGNMENT, MAGIC, Header, TensorPlace, read_header
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import TensorNameMap
+    from numpy.typing import NDArray
+
+    Matrix = NDArray[np.float32]
+
+F32, F16 = 0, 1
+LARGEST_F16 = 65504.0
+
+# Options of an adapter that say where it came from, which modules it has (its tensors say that
+# too), or how it was trained. Any other option may change what has to be added.
+HARMLESS = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+    *("revision", "runtime_config", "task_type", "megatron_config", "megatron_core"),
+    *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"),
+    *("ensure_weight_tying", "eva_config", "fan_in_fan_out", "init_lora_weights"),
+    *("lora_alpha", "lora_dropout", "qalora_group_size", "r", "use_rslora"),
+}
+
+# These start from the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ change them.
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What LoRA adds to one matrix: `scale * up @ down`."""
+
+    down: "Matrix"
+    up: "Matrix"
+    scale: float
+
+    def matrix(self) -> "Matrix":
+        """The product, one row for each output of the module."""
+        import numpy as np
+
+        return (self.up @ self.down) * np.float32(self.scale)
+
+
+def merge_adapter(model: Path, adapter: Path | None, out: Path) -> Path:
+    """Write `model` to `out` with F16 matrices, an adapter's deltas added.
+
+    Raises:
+        ModelError: the adapter holds something that cannot be added to this file.
+        EngineError: a weight does not fit into F16.
+    """
+    header = read_header(model)
+    deltas = read_deltas(adapter, header) if adapter else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    with temporary.open("wb") as file:
+        _write_head(file, header)
+        for place in header.tensors:
+            file.write(_tensor_bytes(model, place, deltas.get(place.name), header))
+            file.write(bytes(-file.tell() % ALIGNMENT))
+    return temporary.replace(out)
+
+
+def _write_head(file: BinaryIO, header: Header) -> None:
+    file.write(struct.pack("<4sIQQ", MAGIC, 3, len(header.tensors), header.pairs))
+    file.write(_as_f16_file(header))
+    offset = 0
+    for place in header.tensors:
+        name = place.name.encode()
+        file.write(struct.pack("<Q", len(name)) + name)
+        file.write(struct.pack(f"<I{len(place.shape)}Q", len(place.shape), *place.shape))
+        file.write(struct.pack("<IQ", _new_type(place), offset))
+        size = math.prod(place.shape) * (4 if _new_type(place) == F32 else 2)
+        offset += size + -size % ALIGNMENT
+    file.write(bytes(-file.tell() % ALIGNMENT))
+
+
+def _as_f16_file(header: Header) -> bytes:
+    """The metadata, with the two values changed that describe how tensors are stored."""
+    metadata = bytearray(header.metadata)
+    for key, value in (("general.file_type", F16), ("general.alignment", ALIGNMENT)):
+        if key in header.positions:
+            struct.pack_into("<I", metadata, header.positions[key], value)
+    return bytes(metadata)
+
+
+def _new_type(place: TensorPlace) -> int:
+    return F16 if len(place.shape) > 1 else F32
+
+
+def _tensor_bytes(
+    model: Path, place: TensorPlace, delta: Delta | None, header: Header
+) -> bytes:
+    import numpy as np
+
+    weights = dequantised(model, place)
+    if delta:
+        weights = weights + stored_order(delta.matrix(), place.name, header)
+    if _new_type(place) == F32:
+        return weights.astype(np.float32).tobytes()
+    if float(np.abs(weights).max()) > LARGEST_F16:
+        raise EngineError(
+            f"{model}: the weights of {place.name} exceed what F16 can hold. "
+            "Serve this model with `transformers`."
+        )
+    return weights.astype(np.float16).tobytes()
+
+
+def dequantised(model: Path, place: TensorPlace) -> "Matrix":
+    """One tensor of the file in fp32, one row for each output."""
+    import numpy as np
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType(place.type_code)
+    per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    columns = place.shape[0] // per_block * block_bytes
+    rows = math.prod(place.shape[1:])
+    packed: NDArray[Any] = np.memmap(model, np.uint8, "r", place.offset, (rows, columns))
+    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        # `dequantize` expects these two in their own type, and all others as bytes.
+        packed = packed.view(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
+    weights: Matrix = dequantize(packed, kind).reshape(place.shape[::-1])
+    return weights
+
+
+def stored_order(rows: "Matrix", name: str, header: Header) -> "Matrix":
+    """Rows of a matrix in the order in which the file keeps them.
+
+    For the llama architecture GGUF interleaves the two halves of each head of q and k, as the
+    original checkpoints did; transformers keeps them one after the other.
+    """
+    counts = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}
+    key = counts.get(name.removesuffix(".weight").rpartition(".")[2])
+    if header.architecture != "llama" or key is None:
+        return rows
+    halves = rows.reshape(header.number(key), 2, -1, rows.shape[1])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def read_deltas(adapter: Path, header: Header) -> dict[str, Delta]:
+    """What an adapter adds, by the name of the GGUF tensor that it is added to.
+
+    Raises:
+        ModelError: the adapter is no plain LoRA, or a target has no tensor in this file.
+    """
+    scale = _scale(adapter)
+    shapes = {place.name: place.shape for place in header.tensors}
+    deltas = {}
+    for module, down, up in _pairs(adapter):
+        name = _tensor_name(module, header)
+        if shapes.get(name) != (down.shape[1], up.shape[0]):
+            raise ModelError(
+                f"{adapter}: the adapter changes {module} ({up.shape[0]} x {down.shape[1]}), "
+                f"for which the GGUF has no such tensor (found {shapes.get(name)}). "
+                "Serve it with the `transformers` engine, or train it on this model."
+            )
+        deltas[name] = Delta(down, up, scale)
+    return deltas
+
+
+def plain_scale(adapter: Path) -> tuple[float, set[str]]:
+    """What the product of an adapter's matrices is multiplied by, and the modules it changes.
+
+    Raises:
+        ModelError: the adapter is no plain LoRA.
+    """
+    return _scale(adapter), {module for module, _, _ in _pairs(adapter)}
+
+
+def _scale(adapter: Path) -> float:
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    _refuse_unmergeable(adapter, config)
+    rank = config["r"]
+    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _refuse_unmergeable(adapter: Path, config: Mapping[str, Any]) -> None:
+    """Refuse every option that is not at its default, unless it is known to be harmless."""
+    from peft import LoraConfig
+
+    kind = config.get("peft_type")
+    plain = LoraConfig().to_dict()
+    found = [f"peft_type {kind}"] if kind != "LORA" else []
+    found += [
+        f"{key} {value}"
+        for key, value in config.items()
+        if key not in HARMLESS and (value or None) != (plain.get(key) or None)
+    ]
+    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+        found.append(f"init_lora_weights {config['init_lora_weights']}")
+    if found:
+        raise ModelError(
+            f"{adapter}: expected a plain LoRA adapter, found {', '.join(found)}, which cannot "
+            "be merged into weights here. Serve it with the `transformers` engine."
+        )
+
+
+def _pairs(adapter: Path) -> Iterator[tuple[str, "Matrix", "Matrix"]]:
+    """Each module that the adapter changes, with its two matrices in fp32."""
+    import torch
+    from safetensors.torch import load_file
+
+    down_end, up_end = ".lora_A.weight", ".lora_B.weight"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    modules = {key.removesuffix(down_end) for key in tensors if key.endswith(down_end)}
+    known = {module + end for module in modules for end in (down_end, up_end)}
+    if odd := sorted(known.symmetric_difference(tensors)):
+        raise ModelError(
+            f"{adapter}: expected pairs of lora_A and lora_B, found {odd[0]} "
+            f"({len(odd)} such tensors), which cannot be merged into weights here. "
+            "Serve it with the `transformers` engine."
+        )
+    for module in sorted(modules):
+        pair = (tensors[module + end].to(torch.float32).numpy() for end in (down_end, up_end))
+        yield module.removeprefix("base_model.model."), *pair
+
+
+def _tensor_name(module: str, header: Header) -> str:
+    """The GGUF's name for a module of transformers; empty where it has none."""
+    name = _name_map(header.architecture, header.number("block_count")).get_name(module)
+    return f"{name}.weight" if name else ""
+
+
+@lru_cache(maxsize=1)
+def _name_map(architecture: str, blocks: int) -> "TensorNameMap":
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    return get_tensor_name_map(arch, blocks)

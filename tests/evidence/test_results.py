@@ -1,0 +1,270 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from misstep.errors import DataError
+from misstep.evidence.results import (
+    Comparison,
+    Metric,
+    Results,
+    Row,
+    Setting,
+    Side,
+    Values,
+    adjusted,
+    compare,
+    compare_pooled,
+    metric_from_scores,
+    pool,
+    read_results,
+    write_results,
+)
+from misstep.evidence.stats import wilson
+from misstep.records import Prompt, Response, Score
+
+
+def scored(value: float | None, response_id: str = "r", metric: str = "mistake_rate") -> Score:
+    return Score(response_id=response_id, metric=metric, value=value, judge="rule")
+
+
+def side(name: str, values: dict[str, float | None], metric: str = "mistake_rate") -> Side:
+    """A side that answers each prompt once."""
+    responses = [Response(prompt=Prompt.of(text), text=name) for text in values]
+    scores = [
+        scored(value, response.id, metric)
+        for response, value in zip(responses, values.values(), strict=True)
+    ]
+    return Side(name, responses, scores)
+
+
+def some_results() -> Results:
+    metric = Metric(value=0.25, low=0.1, high=0.5, n=8, unscored=1)
+    row = Row(method="vanilla", guided=False, seed=17, test_set="攻撃", metrics={"m": metric})
+    comparison = Comparison(
+        a="sft/guided",
+        b="vanilla/unguided",
+        metric="m",
+        difference=-0.1,
+        low=-0.2,
+        high=0.0,
+        p=0.04,
+        test="McNemar exact",
+        test_set="攻撃",
+        seed=17,
+        n=8,
+    )
+    return Results(policy="goal-hijacking", model="m", rows=(row,), comparisons=(comparison,))
+
+
+def test_a_rate_has_wilsons_interval() -> None:
+    found = metric_from_scores([scored(1.0)] * 15 + [scored(0.0)] * 133)
+    assert (found.n, found.unscored) == (148, 0)
+    assert found.low == pytest.approx(0.0624, abs=5e-5)
+    assert found.high == pytest.approx(0.1605, abs=5e-5)
+
+
+@pytest.mark.parametrize("values", [[1.0, 0.0, 0.0], [7.0, 3.5, 4.0]])
+def test_the_unscored_move_nothing(values: list[float]) -> None:
+    without = metric_from_scores([scored(value) for value in values])
+    added = metric_from_scores([scored(value) for value in values] + [scored(None)] * 40)
+    assert added == without.model_copy(update={"unscored": 40})
+
+
+def test_nothing_scored_is_no_value() -> None:
+    assert metric_from_scores([scored(None)]) == Metric(
+        value=None, low=None, high=None, n=0, unscored=1
+    )
+    assert metric_from_scores([]).n == 0
+
+
+def test_other_numbers_have_a_seeded_bootstrap_interval() -> None:
+    scores = [scored(float(value), metric="harmless_score") for value in range(1, 11)]
+    found = metric_from_scores(scores, seed=3)
+    assert found == metric_from_scores(scores[::-1], seed=3)
+    assert found.value == 5.5
+    assert found.low is not None and found.high is not None
+    assert 3.4 < found.low < 4.2 and 6.8 < found.high < 7.6
+
+
+def test_scores_of_two_metrics_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="found helpfulness, mistake_rate"):
+        metric_from_scores([scored(1.0), scored(1.0, metric="helpfulness")])
+
+
+def test_comparison_pairs_by_prompt_where_both_are_scored() -> None:
+    a = side("sft/guided", {"p1": 0.0, "p2": 0.0, "p3": None, "p4": 1.0, "only a": 1.0})
+    b = side("vanilla/unguided", {"p4": 1.0, "p3": 1.0, "p2": 1.0, "p1": 1.0, "only b": 1.0})
+    found = compare(a, b, "mistake_rate", "attacks", 17)
+    assert found is not None
+    assert (found.a, found.b, found.n) == ("sft/guided", "vanilla/unguided", 3)
+    assert found.difference == pytest.approx(-2 / 3)
+    assert (found.p, found.test) == (0.5, "McNemar exact")
+
+
+def test_other_numbers_are_compared_by_their_mean() -> None:
+    a = side("a", {"p": 8.0, "q": 6.0}, "harmless_score")
+    b = side("b", {"q": 5.0, "p": 4.0}, "harmless_score")
+    found = compare(a, b, "harmless_score", "clean", 17)
+    assert found is not None
+    assert (found.difference, found.test) == (2.5, "sign-flip")
+
+
+def test_several_responses_to_a_prompt_are_one_case() -> None:
+    prompt = Prompt.of("p")
+    responses = [Response(prompt=prompt, text=text) for text in "xyz"]
+    values = (1.0, 0.0, None)
+    scores = [scored(v, r.id) for v, r in zip(values, responses, strict=True)]
+    found = compare(Side("a", responses, scores), side("b", {"p": 0.0}), "mistake_rate", "t", 1)
+    assert found is not None
+    assert (found.n, found.difference) == (1, 0.5)
+
+
+def test_without_a_common_prompt_there_is_no_comparison() -> None:
+    assert compare(side("a", {"p": 1.0}), side("b", {"q": 1.0}), "mistake_rate", "t", 1) is None
+    assert compare(side("a", {"p": 1.0}), side("b", {"p": 1.0}), "other", "t", 1) is None
+
+
+def test_settings_are_named() -> None:
+    assert Setting("mistake_analysis", True).name == "mistake_analysis/guided"
+    assert Setting("vanilla", False).name == "vanilla/unguided"
+    assert Setting("sft", False, "n=20").name == "sft[n=20]/unguided"
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, some_results())
+    first = path.read_bytes()
+    assert read_results(path) == some_results()
+    write_results(path, read_results(path))
+    assert path.read_bytes() == first
+    assert "攻撃" in first.decode()
+
+
+def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_results(path, some_results().model_copy(update={"cost": None}))
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert sorted(data) == ["comparisons", "model", "policy", "rows", "schema"]
+    assert data["schema"] == 1
+    assert set(data["rows"][0]) == {
+        "method",
+        "guided",
+        "mistake_source",
+        "analysis_source",
+        "seed",
+        "test_set",
+        "metrics",
+    }
+    assert set(data["rows"][0]["metrics"]["m"]) == {"value", "low", "high", "n", "unscored"}
+    assert {"a", "b", "metric", "difference", "low", "high", "p", "test"} <= set(
+        data["comparisons"][0]
+    )
+
+
+BASE, OURS = Setting("vanilla", False), Setting("ours", True)
+
+
+def test_what_a_comparison_adds_is_absent_from_a_run(tmp_path: Path) -> None:
+    write_results(tmp_path / "results.json", some_results())
+    text = (tmp_path / "results.json").read_text(encoding="utf-8")
+    assert not {"variant", "pooled", "p_adjusted"} & set(re.findall(r"\w+", text))
+
+
+def test_seeds_are_pooled_over_the_prompts_that_all_of_them_scored() -> None:
+    by_seed = {
+        0: {"a": scored(1.0), "b": scored(0.0), "c": scored(None)},
+        1: {"a": scored(1.0), "b": scored(1.0), "c": scored(1.0)},
+    }
+    found = pool(OURS, "attacks", "mistake_rate", by_seed, 0)
+    assert (found.value, found.n, found.unscored) == (0.75, 2, 1)
+    assert found.by_seed == {0: 0.5, 1: 1.0}
+    assert pool(OURS, "t", "m", {0: {"a": scored(None)}}, 0).value is None
+
+
+def test_one_seed_is_pooled_as_a_rate() -> None:
+    scores = {str(i): scored(float(i < 3)) for i in range(9)}
+    found = pool(OURS, "attacks", "mistake_rate", {4: scores}, 0)
+    assert (found.value, found.low, found.high, found.n) == wilson(3, 9)
+
+
+def test_pooled_settings_are_compared_prompt_by_prompt_and_seed_by_seed() -> None:
+    prompts = [str(i) for i in range(60)]
+    base = {p: scored(float(int(p) < 30)) for p in prompts}
+    values: Values = {
+        (BASE, "t", "m"): {0: base, 1: base, 2: base},
+        (OURS, "t", "m"): {
+            seed: {p: scored(float(int(p) < 6 + seed)) for p in prompts} for seed in (0, 1, 2)
+        },
+    }
+    found = compare_pooled(OURS, BASE, "t", "m", values, 0)
+    assert found is not None
+    assert found.difference == pytest.approx(-23 / 60)
+    assert found.low < found.difference < found.high < 0
+    assert (found.a, found.b, found.n) == ("ours/guided", "vanilla/unguided", 60)
+    reverse = compare_pooled(BASE, OURS, "t", "m", values, 0)
+    assert reverse is not None and reverse.difference == pytest.approx(23 / 60)
+    (alone,) = adjusted([found])
+    assert alone.p_adjusted == found.p
+    assert all(c.p_adjusted == min(1, 2 * found.p) for c in adjusted([found, found]))
+
+
+def of_cases(prompts: list[str], shares: list[tuple[float, int]]) -> dict[str, Score]:
+    """Scores of which each is the share of so many cases."""
+    return {
+        prompt: scored(share, Response(prompt=Prompt.of(prompt), text="").id, "m").model_copy(
+            update={"cases": cases}
+        )
+        for prompt, (share, cases) in zip(prompts, shares, strict=True)
+    }
+
+
+def test_pooled_prompts_of_several_cases_weigh_as_they_do_in_a_run() -> None:
+    prompts = ["p", "q", "r"]
+    ours = of_cases(prompts, [(1.0, 1), (0.0, 3), (0.5, 2)])
+    base = of_cases(prompts, [(0.0, 1), (1 / 3, 3), (1.0, 2)])
+    row = metric_from_scores(list(ours.values()))
+    one, three = (
+        pool(OURS, "t", "m", dict.fromkeys(range(seeds), ours), 0) for seeds in (1, 3)
+    )
+    assert (one.value, one.low, one.high, one.n) == (2 / 6, row.low, row.high, 3)
+    assert three.value == pytest.approx(2 / 6) == three.by_seed[2]
+    for seeds in (1, 3):
+        values: Values = {
+            (OURS, "t", "m"): dict.fromkeys(range(seeds), ours),
+            (BASE, "t", "m"): dict.fromkeys(range(seeds), base),
+        }
+        pooled = compare_pooled(OURS, BASE, "t", "m", values, 0)
+        assert pooled is not None and pooled.difference == pytest.approx(-1 / 6)
+    responses = [Response(prompt=Prompt.of(p), text="") for p in prompts]
+    left, right = (Side("", responses, list(scores.values())) for scores in (ours, base))
+    alone = compare(left, right, "m", "t", 0)
+    assert alone is not None and alone.difference == pytest.approx(-1 / 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "invalid JSON"),
+        ('{"schema": 2, "policy": "p", "model": "m"}', "schema"),
+        ('{"schema": 1, "policy": "p", "model": "m", "row": []}', "row"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_fault(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=expected) as error:
+        read_results(path)
+    assert str(path) in str(error.value)
+
+
+def test_an_absent_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read_results(tmp_path / "results.json")
+
+
+def test_no_number_is_a_nan() -> None:
+    with pytest.raises(ValidationError):
+        Metric(value=float("nan"), low=0, high=1, n=1)
