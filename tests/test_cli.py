@@ -1,4 +1,9 @@
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +16,7 @@ def left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command sets for its whole process is not set for the other tests."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.setattr("gc.set_threshold", lambda _: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
 
 
 def test_an_interrupted_command_says_that_nothing_is_lost(
@@ -39,3 +45,22 @@ def test_other_ends_are_no_interruptions(
         main()
     assert end.value.code == status
     assert "Interrupted" not in capsys.readouterr().err
+
+
+def test_a_command_that_is_asked_to_end_takes_its_children_with_it(tmp_path: Path) -> None:
+    words = ["bench", "overhead", "--records", "1000000", "--out", str(tmp_path / "o.json")]
+    command = [sys.executable, "-m", "misstep", *words]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as run:
+        # What the child works in is there as soon as it works.
+        until = time.monotonic() + 60
+        while not [*tmp_path.glob("misstep-overhead-*")] and time.monotonic() < until:
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 143
+    assert "Interrupted. Nothing that was finished is lost" in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -555,16 +556,19 @@ def main() -> None:
         warnings.simplefilter("ignore", FutureWarning)
     # The option may stand anywhere, as people type it last after a failure.
     sys.argv = [arg for arg in sys.argv if arg != "--debug"]
+    # Schedulers and containers ask with this signal before they kill: servers and temporary
+    # files are then cleared away as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         _run_app()
     except MisstepError as error:
         _fail(error, debug, error.exit_status, "" if isinstance(error, InputError) else _GO_ON)
     except (KeyboardInterrupt, SystemExit) as end:
         # Within a command Typer makes an exit of the interruption, and says nothing.
-        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
-            raise
-        print(f"\nInterrupted. {_GO_ON}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        status = end.code if isinstance(end, SystemExit) else INTERRUPTED
+        if status in (INTERRUPTED, TERMINATED):
+            print(f"\nInterrupted. {_GO_ON}", file=sys.stderr)
+        sys.exit(status)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         _fail(RuntimeError(text), debug, 1, f"{_GO_ON} --debug shows where it happened.")
@@ -584,6 +588,7 @@ def _run_app() -> None:
 
 
 INTERRUPTED = 130
+TERMINATED = 143
 _GO_ON = "Nothing that was finished is lost: the same command goes on from there."
 
 
