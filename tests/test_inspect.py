@@ -101,11 +101,10 @@ def ours(guided: bool = False) -> list[Row]:
         Answer(method="vanilla", guided=guided, test_set=name, seed=0, response=response)
         for name, source in (("attacks", ATTACKS), ("clean", CLEAN))
         for response in respond(
-            load_prompts(Source.model_validate(source), 0),
+            [(p, guided) for p in load_prompts(Source.model_validate(source), 0)],
             policy,
             engine,
             RespondSettings(max_tokens=400),
-            guided,
             0,
         )
     ]

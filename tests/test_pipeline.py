@@ -530,7 +530,7 @@ def test_only_a_method_that_tags_its_answers_has_room_for_the_tag(
 
     def respond(*given: Any) -> list[Response]:
         asked.append(given[3].max_tokens)
-        return []
+        return [Response(prompt=prompt, text="", guided=guided) for prompt, guided in given[0]]
 
     monkeypatch.setattr("misstep.pipeline.respond", respond)
     inputs = read_inputs(recipe, ["respond.max_tokens=9", "respond.guided=[false]"])
@@ -538,7 +538,7 @@ def test_only_a_method_that_tags_its_answers_has_room_for_the_tag(
     for method in ("vanilla", "sft", "self_guard"):
         asked.clear()
         engine: Any = None
-        assert not list(work._answers(method, engine))
+        assert {a.test_set for a in work._answers(method, engine)} == {"attacks", "clean"}
         assert set(asked) == {25 if method == "self_guard" else 9}
 
 

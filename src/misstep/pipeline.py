@@ -9,7 +9,7 @@ pays only for what the change reaches.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, Literal, NamedTuple
@@ -437,25 +437,24 @@ class Run:
         config, policy, method = self.config, self.inputs.policy, METHODS[name_of]
         longest = config.respond.max_tokens + method.spare_tokens
         settings = config.respond.model_copy(update={"max_tokens": longest})
-        for guided in [g for g in config.respond.guided if g in method.guided]:
-            for name, prompts in self.inputs.tests.items():
-                for response in respond(
-                    prompts,
-                    policy,
-                    engine,
-                    settings,
-                    guided,
-                    config.seed,
-                    partial(method.ask, policy),
-                    partial(method.read, policy),
-                ):
-                    yield Answer(
-                        method=name_of,
-                        guided=guided,
-                        test_set=name,
-                        seed=config.training_seed,
-                        response=response,
-                    )
+        sets = [
+            (guided, name, prompts)
+            for guided in config.respond.guided
+            if guided in method.guided
+            for name, prompts in self.inputs.tests.items()
+        ]
+        asked = ((prompt, guided) for guided, _, prompts in sets for prompt in prompts)
+        names = chain.from_iterable(repeat(name, len(prompts)) for _, name, prompts in sets)
+        ways = partial(method.ask, policy), partial(method.read, policy)
+        responses = respond(asked, policy, engine, settings, config.seed, *ways)
+        for name, response in zip(names, responses, strict=True):
+            yield Answer(
+                method=name_of,
+                guided=response.guided,
+                test_set=name,
+                seed=config.training_seed,
+                response=response,
+            )
 
     def evaluate(self, found: Iterable[Answer], adapters: Mapping[str, Path | None]) -> None:
         """Judge the answers, into scores.jsonl, results.json and report.html."""

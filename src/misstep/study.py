@@ -221,8 +221,8 @@ class StudyRun:
             with self.manifest.stage("respond"):
                 engine.notify = partial(self.progress.update, f"{name}: answering")
                 answers, guided_answers = (
-                    list(respond(prompts, policy, engine, settings, guided, config.seed))
-                    for guided in (False, True)
+                    list(respond(asked, policy, engine, settings, config.seed))
+                    for asked in ([(p, guided) for p in prompts] for guided in (False, True))
                 )
             with self.manifest.stage("analyse"):
                 engine.notify = partial(self.progress.update, f"{name}: analysing")

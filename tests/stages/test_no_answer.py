@@ -90,7 +90,8 @@ POLICY_WITH_CRITIQUE = load_policy("harmlessness")
 def test_no_answer_is_unscored_and_no_judge_reads_it() -> None:
     judge = AnyText()
     settings = RespondSettings()
-    given = respond(PROMPTS, POLICY, Failing(), settings, False, 0, read=lambda t: f"<{t}>")
+    asked = [(prompt, False) for prompt in PROMPTS]
+    given = respond(asked, POLICY, Failing(), settings, 0, read=lambda t: f"<{t}>")
     responses = list(given)
     answers = [
         Answer(method="vanilla", guided=False, test_set="t", seed=0, response=r)

@@ -6,7 +6,7 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.policy import load_policy
 from misstep.records import Answer, Message, Prompt, Response
 from misstep.stages.base import Tally
-from misstep.stages.respond import RespondSettings, respond, whole_counted
+from misstep.stages.respond import Asked, RespondSettings, respond, whole_counted
 
 POLICY = load_policy("goal-hijacking")
 PROMPTS = [
@@ -17,9 +17,13 @@ PROMPTS = [
 SETTINGS = RespondSettings(max_tokens=9, temperature=0.5)
 
 
+def asked(guided: bool) -> list[Asked]:
+    return [(prompt, guided) for prompt in PROMPTS]
+
+
 def test_the_guide_is_asked_and_the_record_keeps_the_prompt() -> None:
     engine = ScriptedEngine(lambda r: f"answer {len(r.messages)}")
-    found = list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=True, seed=0))
+    found = list(respond(asked(True), POLICY, engine, SETTINGS, seed=0))
     assert [r.prompt for r in found] == PROMPTS
     assert all(r.guided for r in found)
     for request, prompt in zip(engine.requests, PROMPTS, strict=True):
@@ -28,7 +32,7 @@ def test_the_guide_is_asked_and_the_record_keeps_the_prompt() -> None:
 
 def test_without_the_guide_the_prompt_is_asked_as_it_is() -> None:
     engine = ScriptedEngine()
-    found = list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0))
+    found = list(respond(asked(False), POLICY, engine, SETTINGS, seed=0))
     assert [r.messages for r in engine.requests] == [p.messages for p in PROMPTS]
     assert not any(r.guided for r in found)
 
@@ -36,24 +40,37 @@ def test_without_the_guide_the_prompt_is_asked_as_it_is() -> None:
 def test_guided_and_unguided_answers_share_their_dice() -> None:
     engine = ScriptedEngine()
     for guided in (False, True):
-        list(respond(PROMPTS, POLICY, engine, SETTINGS, guided, seed=4))
+        list(respond(asked(guided), POLICY, engine, SETTINGS, seed=4))
     unguided, guided_ones = engine.requests[:3], engine.requests[3:]
     assert [r.seed for r in unguided] == [r.seed for r in guided_ones]
     assert len({r.seed for r in unguided}) == 3
-    list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=5))
+    list(respond(asked(False), POLICY, engine, SETTINGS, seed=5))
     assert not {r.seed for r in unguided} & {r.seed for r in engine.requests[6:]}
+
+
+def test_guided_and_plain_prompts_are_asked_in_one_stream() -> None:
+    engine = ScriptedEngine(lambda r: r.messages[-1].content)
+    calls: list[int] = []
+    generate = engine.generate
+    engine.generate = lambda requests: calls.append(len(requests)) or generate(requests)  # type: ignore[method-assign,func-returns-value]
+    long = RespondSettings(max_tokens=99)
+    found = list(respond([*asked(False), *asked(True)], POLICY, engine, long, seed=0))
+    assert calls == [6]
+    assert [(r.prompt, r.guided) for r in found] == [*asked(False), *asked(True)]
+    guided = [POLICY.guided_prompt(prompt)[-1].content for prompt in PROMPTS]
+    assert [r.text for r in found[3:]] == guided
 
 
 def test_a_stage_reads_no_further_than_its_answers_are_wanted() -> None:
     taken: list[int] = []
 
-    def endless() -> Iterator[Prompt]:
+    def endless() -> Iterator[Asked]:
         for number in count():
             taken.append(number)
-            yield Prompt.of(f"question {number}")
+            yield Prompt.of(f"question {number}"), False
 
     engine = ScriptedEngine()
-    found = respond(endless(), POLICY, engine, SETTINGS, guided=False, seed=0)
+    found = respond(endless(), POLICY, engine, SETTINGS, seed=0)
     some = list(islice(found, AT_ONCE + 1))
     assert len(taken) == len(engine.requests) == 2 * AT_ONCE
     assert [r.prompt.text for r in some] == [f"question {i}" for i in range(AT_ONCE + 1)]
@@ -61,7 +78,7 @@ def test_a_stage_reads_no_further_than_its_answers_are_wanted() -> None:
 
 def test_an_answer_names_its_model_and_whether_it_broke_off() -> None:
     engine = ScriptedEngine(lambda r: " ".join(["word"] * (20 if "+" in str(r) else 2)))
-    found = list(respond(PROMPTS, POLICY, engine, SETTINGS, guided=False, seed=0))
+    found = list(respond(asked(False), POLICY, engine, SETTINGS, seed=0))
     assert [r.truncated for r in found] == [True, False, True]
     assert {r.model for r in found} == {engine.identity}
 

@@ -40,19 +40,27 @@ class RespondSettings(Settings):
     """Whether the policy's guide stands around the prompt: without it, with it, or both."""
 
 
+Asked = tuple[Prompt, bool]
+"""A prompt, and whether the guide stands around it."""
+
+
 def respond(
-    prompts: Iterable[Prompt],
+    asked: Iterable[Asked],
     policy: Policy,
     engine: Engine,
     settings: RespondSettings,
-    guided: bool,
     seed: int,
     put: Ask = lambda messages: messages,
     read: Read = lambda text: text,
 ) -> Iterator[Response]:
-    """Answer every prompt once, in order."""
+    """Answer all that is asked, in order.
 
-    def request(prompt: Prompt) -> Request:
+    What is asked at once is answered sooner: an engine that is full has no last answers of one
+    test set to wait for before it begins with the next.
+    """
+
+    def request(each: Asked) -> Request:
+        prompt, guided = each
         return Request(
             messages=put(policy.guided_prompt(prompt) if guided else prompt.messages),
             max_tokens=settings.max_tokens,
@@ -60,7 +68,7 @@ def respond(
             seed=derive_seed(seed, prompt.id),
         )
 
-    for prompt, answer in ask(engine, prompts, request):
+    for (prompt, guided), answer in ask(engine, asked, request):
         yield Response(
             prompt=prompt,
             text="" if answer.error else read(answer.text),

@@ -223,7 +223,8 @@ def calibration(odds: Sequence[float], labels: Sequence[bool]) -> Calibration:
 
     heat = (-math.log(HOTTEST), math.log(HOTTEST))
     shift = (float(given.min()), float(given.max()))
-    found = minimize(loss, (0.0, 0.0), method="Nelder-Mead", bounds=(heat, shift))
+    first = (0.0, min(max(shift[0], 0.0), shift[1]))
+    found = minimize(loss, first, method="Nelder-Mead", bounds=(heat, shift))
     return Calibration(math.exp(float(found.x[0])), float(found.x[1]))
 
 
