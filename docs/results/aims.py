@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from misstep.results import Comparison, read_results
-
+from misstep.evidence.results import Comparison, read_results
 from misstep.report.markdown import line, table
 from misstep.report.words import count, duration, gap, plain, points, rate
 
