@@ -49,7 +49,7 @@ from misstep.records import (
 from misstep.report.page import write_report
 from misstep.run_folder import Manifest, refuse_own, set_aside, writable
 from misstep.stages import reinforce as rewarded
-from misstep.stages.analyse import analyse
+from misstep.stages.analyse import AnalyseSettings, analyse
 from misstep.stages.base import Tally
 from misstep.stages.evaluate import (
     Correct,
@@ -281,14 +281,8 @@ class Run:
 
     def analyse(self, mistakes: Iterable[Mistake]) -> Iterable[Analysis]:
         """Analyse the mistakes, into analyses.jsonl."""
-        policy, settings, tally = self.inputs.policy, self.config.analysis, Tally()
-        found = RecordFile(self.folder / "analyses.jsonl", Analysis)
-        with (
-            self.manifest.stage("analyse"),
-            self._engine(self.analyst, "analysing") as e,
-        ):
-            found.fill(analyse(mistakes, policy, e, settings, self.config.seed, tally))
-        self._yield("analyse", tally)
+        given = ("analyses.jsonl", self.analyst, self.config.analysis)
+        found, tally = self._analysed("analyse", mistakes, *given)
         if not tally.kept:
             raise RunError(
                 f"none of {tally.sampled} analyses was accepted "
@@ -297,6 +291,21 @@ class Run:
                 "analysis.gate=false."
             )
         return found
+
+    def _analysed(
+        self,
+        stage: str,
+        mistakes: Iterable[Mistake],
+        name: str,
+        model: Model,
+        settings: AnalyseSettings,
+    ) -> tuple[RecordFile[Analysis], Tally]:
+        found, tally = RecordFile(self.folder / name, Analysis), Tally()
+        policy, seed = self.inputs.policy, self.config.seed
+        with self.manifest.stage(stage), self._engine(model, "analysing") as engine:
+            found.fill(analyse(mistakes, policy, engine, settings, seed, tally))
+        self._yield(stage, tally)
+        return found, tally
 
     def collected(self, mistakes: Iterable[Mistake], analyses: Iterable[Analysis]) -> Collected:
         """All that the recipe's methods learn from mistakes."""
@@ -317,16 +326,8 @@ class Run:
     def unguided(self, mistakes: Iterable[Mistake]) -> Iterable[Analysis]:
         """Have the mistakes analysed without the guide, once each, into unguided.jsonl."""
         once = {"engine": "self", "guided": False, "examples": False, "gate": True, "n": 1}
-        settings, tally = self.config.analysis.model_copy(update=once), Tally()
-        found = RecordFile(self.folder / "unguided.jsonl", Analysis)
-        policy, seed = self.inputs.policy, self.config.seed
-        with (
-            self.manifest.stage("analyse unguided"),
-            self._engine(self.model, "analysing unguided") as e,
-        ):
-            found.fill(analyse(mistakes, policy, e, settings, seed, tally))
-        self._yield("analyse unguided", tally)
-        return found
+        given = ("unguided.jsonl", self.model, self.config.analysis.model_copy(update=once))
+        return self._analysed("analyse unguided", mistakes, *given)[0]
 
     def train(self, collected: Collected) -> dict[str, Path | None]:
         """Train every method of the recipe; gives the adapter of each, or None."""

@@ -64,7 +64,10 @@ class Record(BaseModel):
 
 
 class TextRecord(Record):
-    """A record of texts, of which there may be millions: named in less time."""
+    """A record of texts, of which there may be millions: named in less time.
+
+    The arguments of an instruction are the only place for a fraction, and IFEval's have none.
+    """
 
     @cached_property
     def id(self) -> str:
