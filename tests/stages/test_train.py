@@ -28,6 +28,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,6 +42,7 @@ from transformers.models.granite import GraniteForCausalLM
 from transformers.models.qwen2 import Qwen2ForCausalLM
 
 from misstep.errors import RecipeError, TrainingError
+from misstep.models import precision
 from misstep.models import weights as models_module
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, load_weights, locate
@@ -409,6 +411,34 @@ def test_attention_in_blocks_is_attention(length: int) -> None:
     found = torch.autograd.grad(blocks, (query, key, value), above)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_bf16_weights_have_the_plain_loss_in_whatever_type_they_are_multiplied(
+    slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "bf16_is_slow", lambda: slow)
+    multiplied = set()
+
+    class Seen(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, call: Any, _: Any, given: Any, named: Any = None) -> Any:
+            if call is torch.ops.aten.mm.default:
+                multiplied.add(given[0].dtype)
+            return call(*given, **(named or {}))
+
+    exact, batch = prepared("untied", "lora"), rows(6, seed=5)
+    _, wanted = fast_gradients(exact, [batch])
+    loss = prepared("untied", "lora").to(torch.bfloat16)
+    with fast_layers(loss), Seen():
+        value = loss(**loss.collate(batch))
+        value.backward()
+    assert (torch.float32 in multiplied) == slow
+    expected = plain_loss(exact.model, batch)
+    assert value.item() == pytest.approx(expected.item(), rel=0.01)
+    for name, gradient in gradients(loss).items():
+        assert gradient.dtype == torch.bfloat16
+        error = (gradient.float() - wanted[name]).norm() / wanted[name].norm()
+        assert error < 0.1, name
 
 
 def test_the_model_is_as_before_after_fast_layers() -> None:

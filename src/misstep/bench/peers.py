@@ -45,8 +45,9 @@ TRAINING = (
                 "train_sampling_strategy": "group_by_length",
             },
         },
-        "the weights' type and the fp32 adapter are ours, loss on completions only, rows "
-        "grouped by length, no gradient checkpointing, batches of 8 accumulated to 16 rows",
+        "weights in the type that matrices are multiplied fastest in, fp32 adapter, loss on "
+        "completions only, rows grouped by length, no gradient checkpointing, batches of 8 "
+        "accumulated to 16 rows",
     ),
 )
 GENERATION = (

@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 from misstep.bench.overhead import overhead
 from misstep.bench.peers import ROWS_A_STEP
 from misstep.errors import RunError
-from misstep.models.weights import Model, load_tokenizer, load_weights, locate, weights_dtype
+from misstep.models.precision import products_dtype, weights_dtype
+from misstep.models.weights import Model, load_tokenizer, load_weights, locate
 from misstep.records import Example, Message
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from misstep.engines.base import Request
@@ -57,6 +59,13 @@ def train_ours(work: Work) -> Found:
     return _found(report.tokens, seconds, completion_tokens=report.completion_tokens)
 
 
+def fastest_dtype() -> "torch.dtype":
+    """The type that this machine multiplies matrices fastest in: what is best for a peer."""
+    import torch
+
+    return products_dtype(weights_dtype(), "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def train_trl(work: Work) -> Found:
     """TRL's SFTTrainer with a LoRA adapter of our rank, for one epoch."""
     import torch
@@ -73,7 +82,7 @@ def train_trl(work: Work) -> Found:
     place: dict[str, Any] = {} if on_gpu else {"use_cpu": True, "bf16": False}
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
-            model=lm.float() if given["weights"] == "float32" else lm,
+            model=lm.float() if given["weights"] == "float32" else lm.to(fastest_dtype()),
             args=SFTConfig(
                 output_dir=folder,
                 num_train_epochs=1,
@@ -131,14 +140,15 @@ def generate_ours(work: Work) -> Found:
 
 
 def generate_transformers(work: Work) -> Found:
-    """`model.generate` in batches, greedy, weights in the type that ours has."""
+    """`model.generate` in batches, greedy, in the type that this machine multiplies fastest."""
     import torch
 
     model = locate(work["model"])
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    lm = load_weights(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    lm: Any = load_weights(model).to(fastest_dtype())
+    lm = lm.to("cuda" if torch.cuda.is_available() else "cpu")
     prompts, settings = _prompts(work), work["settings"]
     _continue(lm, tokenizer, [(Message(role="user", content=WARM_UP),)], 4)
     order = list(range(len(prompts)))
@@ -268,7 +278,7 @@ def gemm(work: Work) -> Found:
         "flops_per_second": operations / seconds,
         "flops_per_token": operations / rows,
         "flops_per_completion_token": 4.0 * head.weight.numel(),
-        "precision": str(weights_dtype()).removeprefix("torch."),
+        "precision": str(fastest_dtype()).removeprefix("torch."),
         "shapes": [[rows, *shape, count] for shape, count in sorted(shapes.items())],
     }
 
@@ -279,7 +289,7 @@ def _product_seconds(rows: int, outputs: int, inputs: int) -> float:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, y, w = (
-        torch.randn(shape, device=device).to(weights_dtype())
+        torch.randn(shape, device=device).to(fastest_dtype())
         for shape in ((rows, inputs), (rows, outputs), (outputs, inputs))
     )
     wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else (lambda: None)

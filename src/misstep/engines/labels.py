@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import EngineError, ModelError
 from misstep.guard import Guard
+from misstep.models.precision import weights_dtype
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, free, load_weights, weights_dtype
+from misstep.models.weights import Model, free, load_weights
 from misstep.records import Message, digest
 
 if TYPE_CHECKING:

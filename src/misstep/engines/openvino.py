@@ -33,6 +33,7 @@ from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.gguf_header import read_header
 from misstep.models.gguf_merge import merge_adapter
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
+from misstep.models.precision import bf16_is_slow
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, adapter_digest, is_full_fine_tune
 
@@ -327,7 +328,7 @@ def _shape(model: Model) -> Shape:
 
 
 def _precision() -> str:
-    """What the processor computes in natively; also the precision of the cache."""
+    """What the processor computes in fastest; also the precision of the cache."""
     from openvino import Core
 
     core = Core()
@@ -336,7 +337,8 @@ def _precision() -> str:
     # process: github.com/openvinotoolkit/openvino/issues/33300
     if processors < 2:
         return "f32"
-    return "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    able = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bf16" if able and not bf16_is_slow() else "f32"
 
 
 def _cache_blocks(of: Shape) -> int:

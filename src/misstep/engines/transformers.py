@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from misstep.engines.base import Completion, Engine, Request, completed
 from misstep.errors import EngineError
+from misstep.models.precision import weights_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
     Model,
@@ -25,7 +26,6 @@ from misstep.models.weights import (
     free,
     halve,
     load_weights,
-    weights_dtype,
 )
 
 if TYPE_CHECKING:

@@ -27,13 +27,13 @@ from misstep.engines.pace import Pace
 from misstep.engines.server import PORT, Server
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.endpoint import Endpoint
+from misstep.models.precision import weights_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
     WEIGHTS,
     Model,
     adapter_digest,
     is_full_fine_tune,
-    weights_dtype,
 )
 
 BASE, TRAINED = "base", "trained"

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any
 from misstep.errors import ModelError
 from misstep.models.endpoint import FORM, PREFIX, Endpoint, check_endpoint, parse_endpoint
 from misstep.models.gguf_header import is_gguf
+from misstep.models.precision import weights_dtype
 from misstep.models.unpacked import unpacked
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m"
@@ -114,18 +114,6 @@ def locate(name: str) -> Model:
         f"model {name}: expected {EMBEDDED}, a folder of safetensors, a .gguf file, a Hub id "
         f"such as Qwen/Qwen3-0.6B, or {FORM}; found no such file.{_suggestion(name, path)}"
     )
-
-
-def weights_dtype() -> "torch.dtype":
-    """The type that weights are held in: bf16 where the processor computes in it, else fp32."""
-    import torch
-
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities()
-        native = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
-    return torch.bfloat16 if native else torch.float32
 
 
 def load_weights(model: Model, adapter: Path | None = None) -> "PreTrainedModel":

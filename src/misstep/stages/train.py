@@ -222,7 +222,7 @@ def _save(
     job: Job, loss: "CompletionLoss", weights: dict[str, Any], report: TrainReport
 ) -> None:
     """Write weights, card and, last, the report: with it the folder is finished."""
-    from misstep.models.weights import weights_dtype
+    from misstep.models.precision import weights_dtype
     from misstep.training.weights import save_adapter, save_all_weights
 
     if job.settings.adapter == "full":

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from misstep.errors import ModelError, TrainingError
+from misstep.models.precision import weights_dtype
 from misstep.models.rendering import Renderer
-from misstep.models.weights import no_progress_bars, weights_dtype
+from misstep.models.weights import no_progress_bars
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import Labelled, LabelLoss, balance
 from misstep.training.loss import mean_loss

@@ -2,7 +2,7 @@
 
 They give what PEFT and transformers give, to rounding, and tests hold them to it. A layer or an
 attention that is not of the plain kind is left as it is, and the model is afterwards as before.
-PEFT's layer casts each input to fp32 and back; here an adapter has the type of the weights.
+PEFT's layer casts each input to fp32 and back; here an adapter is computed as the weights are.
 What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and, on
 a processor, what a gated feed-forward layer makes of its input. There, too, several
 micro-batches of an adapter may be computed at once.
@@ -11,11 +11,12 @@ micro-batches of an adapter may be computed at once.
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from misstep.models.precision import products_dtype
 from misstep.training import sharing
 from misstep.training.label_loss import LabelLoss
 from misstep.training.loss import CompletionLoss
@@ -167,7 +168,7 @@ def _gated(mlp: Any) -> Callable[[Tensor], Tensor]:
 
 
 class FusedLora(torch.autograd.Function):  # type: ignore[misc]
-    """A frozen linear layer plus its adapter; the adapter is computed in the input's type."""
+    """A frozen linear layer plus its adapter; both are computed in the type of products."""
 
     @staticmethod
     def forward(
@@ -180,22 +181,26 @@ class FusedLora(torch.autograd.Function):  # type: ignore[misc]
         scale: float,
     ) -> Tensor:
         """`x W^T + bias + (x down^T) (scale * up)^T`."""
+        dtype = products_dtype(x.dtype, x.device.type)
+        (layer,) = _layers((weight, bias, down, up), [scale], dtype)
         rows = x.flatten(0, -2)
-        (layer,) = _layers((weight, bias, down, up), [scale], x.dtype)
-        kept = _kept(rows, layer)
-        y = _output(rows, layer, kept)
-        ctx.save_for_backward(rows, *kept)
-        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, down.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        wide = rows.to(dtype)
+        inner = wide @ layer.down.t()
+        ctx.save_for_backward(rows, weight, bias, down, up, inner)
+        ctx.scale, ctx.shape = scale, x.shape
+        return _output(wide, layer, inner).to(x.dtype).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, where one is wanted, and of the adapter."""
-        rows, *kept = ctx.saved_tensors
-        by_y = above[0].reshape(len(rows), -1)
-        by_rows, by_down, by_up = _by_linear(by_y, rows, kept, ctx.needs_input_grad[0])
-        by_x = None if by_rows is None else by_rows.view(ctx.shape)
-        return by_x, None, None, by_down.to(ctx.dtype), by_up.to(ctx.dtype) * ctx.scale, None
+        rows, *weights, inner = ctx.saved_tensors
+        (layer,) = _layers(weights, [ctx.scale], inner.dtype)
+        by_y = above[0].reshape(len(rows), -1).to(inner.dtype)
+        wide = rows.to(inner.dtype)
+        by_rows, *by_adapter = _by_linear(by_y, wide, layer, inner, ctx.needs_input_grad[0])
+        by_x = None if by_rows is None else by_rows.to(rows.dtype).view(ctx.shape)
+        by_down, by_up = (by.to(weights[2].dtype) for by in by_adapter)
+        return by_x, None, None, by_down, by_up * ctx.scale, None
 
 
 class GatedLora(torch.autograd.Function):  # type: ignore[misc]
@@ -212,70 +217,76 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
 
         `weights` are weight, bias and the adapter's two matrices: of gate, of up, of down.
         """
+        dtype = products_dtype(x.dtype, x.device.type)
+        gate, up, down = _layers(weights, scales, dtype)
         rows = x.flatten(0, -2)
-        gate, up, down = _layers(weights, scales, x.dtype)
-        opened, raised = (_output(rows, one, _kept(rows, one)) for one in (gate, up))
+        wide = rows.to(dtype)
+        opened, raised = (_output(wide, one, wide @ one.down.t()) for one in (gate, up))
         again = x.device.type in COMPUTED_AGAIN_ON
         ctx.save_for_backward(rows, *weights, *(() if again else (opened, raised)))
-        ctx.scales, ctx.shape = scales, x.shape
+        ctx.scales, ctx.shape, ctx.dtype = scales, x.shape, dtype
         product = nn.functional.silu(opened, inplace=again).mul_(raised)
-        return _output(product, down, _kept(product, down)).view(x.shape)
+        return _output(product, down, product @ down.down.t()).to(x.dtype).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
         """Gradients of the input and of the adapters."""
         rows, *weights = ctx.saved_tensors
         weights, parted = weights[:12], weights[12:]
-        gate, up, down = _layers(weights, ctx.scales, rows.dtype)
-        of_gate, of_up = _kept(rows, gate), _kept(rows, up)
-        opened, raised = parted or (_output(rows, gate, of_gate), _output(rows, up, of_up))
+        gate, up, down = _layers(weights, ctx.scales, ctx.dtype)
+        wide = rows.to(ctx.dtype)
+        of_gate, of_up = wide @ gate.down.t(), wide @ up.down.t()
+        opened, raised = parted or (_output(wide, gate, of_gate), _output(wide, up, of_up))
         open_ = nn.functional.silu(opened)
         product = open_ * raised
-        by_product, *by_down = _by_linear(
-            above[0].reshape(len(rows), -1), product, _kept(product, down), True
-        )
+        by_y = above[0].reshape(len(rows), -1).to(ctx.dtype)
+        of_down = product @ down.down.t()
+        by_product, *by_down = _by_linear(by_y, product, down, of_down, True)
         assert by_product is not None
         by_opened = torch.ops.aten.silu_backward(by_product * raised, opened)
-        by_x, *by_gate = _by_linear(by_opened, rows, of_gate, True)
-        by_x_too, *by_up = _by_linear(by_product * open_, rows, of_up, True)
+        by_x, *by_gate = _by_linear(by_opened, wide, gate, of_gate, True)
+        by_x_too, *by_up = _by_linear(by_product * open_, wide, up, of_up, True)
         assert by_x is not None and by_x_too is not None
         matrices = [
             (None, None, one.to(weights[2].dtype), other.to(weights[2].dtype) * scale)
             for (one, other), scale in zip((by_gate, by_up, by_down), ctx.scales, strict=True)
         ]
-        return (by_x + by_x_too).view(ctx.shape), None, *chain.from_iterable(matrices)
+        by_rows = (by_x + by_x_too).to(rows.dtype)
+        return by_rows.view(ctx.shape), None, *chain.from_iterable(matrices)
 
 
-Layer = tuple[Any, Any, Tensor, Tensor]
-"""A frozen layer's weight and bias, its adapter's two matrices: scaled, in the input's type."""
+class Layer(NamedTuple):
+    """A frozen layer and its adapter, in the type that products are computed in."""
+
+    weight: Tensor
+    bias: Tensor | None
+    down: Tensor
+    up: Tensor
+    """Scaled."""
 
 
 def _layers(weights: Sequence[Any], scales: Sequence[float], dtype: torch.dtype) -> list[Layer]:
     """The layers of weights as modules have them, four for each."""
-    return [
-        (*weights[i : i + 2], weights[i + 2].to(dtype), (weights[i + 3] * scale).to(dtype))
-        for i, scale in zip(range(0, len(weights), 4), scales, strict=True)
-    ]
+    found = []
+    for i, scale in zip(range(0, len(weights), 4), scales, strict=True):
+        weight, bias, down, up = weights[i : i + 4]
+        bias = None if bias is None else bias.to(dtype)
+        found.append(Layer(weight.to(dtype), bias, down.to(dtype), (up * scale).to(dtype)))
+    return found
 
 
-def _kept(rows: Tensor, layer: Layer) -> tuple[Any, Tensor, Tensor, Tensor]:
-    """What a layer's gradient needs beside the rows; last, what the adapter makes of them."""
-    weight, _, down, up = layer
-    return weight, down, up, rows @ down.t()
-
-
-def _output(rows: Tensor, layer: Layer, kept: Sequence[Tensor]) -> Tensor:
-    """What a layer makes of rows."""
+def _output(rows: Tensor, layer: Layer, inner: Tensor) -> Tensor:
+    """What a layer makes of rows; `inner` is what the adapter's first matrix makes of them."""
     weight, bias, _, up = layer
     y = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
-    return y.addmm_(kept[-1], up.t())
+    return y.addmm_(inner, up.t())
 
 
 def _by_linear(
-    by_y: Tensor, rows: Tensor, kept: Sequence[Tensor], wanted: bool
+    by_y: Tensor, rows: Tensor, layer: Layer, inner: Tensor, wanted: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the rows, where they are wanted, and of the adapter's matrices."""
-    weight, down, up, inner = kept
+    weight, _, down, up = layer
     by_inner = by_y @ up
     by_rows = (by_y @ weight).addmm_(by_inner, down) if wanted else None
     return by_rows, by_inner.t() @ rows, by_y.t() @ inner

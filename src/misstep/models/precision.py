@@ -1,0 +1,47 @@
+"""What this machine computes in: the types of weights, and of the products of matrices.
+
+This module knows torch and processors; it knows no model.
+"""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def weights_dtype() -> "torch.dtype":
+    """The type that weights are held in: bf16 where the processor computes in it, else fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def products_dtype(held: "torch.dtype", device: str) -> "torch.dtype":
+    """The type to multiply matrices in that are held in another: their own, or fp32.
+
+    Products of bf16 are summed in fp32 either way; what differs is where they are rounded.
+    """
+    import torch
+
+    slow = held == torch.bfloat16 and device == "cpu" and bf16_is_slow()
+    return torch.float32 if slow else held
+
+
+@cache
+def bf16_is_slow() -> bool:
+    """Whether this processor multiplies matrices of bf16 more slowly than matrices of fp32.
+
+    Intel's since Sapphire Rapids leave bf16 to AMX. Where a virtual machine hides that,
+    AVX512-BF16 remains, which was seen to take twice as long as fp32 (torch 2.13).
+    """
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    since = bool(able.get("avx512_bf16") and able.get("avx512_fp16"))
+    return since and "Intel" in str(able.get("cpu_name")) and not able.get("amx_bf16")
