@@ -23,12 +23,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from misstep.bench.sides import fastest_dtype, peak_memory_mb
+from misstep.bench.sides import peak_memory_mb
 from misstep.inputs import Inputs, read_inputs
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.judges.seats import Seat
 from misstep.methods.base import Materials
 from misstep.methods.registry import METHODS
+from misstep.models.precision import fastest_dtype
 from misstep.models.weights import load_tokenizer, load_weights
 from misstep.records import Analysis, Example, Message, Mistake, Prompt, Response
 from misstep.stages.analyse import gate

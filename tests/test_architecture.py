@@ -50,6 +50,7 @@ LAYERS = [
     "misstep.evidence.study_results",
     "misstep.evidence.check_results",
     "misstep.evidence*",
+    "misstep.models.precision",
     "misstep.models.gguf_header",
     "misstep.models.unpacked",
     "misstep.models.endpoint",

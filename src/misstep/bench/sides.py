@@ -25,12 +25,11 @@ from typing import TYPE_CHECKING, Any
 from misstep.bench.overhead import overhead
 from misstep.bench.peers import ROWS_A_STEP
 from misstep.errors import RunError
-from misstep.models.precision import products_dtype, weights_dtype
+from misstep.models.precision import fastest_dtype
 from misstep.models.weights import Model, load_tokenizer, load_weights, locate
 from misstep.records import Example, Message
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from misstep.engines.base import Request
@@ -57,13 +56,6 @@ def train_ours(work: Work) -> Found:
         report = train(locate(work["model"]), _rows(work), settings, 0, Path(folder))
     seconds = report.tokens / report.tokens_per_second
     return _found(report.tokens, seconds, completion_tokens=report.completion_tokens)
-
-
-def fastest_dtype() -> "torch.dtype":
-    """The type that this machine multiplies matrices fastest in: what is best for a peer."""
-    import torch
-
-    return products_dtype(weights_dtype(), "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train_trl(work: Work) -> Found:

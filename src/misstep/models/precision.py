@@ -33,6 +33,13 @@ def products_dtype(held: "torch.dtype", device: str) -> "torch.dtype":
     return torch.float32 if slow else held
 
 
+def fastest_dtype() -> "torch.dtype":
+    """The type to hold weights in for code that multiplies them as they are, as TRL's does."""
+    import torch
+
+    return products_dtype(weights_dtype(), "cuda" if torch.cuda.is_available() else "cpu")
+
+
 @cache
 def bf16_is_slow() -> bool:
     """Whether this processor multiplies matrices of bf16 more slowly than matrices of fp32.

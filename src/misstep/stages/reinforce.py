@@ -23,6 +23,7 @@ from pydantic import Field
 
 from misstep import __version__
 from misstep.errors import TrainingError
+from misstep.models.precision import fastest_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, free, load_weights
 from misstep.records import Pair, Prompt, digest, write_text
@@ -184,7 +185,7 @@ def _policy_trainer(
 
     settings, train = job.settings, job.setup.train
     return policy_trainer(
-        load_weights(job.setup.model),
+        load_weights(job.setup.model).to(fastest_dtype()),
         job.setup.tokenizer,
         job.renderer.stop_ids,
         prompts,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from misstep.errors import MissingExtra, TrainingError
+from misstep.models.precision import fastest_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, free, load_weights
 from misstep.records import Pair, digest, write_text
@@ -177,7 +178,7 @@ def _train(
     from misstep.training.weights import save_adapter
 
     (folder / REPORT).unlink(missing_ok=True)
-    lm, train = load_weights(setup.model), setup.train
+    lm, train = load_weights(setup.model).to(fastest_dtype()), setup.train
     model = with_reward_adapter(lm, setup.renderer.pad, train.rank, train.alpha, setup.seed)
     started = time.monotonic()
     curve = fit(
@@ -215,7 +216,8 @@ def load_scorer(setup: Setup, folder: Path, report: RewardReport) -> "Scorer":
     from misstep.training.reward import load_reward_model
     from misstep.training.scoring import Scorer
 
-    model = load_reward_model(load_weights(setup.model), setup.renderer.pad, folder)
+    lm = load_weights(setup.model).to(fastest_dtype())
+    model = load_reward_model(lm, setup.renderer.pad, folder)
     model.to(_device())
     return Scorer(model, setup.renderer.pad, micro_tokens(), report.mean, report.deviation)
 
