@@ -124,6 +124,10 @@ class Answer(NamedTuple):
     text: str
 
 
+Asked = tuple[Turns, str | None]
+"""What is asked, and the answer that it ends with."""
+
+
 class Labelled(NamedTuple):
     """A prompt, an answer to it, and whether somebody called the answer bad."""
 
@@ -154,7 +158,10 @@ def _name_of(reading: Reading, row: Row, field: str) -> str | None:
     """The column that holds a field."""
     if field in reading.fields:
         return reading.fields[field]
-    return next((name for name in COLUMNS[field] if row.get(name) is not None), None)
+    for name in COLUMNS[field]:
+        if row.get(name) is not None:
+            return name
+    return None
 
 
 def _refused(reading: Reading, row: Row, field: str, where: str) -> DataError:
@@ -188,7 +195,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0
 
 
-def _asked(reading: Reading, row: Row, where: str) -> tuple[Turns, str | None]:
+def _asked(reading: Reading, row: Row, where: str) -> Asked:
     """What the column of the prompt asks, if there is one, and the answer that it ends with."""
     chat = "prompt" not in reading.fields and row.get("messages") is not None
     field, value = "prompt", column_of(reading, row, "prompt")
@@ -218,21 +225,26 @@ def _context(reading: Reading, row: Row, where: str) -> str:
     return (value or "").strip()
 
 
-def _answer(reading: Reading, row: Row, field: str, where: str) -> Answer | None:
-    """An answer, if there is one; one that is turns brings its conversation with it."""
-    asked, own = _asked(reading, row, where)
+def _answer(
+    reading: Reading, row: Row, field: str, where: str, before: Asked | None = None
+) -> Answer | None:
+    """An answer, if there is one; one that is turns brings its conversation with it.
+
+    `before` is what the row asks, where that is known.
+    """
+    asked, own = before or _asked(reading, row, where)
     value = column_of(reading, row, field)
     if value is None and field == "response" and field not in reading.fields:
         value = own
-    before: Turns = ()
+    turns: Turns = ()
     if _is_list(value):
-        before, value = _ended(_turns(value, field, where), field, where)
+        turns, value = _ended(_turns(value, field, where), field, where)
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise _refused(reading, row, field, where)
-    whole = bool(before) and before[0].role != "assistant"
-    messages = before if whole else (*asked, *before)
+    whole = bool(turns) and turns[0].role != "assistant"
+    messages = turns if whole else (*asked, *turns)
     if not any(turn.role == "user" for turn in messages):
         raise _refused(reading, row, "prompt", where)
     return Answer(messages, str(value).strip())
@@ -295,16 +307,16 @@ def prompt_for(reading: Reading, row: Row, answer: Answer, where: str) -> Prompt
 def _prompt(
     reading: Reading, row: Row, where: str, messages: Turns, reference: str | None
 ) -> Prompt:
-    known = Prompt(
+    return Prompt(
         messages=messages,
         reference=reference,
+        target=_target(reading, row, messages),
         accept=tuple(str(key) for key in _listed(column_of(reading, row, "accept"))),
         kind=", ".join(names_of(column_of(reading, row, "kind"))) or "plain",
         topic=", ".join(names_of(column_of(reading, row, "topic"))),
         unsafe=_unsafe(reading, row, where),
         instructions=_instructions(row, where),
     )
-    return known.model_copy(update={"target": _target(reading, row, known.text)})
 
 
 def _good_answers(reading: Reading, row: Row, where: str) -> Iterator[Answer]:
@@ -314,9 +326,10 @@ def _good_answers(reading: Reading, row: Row, where: str) -> Iterator[Answer]:
         answers = ((side, _answer(side, row, "response", where)) for side in of)
         yield from (a for side, a in answers if a and not is_bad(side, row, where))
         return
-    asked, own = _asked(reading, row, where)
-    response = _answer(reading, row, "response", where)
-    for good in (own and Answer(asked, own), _answer(reading, row, "reference", where)):
+    asked, own = before = _asked(reading, row, where)
+    response = _answer(reading, row, "response", where, before)
+    reference = _answer(reading, row, "reference", where, before)
+    for good in (own and Answer(asked, own), reference):
         if not good:
             continue
         labelled = response is not None and good.text.strip() == response.text
@@ -340,10 +353,11 @@ def _listed(value: Any) -> Iterable[Any]:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _target(reading: Reading, row: Row, text: str) -> str | None:
+def _target(reading: Reading, row: Row, messages: Turns) -> str | None:
     if reading.target_pattern is None:
         value = column_of(reading, row, "target")
         return str(value) if value else None
+    text = Prompt(messages=messages).text
     match = re.search(reading.target_pattern, text, re.IGNORECASE | re.DOTALL)
     return (match.group(1) or "").strip(" \"'.") or None if match else None
 
