@@ -20,7 +20,6 @@ START, END = "<!-- aims -->\n", "<!-- /aims -->\n"
 EARLIER = "one micro-batch after the other, without AMX"
 """How the earlier runs of training were made."""
 OVERHEAD = {
-    "read": "most of it finds a row's columns by their names",
     "induce": "the rule that judges takes about a quarter",
     "analyse": "the gate takes more than a third",
     "respond": "a third checks and writes records as JSON",
@@ -124,7 +123,7 @@ def speed() -> Iterator[Aim]:
     for stage, taken in most_records["cpu_microseconds"].items():
         what = f"a record beside the model, {stage}, of {count(most_records['records'])}"
         first = _microseconds(earlier_records["cpu_microseconds"][stage])
-        why = f"{OVERHEAD[stage]}; {first} on the Xeon with AMX, an earlier state"
+        why = f"{OVERHEAD.get(stage, "")}; {first} on the Xeon with AMX, an earlier state"
         yield most(what, 50, taken, _microseconds, why)
     lost = _json("bench/ray-node-loss.json")
     what = f"of {count(lost['records'])} records there once, a node of two lost half-way"
