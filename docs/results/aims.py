@@ -123,7 +123,8 @@ def speed() -> Iterator[Aim]:
     for stage, taken in most_records["cpu_microseconds"].items():
         what = f"a record beside the model, {stage}, of {count(most_records['records'])}"
         first = _microseconds(earlier_records["cpu_microseconds"][stage])
-        why = f"{OVERHEAD.get(stage, "")}; {first} on the Xeon with AMX, an earlier state"
+        what_takes = OVERHEAD.get(stage, "")
+        why = f"{what_takes}; {first} on the Xeon with AMX, an earlier state"
         yield most(what, 50, taken, _microseconds, why)
     lost = _json("bench/ray-node-loss.json")
     what = f"of {count(lost['records'])} records there once, a node of two lost half-way"
