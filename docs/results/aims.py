@@ -226,7 +226,7 @@ def breadth() -> Iterator[Aim]:
     made = {row.method for row in read_results(HERE / "methods-135m/results.json").rows}
     # The methods that there were when the aim was set: the small comparison has them all.
     aimed = {row.method for row in read_results(HERE / "compare-smoke/results.json").rows}
-    why = f"{' and '.join(sorted(aimed - made))}: not yet run with three seeds"
+    why = f"{' and '.join(sorted(aimed - made))}: not run with three seeds"
     yield least("methods compared at 135M, three seeds", len(aimed), len(made), _whole, why)
     models = len(_json("study/study.json")["models"])
     yield least("models in the study", 3, models, _whole, "")
