@@ -21,7 +21,7 @@ from misstep.stages.train import follow, train
 from misstep.stages.train_settings import PreferenceSettings, TrainSettings
 from misstep.training import processes
 
-models.weights_dtype = lambda: torch.float32  # type: ignore[attr-defined]
+vars(models)["weights_dtype"] = lambda: torch.float32
 fit.MICRO_TOKENS = {"cpu": 120, "cuda": 120}
 fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 
