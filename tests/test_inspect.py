@@ -154,6 +154,16 @@ def test_two_logs_are_compared(recipe: Path, tmp_path: Path) -> None:
         import_logs([logs[0], evaluated(recipe, tmp_path)], tmp_path / "twice")
 
 
+@pytest.mark.parametrize("held", ["manifest.json", "results.json"])
+def test_a_run_is_never_written_over(recipe: Path, tmp_path: Path, held: str) -> None:
+    log, folder = evaluated(recipe, tmp_path), tmp_path / "run"
+    folder.mkdir()
+    (folder / held).write_text("mine")
+    with pytest.raises(InputError, match=r"Give another --out"):
+        import_logs([log], folder)
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {held: "mine"}
+
+
 def test_several_answers_to_a_prompt_are_refused(recipe: Path, tmp_path: Path) -> None:
     log = evaluated(recipe, tmp_path, test_set="clean", epochs=2)
     with pytest.raises(DataError, match=r"found 2 epochs.*--epochs 1"):

@@ -433,6 +433,23 @@ def test_data_of_another_content_are_a_change(recipe: Path, tmp_path: Path) -> N
     assert any("data.ordinary" in line for line in heard.lines)
 
 
+def test_a_judge_that_was_trained_again_is_a_change_and_former_results_stay(
+    recipe: Path, finished: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = trained_judge(tmp_path, tiny_model, "mistake_rate")
+    given = (recipe, finished, [f"judge={folder}"])
+    run(*given, Silent())
+    first = (finished / "results.json").read_bytes()
+    run(*given, Silent())
+    assert not (finished / "former/2").exists(), "the same judge is no change"
+    again = ([str(tmp_path / "labelled.jsonl")], str(tiny_model), "mistake_rate", [])
+    train_judge(read_train_inputs(*again, ["epochs=2", "dev=0.3"]), folder, Silent())
+    heard = Heard()
+    run(*given, heard)
+    assert any("parts.judge" in line for line in heard.lines)
+    assert (finished / "former/2/results.json").read_bytes() == first
+
+
 def test_bad_input_ends_before_any_model_loads(recipe: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "misstep.cli", "run", str(recipe)]
     command += ["--set", "train.epoch=2", "--out", str(tmp_path / "bad")]

@@ -177,7 +177,9 @@ def test_a_second_time_asks_no_engine_and_says_the_same(bench: Bench) -> None:
 
 def test_a_changed_recipe_pays_for_what_changed(bench: Bench) -> None:
     bench.run()
+    first = (bench.folder / "out/study.json").read_bytes()
     bench.run("analyse.max_tokens=50")
+    assert (bench.folder / "out/former/1/study.json").read_bytes() == first
     assert {len(engine.requests) for engine in bench.engines.values()} == {
         6 * (OBEDIENT + HONEST)
     }

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from misstep.claims import LOCK, claimed
 from misstep.errors import DataError, InputError
 from misstep.evidence.check_results import Check
 from misstep.evidence.results import Results, write_results
@@ -22,6 +23,7 @@ from misstep.records import (
     write_jsonl,
 )
 from misstep.report.page import write_report
+from misstep.run_folder import MANIFEST, refuse_foreign, writable
 from misstep.stages.base import no_answer
 from misstep.stages.evaluate import Table, agreements, corrections
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 KEY = "misstep"
 """Of metadata: what misstep wrote into a log."""
 FOCUS = "mistake_analysis"
+OWN = ("responses.jsonl", "scores.jsonl", "results.json", "report.html")
 
 
 class Asked(Record):
@@ -61,7 +64,7 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
 
     Raises:
         InputError: inspect_ai is not installed; a log is none of misstep's task, or asks a
-            prompt several times; or two are of the same setting.
+            prompt several times; two are of the same setting; or the folder is another's.
     """
     found = [_read(log) for log in logs]
     asked = [of for of, _ in found]
@@ -85,14 +88,11 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
                 )
             answers.append(answer)
             judgements += [Judgement.of(answer, score) for score in scores]
-    folder = out or Path("runs") / f"inspect-{asked[0].name}"
     # A log of one test set knows only the judges that have something to say of it.
     judges = {metric: name for of in asked for metric, name in of.judges.items()}
     checked = corrections((check for of in asked for check in of.checks), judges)
     table = Table(answers, judgements, asked[0].pools, asked[0].seed, checked)
     unknown = {"mistake_source": None, "analysis_source": None}
-    write_jsonl(folder / "responses.jsonl", answers)
-    write_jsonl(folder / "scores.jsonl", judgements)
     results = Results(
         policy=asked[0].policy,
         model=", ".join(dict.fromkeys(str(log.eval.model) for _, log in found)),
@@ -100,8 +100,23 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
         comparisons=tuple(table.comparisons(FOCUS)),
         agreements=tuple(agreements(answers, judgements)),
     )
-    write_results(folder / "results.json", results)
-    write_report(folder)
+    folder = _place(out or Path("runs") / f"inspect-{asked[0].name}")
+    with claimed(folder):
+        write_jsonl(folder / "responses.jsonl", answers)
+        write_jsonl(folder / "scores.jsonl", judgements)
+        write_results(folder / "results.json", results)
+        write_report(folder)
+    return folder
+
+
+def _place(folder: Path) -> Path:
+    """A folder in which nothing stands but what was imported before."""
+    if (writable(folder) / MANIFEST).exists():
+        raise InputError(
+            f"{folder}: expected a folder for imported logs, found that of a run ({MANIFEST}), "
+            "whose results would be overwritten. Give another --out."
+        )
+    refuse_foreign(folder, OWN, LOCK)
     return folder
 
 

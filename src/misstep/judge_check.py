@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from misstep.claims import claimed
+from misstep.claims import LOCK, claimed
 from misstep.data.labelled import Case, DataSet, load_labelled
 from misstep.data.sources import Source, check_source
 from misstep.documents import check, read_yaml
@@ -33,8 +33,9 @@ from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.progress import Progress
 from misstep.records import write_jsonl
 from misstep.report.check import write_check_report
-from misstep.run_folder import writable
+from misstep.run_folder import refuse_foreign, writable
 
+OWN = ("check.json", "check.html", "judged.jsonl")
 TIE = 0.5
 AT_ONCE = 512
 """Answers judged between two lines of progress."""
@@ -143,7 +144,9 @@ def check_judge(
     if trained is not None:
         writable(Path(trained))
     short = Path(judge.rpartition(":")[2]).stem
-    with claimed(writable(out or Path("runs") / f"check-{short}")) as folder:
+    place = writable(out or Path("runs") / f"check-{short}")
+    refuse_foreign(place, OWN, LOCK)
+    with claimed(place) as folder:
         _check_into(folder, inputs, progress)
     return folder
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from misstep import __version__
-from misstep.claims import claimed
+from misstep.claims import LOCK, claimed
 from misstep.config import parse_override, put
 from misstep.data.labelled import Case, DataSet, Part, part_of
 from misstep.data.sources import question_of
@@ -42,14 +42,17 @@ from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, load_weights, locate
 from misstep.progress import Progress
 from misstep.records import digest
-from misstep.run_folder import writable
+from misstep.run_folder import refuse_foreign, writable
 from misstep.stages.base import Settings
+from misstep.training import processes
 
 if TYPE_CHECKING:
     from misstep.training.label_loss import Labelled
 
 PARTS: tuple[Part, ...] = ("train", "dev", "held_out")
 LIBRARIES = ("torch", "transformers", "peft")
+OWN = ("model.safetensors", "config.json", "tokenizer.json", CARD)
+"""What a training overwrites; a folder that holds any of it and was no judge's is refused."""
 TOGETHER = "all held-out questions"
 """How the data sets together are called on a card."""
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -99,6 +102,11 @@ def read_train_inputs(
     Raises:
         InputError: what is wrong with the settings, the model or the data.
     """
+    if processes.count() > 1:
+        raise RecipeError(
+            f"judge train: expected one process, found {processes.count()}. Run it without "
+            "`accelerate launch`."
+        )
     checked = _settings(settings)
     if checked.held_out + checked.dev >= 1:
         raise RecipeError(
@@ -150,7 +158,8 @@ def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
         InputError: the folder cannot be written, or is no place for this model's classifier.
         RunError: the training failed.
     """
-    with claimed(writable(out)) as folder:
+    refuse_foreign(writable(out), OWN, LOCK)
+    with claimed(out) as folder:
         _train_into(folder, inputs, progress)
     return folder
 

@@ -24,7 +24,7 @@ from misstep.judges.guard import GuardJudge
 from misstep.models.endpoint import PREFIX
 from misstep.models.weights import Model, locate
 from misstep.policy import Policy, load_policy
-from misstep.records import VERDICTS
+from misstep.records import VERDICTS, digest
 from misstep.rubric import Rubric, load_rubric
 
 OpenEngine = Callable[[Chosen], AbstractContextManager[Engine]]
@@ -52,6 +52,19 @@ class JudgeInputs(NamedTuple):
         """The folders of the trained judges in it."""
         own = [Path(self.config.classifier)] if self.config.classifier else []
         return own + [folder for member in self.members for folder in member.trained()]
+
+    @property
+    def digest(self) -> str:
+        """Names it by content: its rule or weights, its texts, its model, its members."""
+        texts = (self.config, self.policy, self.rubric, self.guard)
+        return digest(
+            [
+                self.probe().name,
+                [text and text.model_dump(mode="json") for text in texts],
+                self.model and self.model.digest,
+                [member.digest for member in self.members],
+            ]
+        )
 
     def probe(self) -> AnyJudge:
         """The judge without its model: it says what it can score, and by what metric."""

@@ -23,6 +23,7 @@ from misstep.data.sources import source_digest
 from misstep.errors import InputError
 from misstep.evidence.check_results import Check
 from misstep.inputs import Inputs
+from misstep.models.weights import adapter_digest
 from misstep.records import digest, write_text
 
 MANIFEST = "manifest.json"
@@ -97,13 +98,13 @@ def refuse_own(folder: Path, own: Iterable[str], read: Mapping[str, str | None])
             )
 
 
-def set_aside(folder: Path) -> Path:
+def set_aside(folder: Path, records: Iterable[str] = RECORDS) -> Path:
     """Move what a finished run left, with a copy of its manifest, to a folder that is new."""
     numbered = (folder / FORMER / str(number) for number in count(1))
     place = next(place for place in numbered if not place.exists())
     place.mkdir(parents=True)
     copy2(folder / MANIFEST, place)
-    for name in RECORDS:
+    for name in records:
         if (folder / name).exists():
             (folder / name).rename(place / name)
     return place
@@ -154,8 +155,9 @@ class Manifest:
                 f"'{old.get('name')}', found when running '{new['name']}'. Give another --out."
             )
         changed = changed_keys(old, new)
-        for key in () if changed else ("policy", "model", "data"):
-            changed += changed_keys(self.data.get(key, {}), now[key], f"{key}.")
+        for key in () if changed else ("policy", "model", "data", "parts"):
+            # A manifest of an earlier version knows no parts.
+            changed += changed_keys(self.data.get(key, now[key]), now[key], f"{key}.")
         return changed
 
     def save(self) -> None:
@@ -187,6 +189,7 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
         "model": {"name": inputs.model.name, "digest": inputs.model.digest},
         "data": {key: source_digest(source) for key, source in config.sources().items()}
         | _check_digests(inputs.checks),
+        "parts": _part_digests(inputs),
         "overlaps": inputs.overlaps,
         "versions": {
             "misstep": __version__,
@@ -200,6 +203,18 @@ def _describe(inputs: Inputs) -> dict[str, Any]:
 def _check_digests(checks: Sequence[Check]) -> dict[str, str]:
     digests = [digest(check.model_dump(mode="json")) for check in checks]
     return {"evaluate.judge_check": " ".join(digests)} if digests else {}
+
+
+def _part_digests(inputs: Inputs) -> dict[str, str]:
+    """What else the recipe names, by its key: digests of models, of an adapter, of judges."""
+    judges = {f"evaluate.judges.{name}": of for name, of in inputs.judges.items()}
+    found = {"analysis.engine": inputs.analyst.digest, "judge": inputs.judge.digest}
+    found |= {key: of.digest for key, of in judges.items()}
+    if inputs.of_mistakes is not None:
+        found["judge"] = inputs.of_mistakes.digest
+    if inputs.adapter is not None:
+        found["adapter"] = adapter_digest(inputs.adapter)
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -43,11 +43,13 @@ from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
 from misstep.records import Prompt, Response, Score, write_jsonl
 from misstep.report.study import write_study_report
-from misstep.run_folder import LIBRARIES, MANIFEST, Manifest, refuse_own, writable
+from misstep.run_folder import LIBRARIES, MANIFEST, Manifest, refuse_own, set_aside, writable
 from misstep.stages.base import score_all
 from misstep.stages.discriminate import Discrimination, discriminate
 from misstep.stages.respond import RespondSettings, respond
 from misstep.study_config import StudyConfig, load_study_recipe
+
+STUDY = "study.json"
 
 
 class StudyInputs(NamedTuple):
@@ -127,10 +129,8 @@ def _judge(config: StudyConfig, policy: Policy) -> Model | None:
 class StudyManifest(Manifest):
     """manifest.json of a study: described by its own inputs, kept as a run's is."""
 
-    own = (
-        *("responses.jsonl", "analyses.jsonl", "scores.jsonl"),
-        *("study.json", "study.html", "scratch"),
-    )
+    records = ("responses.jsonl", "analyses.jsonl", "scores.jsonl", "study.html", STUDY)
+    own = (*records, "scratch")
 
     def __init__(self, folder: Path, inputs: StudyInputs) -> None:
         self.path = folder / MANIFEST
@@ -188,6 +188,9 @@ class StudyRun:
                 f"The recipe has changed since the last time: "
                 f"{', '.join(self.manifest.changed)}. Only what depends on that is done again."
             )
+            if (folder / STUDY).exists():
+                place = set_aside(folder, StudyManifest.records)
+                progress.say(f"The results of the former recipe are in {place}.")
         self.manifest.save()
 
     def through(self) -> Study:
@@ -211,7 +214,7 @@ class StudyRun:
             [a for work in works.values() for a in work.analyses + work.guided_analyses],
         )
         study = self._study(works, self._judged(works))
-        write_study(self.folder / "study.json", study)
+        write_study(self.folder / STUDY, study)
         return study
 
     def _work(self, name: str, model: Model) -> Work:

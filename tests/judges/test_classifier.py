@@ -201,6 +201,23 @@ def test_a_training_that_is_killed_leaves_no_judge_of_old_and_new(
     assert not is_trained_judge(str(folder))
 
 
+def test_a_judge_is_never_written_over_something_else(tmp_path: Path, tiny_model: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    before = {file: file.read_bytes() for file in model.iterdir()}
+    inputs = read_train_inputs([labelled(tmp_path)], str(model), "mistake_rate", [], SETTINGS)
+    with pytest.raises(InputError, match=r"expected an empty folder.*Give another --out"):
+        train_judge(inputs, model, Silent())
+    assert {file: file.read_bytes() for file in model.iterdir()} == before
+
+
+def test_one_process_trains_a_judge(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="expected one process, found 2"):
+        read_train_inputs([labelled(tmp_path)], str(tiny_model), "mistake_rate", [], SETTINGS)
+
+
 def test_a_card_of_other_weights_is_refused(trained: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(trained, tmp_path / "judge")
     assert ClassifierJudge(folder).name == ClassifierJudge(trained).name

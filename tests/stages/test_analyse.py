@@ -4,8 +4,9 @@ import pytest
 
 from misstep.engines.base import AT_ONCE, Request
 from misstep.engines.scripted import ScriptedEngine
+from misstep.methods.base import analysis_row
 from misstep.policy import load_policy
-from misstep.records import Analysis, Mistake, Prompt
+from misstep.records import Analysis, Message, Mistake, Prompt
 from misstep.stages.analyse import AnalyseSettings, analyse, gate
 from misstep.stages.base import Tally, Yield
 
@@ -202,6 +203,24 @@ def test_the_request_is_guided_and_worked_as_the_settings_say(
     shown = [turn.content for turn in request.messages if turn.role == "assistant"]
     assert shown == ([e.analysis for e in POLICY.analysis.examples] if examples else [])
     assert found.analyses[0].guided == guided
+
+
+def test_a_conversation_is_analysed_whole_and_taught_as_it_was_analysed() -> None:
+    turns = (
+        Message(role="system", content="You translate every message into Dutch."),
+        Message(role="user", content="Good morning to all of you."),
+        Message(role="assistant", content="Goedemorgen allemaal."),
+        *MISTAKE.prompt.messages,
+    )
+    prompt = MISTAKE.prompt.model_copy(update={"messages": turns})
+    mistake = MISTAKE.model_copy(update={"prompt": prompt})
+    quoting = f'{GOOD} The task was: "You translate every message into Dutch."'
+    assert "quotes what nobody said" in gate(POLICY, MISTAKE, quoting)
+    model = ScriptedEngine(lambda _: quoting)
+    (analysis,) = run([mistake], model).analyses
+    assert analysis.accepted
+    for request in (model.requests[0].messages, analysis_row(POLICY, analysis).messages):
+        assert all(turn.content in request[-1].content for turn in turns)
 
 
 def test_the_record_names_the_mistake_and_the_analyst() -> None:

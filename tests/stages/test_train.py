@@ -902,6 +902,28 @@ def test_an_interrupted_training_ends_at_the_same_adapter(
     assert report.loss_curve == report_of(undisturbed).loss_curve
 
 
+def test_checkpoints_that_take_long_are_made_more_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: clock[0])
+    asks, writing = trainer_module.Checkpoints(60.0), 72.0
+    args, state = SimpleNamespace(device="cpu"), SimpleNamespace(global_step=1, max_steps=9)
+    begun, ended = [], []
+    for _ in range(2000):
+        clock[0] += 1.0
+        control = SimpleNamespace(should_save=False)
+        asks.on_step_end(args, state, control)
+        if control.should_save:
+            begun.append(clock[0])
+            clock[0] += writing
+            ended.append(clock[0])
+            asks.on_save(args, state, control)
+    assert begun[0] == 60
+    # 24 times as long as one that is written in 3 seconds.
+    assert [b - e for b, e in zip(begun[1:], ended, strict=False)] == [24 * 60]
+
+
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,8 @@ def test_shipped_configurations_are_accelerates(path: Path) -> None:
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
             "zero_stage: expected 2, found 3",
         ),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision: expected no, found bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16", "WORLD_SIZE": "1"}, "expected no, found fp16"),
     ],
 )
 def test_a_configuration_that_would_not_hold_is_refused(

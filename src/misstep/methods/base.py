@@ -183,7 +183,9 @@ def analysis_row(policy: Policy, analysis: Analysis) -> Example:
     """The row of one analysis, asked for without the guide."""
     mistake = analysis.mistake
     return Example(
-        messages=policy.analysis_request(mistake.prompt.text, mistake.response, guided=False),
+        messages=policy.analysis_request(
+            mistake.prompt.transcript, mistake.response, guided=False
+        ),
         completion=analysis.text,
         kind="analysis",
     )

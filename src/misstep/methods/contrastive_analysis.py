@@ -43,7 +43,7 @@ def contrasts(materials: Materials) -> list[Pair]:
     return [
         Pair(
             messages=materials.policy.analysis_request(
-                right.mistake.prompt.text, right.mistake.response, guided=False
+                right.mistake.prompt.transcript, right.mistake.response, guided=False
             ),
             chosen=right.text,
             rejected=refused[right.mistake.id],

@@ -120,7 +120,7 @@ def _repeats_itself(plain: str) -> bool:
 
 def _quotes_what_nobody_said(analysis: str, mistake: Mistake) -> bool:
     """Whether a quotation in the analysis stands neither in the prompt nor in the response."""
-    said = f"{mistake.prompt.text}\n{mistake.response}"
+    said = f"{mistake.prompt.transcript}\n{mistake.response}"
     return any(
         len(quoted.split()) >= SHORT_WORDS and not _contains(said, quoted)
         for quoted in QUOTED.findall(analysis)
@@ -173,7 +173,7 @@ def _request(
 ) -> Request:
     wording = policy.worked_request if settings.examples else policy.analysis_request
     return Request(
-        messages=wording(mistake.prompt.text, mistake.response, settings.guided),
+        messages=wording(mistake.prompt.transcript, mistake.response, settings.guided),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         seed=derive_seed(seed, mistake.id, attempt),

@@ -84,7 +84,7 @@ def discriminate(
     ask = policy.worked_request if settings.examples else policy.analysis_request
     requests = [
         Request(
-            messages=ask(response.prompt.text, response.text, guided),
+            messages=ask(response.prompt.transcript, response.text, guided),
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             seed=derive_seed(seed, response.id),

@@ -90,6 +90,19 @@ def good_answers(
         )
 
 
+def each_once(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Prompts of the same words once, in order; with a reference, where one of them has some.
+
+    Labels of its answers, such as a category, make a question's prompts different records.
+    """
+    found: dict[tuple[Message, ...], Prompt] = {}
+    for prompt in prompts:
+        held = found.setdefault(prompt.messages, prompt)
+        if prompt.reference and not held.reference:
+            found[prompt.messages] = prompt
+    return list(found.values())
+
+
 def with_answer(prompt: Prompt, known: Mapping[tuple[Message, ...], str]) -> Prompt:
     """The prompt with the answer that is known to it as its reference, or with none."""
     return prompt.model_copy(update={"reference": known.get(prompt.messages)})

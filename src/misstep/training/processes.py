@@ -20,11 +20,12 @@ from misstep.errors import InputError
 PATIENCE = timedelta(days=30)
 """How long the others wait for an order."""
 FSDP = {
-    "fsdp_version": "2",
-    "fsdp_state_dict_type": "FULL_STATE_DICT",
-    "fsdp_cpu_ram_efficient_loading": "false",
+    "FSDP_VERSION": ("fsdp_version", "2"),
+    "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("fsdp_cpu_ram_efficient_loading", "false"),
 }
-"""What a configuration of FSDP must say, for adapters and checkpoints to be whole."""
+"""What a configuration of FSDP must say, for adapters and checkpoints to be whole: variables of
+the environment, the keys that accelerate makes them of, and their values."""
 
 
 @dataclass
@@ -55,6 +56,7 @@ def leading() -> Iterator[None]:
 
     Where the work fails in the middle of a step, they cannot hear: the launcher ends them.
     """
+    _check()
     if count() == 1:
         yield
         return
@@ -81,6 +83,7 @@ def together(order: str) -> Iterator[None]:
 
 def follow(obey: Callable[[str], None]) -> None:
     """Obey orders until dismissed."""
+    _check()
     channel = _open()
     while order := _send(channel, ""):
         obey(order)
@@ -93,13 +96,12 @@ def _check() -> None:
     Raises:
         InputError: names the key of accelerate's configuration.
     """
-    wanted = {}
+    wanted = {"ACCELERATE_MIXED_PRECISION": ("mixed_precision", "no")}
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        wanted = FSDP
+        wanted |= FSDP
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        wanted = {"zero_stage": "2"}
-    for key, value in wanted.items():
-        name = key.upper() if key.startswith("fsdp") else f"ACCELERATE_DEEPSPEED_{key.upper()}"
+        wanted |= {"ACCELERATE_DEEPSPEED_ZERO_STAGE": ("zero_stage", "2")}
+    for name, (key, value) in wanted.items():
         found = os.environ.get(name, value)
         if found.lower() != value.lower():
             raise InputError(
@@ -112,7 +114,6 @@ def _open() -> Channel:
     import torch
     from accelerate import PartialState
 
-    _check()
     PartialState(cpu=not torch.cuda.is_available())
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     _channels.append(Channel(group))
@@ -170,18 +171,21 @@ def place(loss: Any, lm: Any, arguments: Any) -> None:
 
 
 def whole(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors, those that lie in parts on all processes put together; all must ask at once.
+    """Tensors, those that lie in parts put together; all processes must ask at once.
 
-    Parameters that are one stay one, as a head that is tied to the embeddings.
+    The leader gets them, on its processor, since all of a model together need not fit on one
+    device; the others get none. Parameters that are one stay one, as a head that is tied to the
+    embeddings.
     """
     from torch.distributed.tensor import DTensor
 
     found: dict[int, Any] = {}
     for tensor in tensors.values():
         if id(tensor) not in found:
-            parted = isinstance(tensor, DTensor)
-            found[id(tensor)] = (tensor.full_tensor() if parted else tensor).detach()
-    return {name: found[id(tensor)] for name, tensor in tensors.items()}
+            held = tensor.detach()
+            one = held.full_tensor() if isinstance(held, DTensor) else held
+            found[id(tensor)] = one.cpu() if is_leader() else None
+    return {name: found[id(t)] for name, t in tensors.items()} if is_leader() else {}
 
 
 def like(tensor: Any, model: Any) -> Any:

@@ -38,6 +38,8 @@ from misstep.training.rows import PairRow, Row, longest, padded, shares
 
 MARKER = "complete.json"
 WEIGHTS = "trained.safetensors"
+QUICK = 3.0
+"""Seconds in which a checkpoint is written; of one that takes longer there are fewer."""
 
 
 class CompletionTrainer(Trainer):  # type: ignore[misc]
@@ -232,19 +234,28 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
-    """Asks for a checkpoint when so many seconds have passed since the last one."""
+    """Asks for a checkpoint when so many seconds have passed since the last one was written.
+
+    Where writing one takes long, the next is later in proportion: writing takes a small share
+    of the time.
+    """
 
     def __init__(self, seconds: float) -> None:
-        self.every = seconds
-        self.last = time.monotonic()
+        self.every = self.wait = seconds
+        self.last = self.asked = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Decide; the end of training needs no checkpoint, since the result is written then."""
-        due = torch.tensor(time.monotonic() - self.last >= self.every, device=args.device)
+        self.asked = time.monotonic()
+        due = torch.tensor(self.asked - self.last >= self.wait, device=args.device)
         # By the leader's clock.
         if broadcast(due) and state.global_step < state.max_steps:
             control.should_save = True
-            self.last = time.monotonic()
+
+    def on_save(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        """It is written: the time until the next one begins."""
+        self.last = time.monotonic()
+        self.wait = self.every * max(1.0, (self.last - self.asked) / QUICK)
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
