@@ -53,6 +53,7 @@ def test_a_right_document_becomes_its_schema(tmp_path: Path) -> None:
             "'inner.rounds' stands on line 2 already",
         ),
         ("name: [1\nother: 2\n", "no valid YAML. Line 2"),
+        ("name: 2026-13-45\n", "no valid YAML (month must be"),
         ("- name\n", "expected keys with values, found a list"),
         ("", "found an empty file"),
         ("name: A b\n", "line 1: 'name': expected text that matches ^[a-z]+$ (found 'A b')"),

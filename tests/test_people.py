@@ -107,6 +107,7 @@ def test_the_seed_decides_the_sheet(run: Path, tmp_path: Path) -> None:
     for seed in (3, 3, 4):
         sheet = write_sheet(run, None, None, 100, seed)
         written.append([(sheet / name).read_bytes() for name in ("sheet.csv", "key.json")])
+        sheet.rename(tmp_path / str(len(written)))
     assert written[0] == written[1] != written[2]
 
 
@@ -327,6 +328,18 @@ def test_a_key_that_ratings_belong_to_is_not_overwritten(run: Path) -> None:
     import_sheets(run, [rate(sheet, "ann")])
     with pytest.raises(DataError, match=r"found ratings\.json"):
         write_sheet(run, None, None, 100, 1)
+
+
+def test_a_sheet_that_is_being_rated_is_not_overwritten(run: Path) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    write_sheet(run, None, None, 100, 0)
+    with pytest.raises(DataError, match=r"found key\.json of another sheet"):
+        write_sheet(run, None, None, 100, 1)
+    rated = rate(sheet, "ann").read_bytes()
+    (sheet / "sheet.csv").write_bytes(rated)
+    with pytest.raises(DataError, match=r"found sheet\.csv with something written into it"):
+        write_sheet(run, None, None, 100, 0)
+    assert (sheet / "sheet.csv").read_bytes() == rated
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ def test_all_wrong_blanks_are_named_at_once_with_file_and_line(tmp_path: Path) -
         (broken("judge", "rule", value="obedience"), "give either a rule, or patterns, or a"),
         (broken("judge", "patterns", value=[r"\$\d"]), "give either a rule, or patterns, or a"),
         (broken("judge", "patterns", value=["(broken"]), "no valid regular"),
+        (broken("gate", "names_fault", value=["\brude\b"]), "Put the pattern in single quotes"),
         (broken("judge", "rule", value="honesty"), "'obedience'"),
         (broken("judge", "verdicts", value=[{"word": "a", "mistake": True}]), "needs verdicts"),
         (broken("name", value="My Policy"), "name"),

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from misstep.errors import InputError
-from misstep.run_folder import RECORDS, refuse_foreign, refuse_own, set_aside
+from misstep.run_folder import (
+    RECORDS,
+    refuse_foreign,
+    refuse_own,
+    refuse_run,
+    set_aside,
+    writable,
+)
 
 OWN = ("mistakes.jsonl", "adapter")
 
@@ -35,6 +42,22 @@ def test_a_folder_with_foreign_files_is_refused_until_it_bears_the_mark(tmp_path
         refuse_foreign(tmp_path, OWN, "manifest.json")
     (tmp_path / "manifest.json").touch()
     refuse_foreign(tmp_path, OWN, "manifest.json")
+
+
+def test_a_runs_directory_is_for_runs(tmp_path: Path) -> None:
+    refuse_run(tmp_path)
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(InputError, match=r"found manifest\.json. Give another --out"):
+        refuse_run(tmp_path)
+
+
+def test_a_folder_of_ones_own_is_meant_by_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert writable(Path("~/runs/a")) == tmp_path / "home/runs/a"
+    assert not (tmp_path / "~").exists()
 
 
 def test_nothing_is_lost_however_often_results_are_set_aside(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_a_bad_recipe_ends_with_status_2_before_any_model_loads(
         (["respond.guided=[true]"], RecipeError, "unknown key 'respond.guided'"),
         (["policy.inner=1"], RecipeError, "'policy' has no keys below it"),
         (["prompts.path=absent.jsonl"], DataError, "absent.jsonl: no such file"),
-        (["prompts.fields={target: topic}"], DataError, "expected attacks with their target"),
+        (["prompts.fields={target: topic}"], DataError, "expected a column of the data"),
         (["policy=harmlessness"], RecipeError, "judges by a rubric; found none"),
     ],
 )

@@ -48,8 +48,28 @@ Fields = Annotated[
 ]
 BenchModel = Annotated[str, typer.Option("--model", help="A model whose weights are here.")]
 Rounds = Annotated[int, typer.Option(min=1, help="So many times each side has its turn.")]
+
+
+def _writable_file(path: Path | None) -> Path | None:
+    """A path that a result can be written to, known before a benchmark has taken its time."""
+    if path is None:
+        return None
+    path = path.expanduser()
+    if path.is_dir():
+        raise InputError(f"--out {path}: expected the path of a file, found a folder.")
+    from misstep.run_folder import writable
+
+    writable(path.parent)
+    return path
+
+
 BenchOut = Annotated[
-    Path | None, typer.Option("--out", help="A JSON file; bench-NAME.json where left out.")
+    Path | None,
+    typer.Option(
+        "--out",
+        help="A JSON file; bench-NAME.json where left out.",
+        callback=_writable_file,
+    ),
 ]
 
 
@@ -468,18 +488,18 @@ def bench_overhead(
 
     with progress() as shown:
         found = bench_overhead(records, shown)
+    print_overhead(found)
     path = out or Path("bench-overhead.json")
     write_json(path, {"schema": 1} | found.model_dump(mode="json"))
-    print_overhead(found)
     print(path)
 
 
 def _keep_bench(found: "Bench", out: Path | None) -> None:
     from misstep.bench.measure import print_bench, write_bench
 
+    print_bench(found)
     path = out or Path(f"bench-{found.bench}.json")
     write_bench(found, path)
-    print_bench(found)
     print(path)
 
 
@@ -521,6 +541,11 @@ def cache_prune(
 
     if engine is None and days is None and megabytes is None:
         raise InputError("cache prune: expected --engine, --days or --megabytes, found none.")
+    if engine == "":
+        raise InputError(
+            "cache prune: --engine: expected a part of an engine's identity, as `misstep cache "
+            "list` prints them, found nothing; it would remove all answers."
+        )
     with open_existing(cache) as store:
         print(f"{store.prune(engine, days, megabytes):,} answers removed")
 

@@ -12,6 +12,7 @@ This module knows runs and their files; it trains and generates nothing itself.
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -39,13 +40,15 @@ from misstep.inputs import Inputs, check_inputs
 from misstep.methods.registry import METHODS
 from misstep.pipeline import Run
 from misstep.progress import Progress
-from misstep.records import Answer, Judgement, read_jsonl, write_text
+from misstep.records import Answer, Judgement, digest, read_jsonl, write_text
 from misstep.report.compared import write_comparison
 from misstep.run_folder import MANIFEST, Manifest, refuse_foreign, refuse_own, writable
 from misstep.stages.base import Settings
 from misstep.stages.evaluate import Correct, agreements
 
 CELLS = "cells"
+LONGEST_NAME = 120
+"""Bytes of a cell's folder name; a longer one is a digest and its end."""
 OWN = (MANIFEST, "results.json", "report.html", "adapters")
 """What is written beside the cells, under names that a user may use, too."""
 Corrections = dict[tuple[str, str], Correct]
@@ -82,7 +85,9 @@ class Cell(NamedTuple):
         """Of the cell's run: readable, and safe as a name of a folder."""
         parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in self.variant]
         text = "_".join([*parts, f"seed-{self.seed}"])
-        return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
+        # File systems take 255 bytes and no more.
+        return name if len(name.encode()) <= LONGEST_NAME else f"{digest(text)}_{name[-40:]}"
 
 
 def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
@@ -114,7 +119,7 @@ def _config(
     variant: Variant,
     seed: int,
 ) -> RunConfig:
-    copy = json.loads(json.dumps(data))
+    copy = deepcopy(dict(data))
     for key, value in variant:
         keys, said = tuple(key.split(".")), f"{path}: sweep.{key}"
         put(copy, keys, value, said)

@@ -286,7 +286,7 @@ def parse_override(override: str) -> tuple[KeyPath, Any]:
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.epochs=2.")
     try:
         return tuple(key.strip().split(".")), yaml.safe_load(text)
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, ValueError) as fault:
         raise RecipeError(f"--set {override}: the value is no valid YAML.") from fault
 
 

@@ -56,7 +56,7 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
         InputError: (the given class) no such file, broken YAML, or no mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.expanduser().read_text(encoding="utf-8-sig")
     except OSError as fault:
         raise error(f"{path}: cannot be read ({fault.strerror}). Check the path.") from fault
     except UnicodeDecodeError as fault:
@@ -68,6 +68,9 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
         data = yaml.safe_load(text)
     except yaml.YAMLError as fault:
         raise error(f"{path}: no valid YAML. {_where(fault)}") from fault
+    except ValueError as fault:
+        # What looks like a date and is none.
+        raise error(f"{path}: no valid YAML ({fault}). Put what is text in quotes.") from fault
     if not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise error(f"{path}: expected keys with values, found {found}.")

@@ -224,7 +224,7 @@ def read_judge_check(path: str) -> Check:
     Raises:
         DataError: it is none.
     """
-    check = read_check(Path(path))
+    check = read_check(Path(path).expanduser())
     try:
         correction(check)
     except DataError as error:

@@ -23,7 +23,7 @@ from misstep.records import (
     write_jsonl,
 )
 from misstep.report.page import write_report
-from misstep.run_folder import MANIFEST, refuse_foreign, writable
+from misstep.run_folder import refuse_foreign, refuse_run, writable
 from misstep.stages.base import no_answer
 from misstep.stages.evaluate import Table, agreements, corrections
 
@@ -111,13 +111,10 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
 
 def _place(folder: Path) -> Path:
     """A folder in which nothing stands but what was imported before."""
-    if (writable(folder) / MANIFEST).exists():
-        raise InputError(
-            f"{folder}: expected a folder for imported logs, found that of a run ({MANIFEST}), "
-            "whose results would be overwritten. Give another --out."
-        )
-    refuse_foreign(folder, OWN, LOCK)
-    return folder
+    place = writable(folder)
+    refuse_run(place)
+    refuse_foreign(place, OWN, LOCK)
+    return place
 
 
 def _read(path: Path) -> tuple[Asked, "EvalLog"]:

@@ -33,7 +33,7 @@ from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.progress import Progress
 from misstep.records import write_jsonl
 from misstep.report.check import write_check_report
-from misstep.run_folder import refuse_foreign, writable
+from misstep.run_folder import refuse_foreign, refuse_run, writable
 
 OWN = ("check.json", "check.html", "judged.jsonl")
 TIE = 0.5
@@ -94,6 +94,11 @@ def _source(name: str, fields: dict[str, str]) -> Source:
     """A file or a Hugging Face data set; or a YAML file that says how to read one."""
     if name.endswith((".yaml", ".yml")):
         data, lines = read_yaml(Path(name), DataError)
+        if fields:
+            raise DataError(
+                f"--field: {name} says itself how its data are read. Map columns there, under "
+                "'fields'."
+            )
         source = check(Source, data, DataError, name, lines)
     else:
         source = check(Source, {"path": name, "fields": fields}, DataError, f"data {name}")
@@ -143,8 +148,9 @@ def check_judge(
     trained = inputs.judge.config.classifier
     if trained is not None:
         writable(Path(trained))
-    short = Path(judge.rpartition(":")[2]).stem
+    short = Path(judge.rpartition(":")[2]).name.removesuffix(".yaml").removesuffix(".yml")
     place = writable(out or Path("runs") / f"check-{short}")
+    refuse_run(place)
     refuse_foreign(place, OWN, LOCK)
     with claimed(place) as folder:
         _check_into(folder, inputs, progress)

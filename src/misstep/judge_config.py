@@ -107,12 +107,12 @@ def load_judge(name: str, model: str | None = None) -> JudgeConfig:
         RecipeError: no such judge, or all that is wrong with its file, a line each.
     """
     given = {} if model is None else {"model": model}
-    if name.endswith((".yaml", ".yml")):
-        data, lines = read_yaml(Path(name), RecipeError)
-        return check(JudgeConfig, data | given, RecipeError, name, lines)
     kind, colon, of = name.partition(":")
     if colon and kind in NAMED:
         return check(JudgeConfig, {kind: of} | given, RecipeError, f"judge {name}")
+    if name.endswith((".yaml", ".yml")):
+        data, lines = read_yaml(Path(name), RecipeError)
+        return check(JudgeConfig, data | given, RecipeError, name, lines)
     if _is_classifier(name):
         return check(JudgeConfig, {"classifier": name} | given, RecipeError, f"judge {name}")
     if name not in RULES:

@@ -42,7 +42,7 @@ from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, load_weights, locate
 from misstep.progress import Progress
 from misstep.records import digest
-from misstep.run_folder import refuse_foreign, writable
+from misstep.run_folder import refuse_foreign, refuse_run, writable
 from misstep.stages.base import Settings
 from misstep.training import processes
 
@@ -158,8 +158,10 @@ def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
         InputError: the folder cannot be written, or is no place for this model's classifier.
         RunError: the training failed.
     """
-    refuse_foreign(writable(out), OWN, LOCK)
-    with claimed(out) as folder:
+    place = writable(out)
+    refuse_run(place)
+    refuse_foreign(place, OWN, LOCK)
+    with claimed(place) as folder:
         _train_into(folder, inputs, progress)
     return folder
 

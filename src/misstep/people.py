@@ -50,11 +50,25 @@ def write_sheet(run: Path, a: str | None, b: str | None, n: int, seed: int) -> P
     except DataError as error:
         raise DataError(f"{run / 'responses.jsonl'}: {error}") from error
     key = Key(seed=seed, a=one.name, b=other.name, items=tuple(items))
+    _refuse_used(folder, key, sheet_csv(items))
     write_json(folder / "key.json", key.model_dump(mode="json", by_alias=True))
     # With a mark that tells spreadsheets that it is UTF-8.
     write_text(folder / "sheet.csv", "\ufeff" + sheet_csv(items))
     write_sheet_page(folder / "sheet.html", items, _mistake(run))
     return folder
+
+
+def _refuse_used(folder: Path, key: Key, sheet: str) -> None:
+    """Leave a sheet alone that somebody may be rating; the same one, empty, is no loss."""
+    path = folder / "key.json"
+    written = folder / "sheet.csv"
+    if path.exists() and read_json(path, Key) != key:
+        why = "key.json of another sheet, whose ratings could no longer be read"
+    elif written.exists() and written.read_bytes().decode("utf-8-sig") != sheet:
+        why = "sheet.csv with something written into it"
+    else:
+        return
+    raise DataError(f"{folder}: expected no sheet in use, found {why}. Move the folder away.")
 
 
 def _settings(

@@ -194,11 +194,21 @@ class Run:
         mistakes = self.induce()
         if last == "induce":
             return {}
+        if last != "analyse" and not self._needs_analyses:
+            self.progress.say("No method of the recipe reads analyses: none is made.")
+            return self.train(self.collected(mistakes, []))
         analyses = self.analyse(mistakes)
         if last == "analyse":
             return {}
         mistakes, analyses = self.further_rounds(mistakes, analyses)
         return self.train(self.collected(mistakes, analyses))
+
+    @property
+    def _needs_analyses(self) -> bool:
+        """Whether something is made of analyses: rows, or the number of all methods' rows."""
+        config = self.config
+        read = any(METHODS[name].uses_analyses for name in config.methods)
+        return read or config.mix.unit is None or config.rounds > 1
 
     @property
     def _settings(self) -> InduceSettings:

@@ -81,6 +81,11 @@ def _regex(pattern: str) -> str:
         re.compile(pattern)
     except re.error as fault:
         raise ValueError(f"no valid regular expression: {fault}") from fault
+    if "\b" in pattern:
+        raise ValueError(
+            "expected a regular expression, found a backspace in it: in double quotes YAML "
+            "reads \\b so, and it matches nothing. Put the pattern in single quotes"
+        )
     return pattern
 
 

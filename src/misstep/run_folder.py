@@ -40,11 +40,12 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai", "o
 
 
 def writable(folder: Path) -> Path:
-    """Make the run directory, or say why it cannot be written.
+    """Make the run directory, or say why it cannot be written; `~/` is the user's own folder.
 
     Raises:
         InputError: no permission, or a file stands in the way.
     """
+    folder = folder.expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-probe"
@@ -74,6 +75,19 @@ def refuse_foreign(folder: Path, own: Iterable[str], mark: str) -> None:
         raise InputError(
             f"{folder}: expected an empty folder, or one that an earlier run began; found "
             f"{found[0]}, which would be overwritten, and no {mark}. Give another --out."
+        )
+
+
+def refuse_run(folder: Path) -> None:
+    """Pass where a command that is no run's would write nothing into a run's directory.
+
+    Raises:
+        InputError: a run's manifest stands there.
+    """
+    if (folder / MANIFEST).exists():
+        raise InputError(
+            f"{folder}: expected another folder than that of a run, whose report and results "
+            f"would no longer be its own; found {MANIFEST}. Give another --out."
         )
 
 

@@ -167,9 +167,75 @@ def test_labels_are_read_in_all_spellings(tmp_path: Path, label: str) -> None:
 def test_label_columns_that_ask_for_good_or_for_bad(
     tmp_path: Path, column: str, value: object, bad: bool
 ) -> None:
-    lines = [{"prompt": "p", "response": "r", column: value}, {"prompt": "q", "response": "r"}]
+    lines = [{"prompt": p, "response": "r", column: v} for p, v in (("p", value), ("q", "bad"))]
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
     assert ("p" in {m.prompt.text for m in mistakes(path)}) == bad
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_row_without_the_label_that_others_have_is_no_mistake(
+    tmp_path: Path, order: int
+) -> None:
+    table = [{"prompt": "p", "response": "r", "label": 1}, {"prompt": "q", "response": "fine"}]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, table[::order])))
+    lacking, having = (2, 1)[::order]
+    said = fault(path)
+    assert f"line {lacking}: expected a label, as" in said
+    assert f"line {having} has one" in said
+
+
+def test_a_mapped_column_that_no_row_has_is_refused(tmp_path: Path) -> None:
+    table = [{"prompt": "p", "response": "r"}, {"prompt": "q", "response": "r", "good": "k"}]
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, table)))
+    assert [m.prompt.accept for m in mistakes(path, fields={"accept": "good"})] == [(), ("k",)]
+    said = fault(path, fields={"accept": "goood"})
+    assert "fields: accept: expected a column of the data, found 'goood'" in said
+    assert "Did you mean 'good'?" in said
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "prompt,response,label,label\np,r,1,0\n")
+    assert "a.csv, line 1: expected another name for each column, found 'label'" in fault(path)
+
+
+def test_a_source_that_lets_no_prompt_through_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "prompt,response\np,r\nq,r\n")
+    with pytest.raises(DataError, match="expected prompts, found none among those that"):
+        load_prompts(Source(path=str(path), answered=True), 0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"path": "a.csv", "kinds": "unseen"}, "part, kinds and topics are of a suite"),
+        ({"suite": "goal-hijacking", "split": "test", "header": False}, "are of a path"),
+        ({"path": "a.csv", "encoding": "hex"}, "expected an encoding"),
+    ],
+)
+def test_keys_that_would_say_nothing_are_refused(keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        Source(**keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "encoding", "said"),
+    [
+        ("a.csv", b"prompt,response\np,r\n", "utf-16", "expected utf-16 text"),
+        ("a.parquet", b"", None, "expected a Parquet file"),
+        ("a.json", b"[" * 100_000, None, "values in values without end"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes, encoding: str | None, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    keys: dict[str, Any] = {"encoding": encoding} if encoding else {}
+    assert said in fault(str(tmp_path / name), **keys)
+
+
+def test_a_folder_in_the_place_of_a_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").mkdir()
+    assert "expected a file, found a folder" in fault(str(tmp_path / "a.csv"))
 
 
 def test_a_mapped_label_comes_before_a_known_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from misstep.engines.base import Completion
 from misstep.engines.store import ROWS_A_DELETION, Store, open_existing
-from misstep.errors import DataError
+from misstep.errors import DataError, RunError
 
 
 def key(number: int) -> bytes:
@@ -149,6 +150,25 @@ def test_a_cache_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_somebody_elses_database_is_left_as_it_is(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE mine (a)")
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="found something else .*the table mine"):
+        open_existing(path)
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_is_no_reason_to_throw_a_cache_away(path: Path) -> None:
+    with Store(path) as store:
+        store.keep("a", answers(range(5)))
+        pages = store._pragma("page_count")
+        store._table.execute(f"PRAGMA max_page_count={pages}")
+        with pytest.raises(RunError, match="cannot be written .*full.*answers in it are safe"):
+            store.keep("a", answers(range(5, 5000)))
+        assert len(store.look_up([key(n) for n in range(10)])) == 5
+
+
 def test_the_command_lists_and_removes(path: Path) -> None:
     with Store(path) as store:
         store.keep("old model", answers(range(5)))
@@ -160,6 +180,8 @@ def test_the_command_lists_and_removes(path: Path) -> None:
 
     assert "5  " in said("list", str(path.parent)).stdout
     assert said("prune", str(path.parent)).returncode == 2
+    # A variable of the shell that is not set.
+    assert said("prune", str(path), "--engine", "").returncode == 2
     assert said("prune", str(path), "--engine", "old").stdout == "5 answers removed\n"
     listed = said("list", str(path)).stdout
     assert "new model" in listed and "old model" not in listed

@@ -26,6 +26,7 @@ from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probab
 from misstep.judging import opened, read_judge
 from misstep.models.rendering import Renderer
 from misstep.models.weights import load_weights, locate
+from misstep.policy import SHIPPED
 from misstep.progress import Silent
 from misstep.records import Prompt, Response, digest
 from misstep.report.judges_markdown import cards_markdown
@@ -381,6 +382,16 @@ def test_one_label_is_nothing_to_learn(tmp_path: Path, tiny_model: Path) -> None
     path.write_text(path.read_text().replace('"label": 1', '"label": 0'))
     with pytest.raises(InputError, match="both labels in the train part"):
         read_train_inputs([str(path)], str(tiny_model), "mistake_rate", [], [])
+
+
+def test_a_text_of_ones_own_is_named_by_its_kind_and_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copy(SHIPPED / "goal-hijacking.yaml", tmp_path / "own.yaml")
+    for path in (f"{tmp_path}/own.yaml", "~/own.yaml"):
+        assert load_judge(f"policy:{path}").policy == path
+        assert read_judge(f"policy:{path}").probe().name == "rule:obedience/1"
 
 
 def test_a_trained_judge_is_named_by_folder_or_file(trained: Path, tmp_path: Path) -> None:

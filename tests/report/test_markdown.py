@@ -136,6 +136,16 @@ def test_without_a_manifest_the_page_says_nothing_of_it(tmp_path: Path) -> None:
     assert "Machine:" not in page and "## Yields" not in page
 
 
+@pytest.mark.parametrize(
+    ("text", "why"), [("{", "Expecting"), ("[]", "without"), ('{"recipe": {}}', "device")]
+)
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str, why: str) -> None:
+    shutil.copy(RUNS[0] / "results.json", tmp_path)
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=rf"manifest\.json: expected the manifest.*{why}"):
+        markdown_page(tmp_path)
+
+
 def test_a_run_of_one_setting_has_no_table_of_differences(tmp_path: Path) -> None:
     run = next(run for run in RUNS if not read_results(run / "results.json").pooled)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))

@@ -129,11 +129,13 @@ Asked = tuple[Turns, str | None]
 
 
 class Labelled(NamedTuple):
-    """A prompt, an answer to it, and whether somebody called the answer bad."""
+    """A prompt, an answer to it, and whether the answer counts as bad."""
 
     prompt: Prompt
     response: str
     bad: bool
+    labelled: bool
+    """Whether somebody said so; without any label it is bad."""
 
 
 def instances_of(reading: Reading, row: Row) -> Iterator[dict[str, Any]]:
@@ -412,7 +414,8 @@ def labelled_answers(reading: Reading, row: Row, where: str) -> Iterator[Labelle
                 raise
             continue
         prompt = prompt_for(reading, row, answer, where)
-        yield Labelled(prompt, answer.text, is_bad(side, row, where))
+        said = label_of(side, row, where) is not None
+        yield Labelled(prompt, answer.text, is_bad(side, row, where), said)
 
 
 def label_of(reading: Reading, row: Row, where: str) -> Label | None:

@@ -4,7 +4,6 @@ A source is read row by row (misstep.data.tables), and its rows are understood b
 (misstep.data.columns). Knows no model and no policy.
 """
 
-import codecs
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from itertools import islice
@@ -35,9 +34,11 @@ from misstep.data.tables import (
     hub_rows,
     is_file_name,
 )
+from misstep.documents import suggestion
 from misstep.errors import DataError
 from misstep.records import Mistake, MistakeSource, Prompt, digest, text_digest
 
+ENCODING = "utf-8-sig"
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -64,7 +65,7 @@ class Source(Reading):
     header: bool = True
     """Of a CSV or TSV file: whether its first line names the columns; without it the columns
     are `column0`, `column1`, ..., and the first holds the prompts."""
-    encoding: str = "utf-8-sig"
+    encoding: str = ENCODING
     """Of a text file, such as `gb18030`."""
     questions: tuple[Share, Share] | None = None
     """Of a file or data set: the questions whose place from 0 to 1, a hash of their text, is in
@@ -93,7 +94,7 @@ class Source(Reading):
     @classmethod
     def _known_encoding(cls, encoding: str) -> str:
         try:
-            codecs.lookup(encoding)
+            "".encode(encoding)
         except LookupError as fault:
             raise ValueError("expected an encoding, such as utf-8-sig or gb18030") from fault
         return encoding
@@ -108,6 +109,16 @@ class Source(Reading):
             raise ValueError("questions are of a file or dataset; a suite has its splits")
         if self.questions is not None and self.questions[0] >= self.questions[1]:
             raise ValueError("questions: expected a range, such as [0.15, 1]")
+        of_suite = (self.part, self.kinds, self.topics)
+        if self.path is not None and of_suite != ("attacks", "all", "all"):
+            raise ValueError("part, kinds and topics are of a suite, found beside a path")
+        if self.suite is not None and (
+            self.fields or self.target_pattern or not self.header or self.encoding != ENCODING
+        ):
+            raise ValueError(
+                "fields, target_pattern, header and encoding are of a path, found beside a "
+                "suite"
+            )
         if (self.subset or self.revision) and (self.path is None or self.is_file):
             raise ValueError("subset and revision are of a Hugging Face data set")
         if self.suite is not None and self.split not in ("train", "dev", "test"):
@@ -167,6 +178,11 @@ def load_prompts(source: Source, seed: int) -> Sequence[Prompt]:
             continue
         if wanted(source, prompt) and seen.add(_asked(prompt)):
             found.add(prompt)
+    if not found:
+        raise DataError(
+            f"{source.path}: expected prompts, found none among those that 'questions' and "
+            "'answered' let through. Change these keys, or give other data."
+        )
     return found.draw(source.n, seed)
 
 
@@ -174,8 +190,8 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> Sequence[Mi
     """The bad answers of labelled data or of users' reports; reports are unconfirmed.
 
     Rows that are labelled good are no mistakes; the first good answer to a prompt becomes the
-    reference of the bad ones, unless it is that very answer. Rows without any label all count
-    as bad.
+    reference of the bad ones, unless it is that very answer. Where no row has a label, all
+    count as bad.
 
     Raises:
         DataError: names file, line and field; or there is no bad answer in the data.
@@ -202,8 +218,16 @@ def load_mistakes(source: Source, kind: MistakeSource, seed: int) -> Sequence[Mi
 
 
 def _labelled(source: Source) -> Iterator[Labelled]:
+    first: tuple[str, bool] | None = None
     for where, row in rows(source):
         for item in labelled_answers(source, row, where):
+            first = first or (where, item.labelled)
+            if item.labelled != first[1]:
+                has, lacks = (where, first[0]) if item.labelled else (first[0], where)
+                raise DataError(
+                    f"{lacks}: expected a label, as {has} has one, found none. Label the row "
+                    "or remove it."
+                )
             if wanted(source, item.prompt):
                 yield item
 
@@ -266,4 +290,21 @@ def rows(source: Source) -> Iterator[PlacedRow]:
         found = file_rows(str(source.path), Form(source.encoding, source.header))
     else:
         found = hub_rows(source.hub)
-    return ((where, each) for where, row in found for each in instances_of(source, row))
+    each = ((where, one) for where, row in found for one in instances_of(source, row))
+    return _mapped(source, each) if source.fields else each
+
+
+def _mapped(source: Source, found: Iterator[PlacedRow]) -> Iterator[PlacedRow]:
+    """The rows; at their end a column that is mapped and that no row has is refused."""
+    absent: dict[str, str] = dict(source.fields)
+    columns: set[str] = set()
+    for where, row in found:
+        if absent:
+            absent = {field: name for field, name in absent.items() if name not in row}
+            columns |= row.keys()
+        yield where, row
+    for field, name in absent.items() if columns else ():
+        raise DataError(
+            f"{source.path}: fields: {field}: expected a column of the data, found '{name}', "
+            f"which no row has.{suggestion(name, sorted(columns))}"
+        )

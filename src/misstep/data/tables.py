@@ -61,16 +61,24 @@ def file_rows(name: str, form: Form) -> Iterator[PlacedRow]:
         DataError: the file is absent, or a line of it is broken.
     """
     path = as_path(name)
+    if path.is_dir():
+        raise DataError(f"{name}: expected a file, found a folder. Name a file in it.")
     if not path.is_file():
         raise DataError(f"{name}: no such file. Check the path; it is read from where you are.")
     try:
         yield from READERS[str(_suffix(name))](path, form)
-    except UnicodeDecodeError as fault:
+    except (UnicodeError, LookupError) as fault:
         raise DataError(
-            f"{name}: expected {form.encoding} text ({fault.reason}). Set 'encoding'."
+            f"{name}: expected {form.encoding} text ({fault}). Set 'encoding'."
         ) from fault
     except (BadGzipFile, EOFError, zlib.error) as fault:
         raise DataError(f"{name}: expected a file that gzip has packed ({fault}).") from fault
+    except OSError as fault:
+        raise DataError(f"{name}: cannot be read ({fault}). Check the file.") from fault
+    except RecursionError as fault:
+        raise DataError(
+            f"{name}: expected rows, found values in values without end."
+        ) from fault
 
 
 def file_stem(name: str) -> str:
@@ -116,6 +124,7 @@ def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
                 _refuse_parted_otherwise(cells[0], f"{path}, line {line}")
             labels = cells if form.header else [f"column{i}" for i in range(len(cells))]
             if form.header:
+                _refuse_equal_names(labels, f"{path}, line {line}")
                 continue
         if len(cells) != len(labels):
             raise DataError(
@@ -123,6 +132,16 @@ def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
                 f"found {len(cells)}. Quote cells that contain commas."
             )
         yield f"{path}, line {line}", dict(zip(labels, cells, strict=True))
+
+
+def _refuse_equal_names(labels: list[str], place: str) -> None:
+    """Which of two columns is meant by their name nobody can tell."""
+    twice = sorted({repr(name) for name in labels if name and labels.count(name) > 1})
+    if twice:
+        raise DataError(
+            f"{place}: expected another name for each column, found {', '.join(twice)} more "
+            "than once. Rename one, or remove it."
+        )
 
 
 def _refuse_parted_otherwise(header: str, place: str) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 from misstep.engines.base import Completion
 from misstep.errors import DataError, RunError
 
+NAMES_OF_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
 KEYS_A_QUERY = 500
 ROWS_A_DELETION = 5_000
 """Removed in one transaction; a run that wants to write waits for no more."""
@@ -56,13 +57,29 @@ class Store:
         self.path = path
         self._table = sqlite3.connect(path, timeout=SECONDS_OF_WAITING, isolation_level=None)
         try:
+            self._refuse_foreign()
             self._prepare()
         except sqlite3.DatabaseError as fault:
             self._table.close()
-            raise RunError(
-                f"{path}: expected a cache of model answers, found something else ({fault}). "
-                "Move the file away; the answers in it are paid again."
-            ) from fault
+            raise self._refused(fault) from fault
+
+    def _refused(self, fault: sqlite3.DatabaseError) -> RunError:
+        """What is wrong: with the disk or the rights, or with the file itself."""
+        if isinstance(fault, sqlite3.OperationalError):
+            return RunError(
+                f"{self.path}: the cache of model answers cannot be written ({fault}). See to "
+                "the disk's space and the folder's rights; the answers in it are safe."
+            )
+        return RunError(
+            f"{self.path}: expected a cache of model answers, found something else ({fault}). "
+            "Move the file away; the answers in it are paid again."
+        )
+
+    def _refuse_foreign(self) -> None:
+        """Leave somebody else's database as it is."""
+        tables = [name for (name,) in self._table.execute(NAMES_OF_TABLES)]
+        if tables and "answers" not in tables:
+            raise sqlite3.DatabaseError(f"a database with the table {tables[0]}")
 
     def _prepare(self) -> None:
         for pragma in (
@@ -179,13 +196,17 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._table.execute("BEGIN IMMEDIATE")
         try:
+            self._table.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._table.execute("ROLLBACK")
+            self._table.execute("COMMIT")
+        except BaseException as fault:
+            # Where the disk is full, SQLite may have ended the transaction by itself.
+            if self._table.in_transaction:
+                self._table.execute("ROLLBACK")
+            if isinstance(fault, sqlite3.OperationalError):
+                raise self._refused(fault) from fault
             raise
-        self._table.execute("COMMIT")
 
     def close(self) -> None:
         """Close the file; what was kept stays."""

@@ -4,7 +4,6 @@ Made from results.json and manifest.json alone. The picture is plain SVG, whose 
 computed here and drawn by scatter.svg.j2.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from misstep.evidence.results import (
 from misstep.records import base_metric
 from misstep.report import words
 from misstep.report.pictures import scale
+from misstep.report.reading import read_manifest
 from misstep.report.scatter import COLOURS, RADIUS, Scatter, from_below, point, write_svg
 from misstep.report.template import write_page
 from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS, rate
@@ -34,7 +34,7 @@ def write_comparison(folder: Path) -> Path:
         DataError: results.json is absent or unreadable.
     """
     results = read_results(folder / "results.json")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     content = _content(results, manifest)
     return write_page(folder / "report.html", "compared.html.j2", content)
 

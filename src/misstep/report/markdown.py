@@ -5,7 +5,6 @@ equal to the files it was made from. What was imported has no manifest, and its 
 what that says.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from misstep.report.compared import (
     in_order,
     within_variants,
 )
+from misstep.report.reading import read_manifest
 from misstep.report.words import direction, duration, metric_title, plain, rate
 
 FOCUS = "mistake_analysis/"
@@ -42,8 +42,7 @@ def markdown_page(folder: Path) -> str:
         DataError: results.json is absent or unreadable.
     """
     results = read_results(folder / "results.json")
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
     if results.pooled and manifest is not None:
         return _comparison_page(results, manifest)
     name = manifest["recipe"]["name"] if manifest else folder.resolve().name

@@ -4,6 +4,7 @@ A file that is absent or unreadable is noted with what the page then lacks, and 
 read. Nothing outside this module knows a file's name or a key of the manifest.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from misstep.evidence.results import Results, read_results
 from misstep.records import Analysis, Answer, Judgement, Record, Score, describe, read_jsonl
 
 FILES = ("manifest.json", "results.json", "analyses.jsonl", "responses.jsonl", "scores.jsonl")
+
+MANIFEST_KEYS = {"recipe", "device", "versions"}
+"""What every manifest has."""
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Record)
@@ -78,7 +82,8 @@ class Manifest(Part):
     @property
     def pools(self) -> frozenset[str]:
         """The names in the results that stand for several test sets taken together."""
-        return frozenset(self.recipe.get("evaluate", {}).get("pools", {}))
+        evaluate = self.recipe.get("evaluate")
+        return frozenset(evaluate.get("pools", ()) if isinstance(evaluate, dict) else ())
 
 
 class Scored(NamedTuple):
@@ -135,6 +140,28 @@ def read_run(folder: Path) -> Run:
         analyses=analyses or [],
         answers=_joined(answers or [], judgements or []),
         missing=missing,
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json as it stands, of a run, a comparison or a study.
+
+    Raises:
+        DataError: it is absent, or no manifest.
+    """
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        why = str(fault)
+    else:
+        lacks = MANIFEST_KEYS - set(manifest if isinstance(manifest, dict) else ())
+        if not lacks and isinstance(manifest["recipe"], dict):
+            return dict(manifest)
+        why = f"one without {', '.join(sorted(lacks)) or 'a recipe'}"
+    raise DataError(
+        f"{path}: expected the manifest that misstep wrote, found none ({why}). Give another "
+        "directory, or run the recipe there again."
     )
 
 

@@ -4,12 +4,11 @@ Arranges numbers that were counted before and adjusts p for their number; reads 
 a few samples, where they lie beside it. Runs nothing.
 """
 
-import json
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -26,6 +25,7 @@ from misstep.evidence.study_results import (
 from misstep.records import read_jsonl
 from misstep.report import words
 from misstep.report.pictures import Panel, Strip, marks, rate_scale, scale
+from misstep.report.reading import read_manifest
 from misstep.report.scatter import COLOURS, Scatter, from_below, point, write_svg
 from misstep.report.template import write_page
 from misstep.stages.discriminate import Discrimination
@@ -159,24 +159,6 @@ def told_apart(study: Study) -> Scatter:
 def _complement(rate: Metric) -> Metric:
     value, low, high = (None if v is None else 1 - v for v in (rate.value, rate.high, rate.low))
     return rate.model_copy(update={"value": value, "low": low, "high": high})
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """manifest.json as it stands.
-
-    Raises:
-        DataError: it is absent, or no manifest.
-    """
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as fault:
-        raise DataError(
-            f"{path}: expected the manifest of a study, found none ({fault}). Give the "
-            "directory that `misstep study` wrote."
-        ) from fault
-    assert isinstance(manifest, dict)
-    return manifest
 
 
 def tested(study: Study) -> list[Tested]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from misstep.evidence.study_results import Study, StudyModel, StudyRow, read_study
 from misstep.report.markdown import line, made_by, metric_cell, table
-from misstep.report.study import TITLES, read_manifest, tested
+from misstep.report.reading import read_manifest
+from misstep.report.study import TITLES, tested
 from misstep.report.words import capitalised
 
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "decided")

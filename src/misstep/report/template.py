@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from misstep.errors import InputError
 from misstep.records import write_text
 from misstep.report import words
 
@@ -38,7 +39,11 @@ def write_page(
     content: Mapping[str, Any],
     filters: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Path:
-    """Fill a template of this package into a file and give the file's path."""
+    """Fill a template of this package into a file and give the file's path.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -47,5 +52,12 @@ def write_page(
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS | dict(filters or {})
-    write_text(path, environment.get_template(template).render(content))
+    page = environment.get_template(template).render(content)
+    try:
+        write_text(path, page)
+    except OSError as fault:
+        raise InputError(
+            f"{path}: the page cannot be written ({fault.strerror}). See to the rights "
+            "and the space there."
+        ) from fault
     return path
