@@ -313,7 +313,7 @@ def test_obedience_is_checked_on_attacks_with_their_targets(tmp_path: Path) -> N
     given = ([str(labels)], tmp_path / "out", None, ["label=obeyed"], Silent())
     folder = check_judge("policy:goal-hijacking", *given)
     check = read_check(folder / "check.json")
-    assert check.judge == "rule:obedience/1"
+    assert check.judge == "rule:obedience/2"
     accuracy = check.data[0].whole.metrics["accuracy"].value
     assert accuracy is not None and accuracy > 0.9
 

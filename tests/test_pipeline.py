@@ -651,7 +651,7 @@ def test_a_test_set_that_nothing_measures_is_refused_at_once(
     rows = [{"prompt": q, "answer": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
     tests = write_jsonl(tmp_path / "tests.jsonl", rows)
     given = ["methods=[vanilla]", f"evaluate.tests.plain.path={tests}"]
-    said = r"evaluate\.tests\.plain: .*rule:obedience/1, or tasks.*found neither"
+    said = r"evaluate\.tests\.plain: .*rule:obedience/2, or tasks.*found neither"
     with pytest.raises(InputError, match=said):
         read_inputs(recipe, given)
     for measure in (

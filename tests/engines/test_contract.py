@@ -219,8 +219,17 @@ def beginnings() -> Iterator[str]:
 @pytest.mark.model
 def test_openvino_refuses_what_its_cache_cannot_hold(scratch: Path) -> None:
     with openvino(scratch) as engine:
+        engine._longest = None
         large, small = engine.generate([ask("Hi", max_tokens=10_000_000), ask("Hi")])
         assert large.error and "exceed OpenVINO's cache" in large.error
+        assert small.tokens and not small.error
+
+
+@pytest.mark.model
+def test_openvino_refuses_what_goes_beyond_the_models_context(scratch: Path) -> None:
+    with openvino(scratch) as engine:
+        large, small = engine.generate([ask("Hi", max_tokens=8192), ask("Hi")])
+        assert large.error and "exceed the model's context of 8192 tokens" in large.error
         assert small.tokens and not small.error
 
 

@@ -73,6 +73,7 @@ def make(untuned_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(openvino, "_library", lambda: genai)
     monkeypatch.setattr(openvino, "identity", lambda *_: "stand-in")
     monkeypatch.setattr(openvino, "_shape", lambda _: None)
+    monkeypatch.setattr(openvino, "context_length", lambda _: None)
     monkeypatch.setattr(openvino, "merge_adapter", merge)
     monkeypatch.setattr(Renderer, "for_model", lambda _: renderer)
     return made

@@ -154,7 +154,7 @@ def test_somebody_elses_database_is_left_as_it_is(path: Path) -> None:
     with closing(sqlite3.connect(path)) as other:
         other.execute("CREATE TABLE mine (a)")
     before = path.read_bytes()
-    with pytest.raises(RunError, match="found something else .*the table mine"):
+    with pytest.raises(RunError, match=r"found something else .*the table mine"):
         open_existing(path)
     assert path.read_bytes() == before
 
@@ -164,7 +164,7 @@ def test_a_full_disk_is_no_reason_to_throw_a_cache_away(path: Path) -> None:
         store.keep("a", answers(range(5)))
         pages = store._pragma("page_count")
         store._table.execute(f"PRAGMA max_page_count={pages}")
-        with pytest.raises(RunError, match="cannot be written .*full.*answers in it are safe"):
+        with pytest.raises(RunError, match=r"cannot be written .*full.*answers in it are safe"):
             store.keep("a", answers(range(5, 5000)))
         assert len(store.look_up([key(n) for n in range(10)])) == 5
 

@@ -14,7 +14,7 @@ from misstep.engines import transformers
 from misstep.engines.base import Request
 from misstep.engines.transformers import TransformersEngine, shared_beginning
 from misstep.errors import EngineError
-from misstep.models.weights import locate
+from misstep.models.weights import Model, context_length, locate
 from misstep.records import Message
 
 
@@ -47,6 +47,45 @@ def requests(temperature: float) -> list[Request]:
         )
         for i in range(12)
     ]
+
+
+def test_what_goes_beyond_the_models_context_has_no_answer_and_moves_no_other(
+    engine: TransformersEngine,
+) -> None:
+    asked = requests(0.0)[:3]
+    assert engine._longest == 2048
+    long = asked[1].model_copy(update={"max_tokens": 2048})
+    first, refused, last = engine.generate([asked[0], long, asked[2]])
+    assert refused.error and "exceed the model's context of 2048 tokens" in refused.error
+    assert [first, last] == [engine.generate([r])[0] for r in (asked[0], asked[2])]
+
+
+@pytest.mark.parametrize(
+    ("config", "longest"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        ({"n_positions": 1024}, 1024),
+        (
+            {"max_position_embeddings": 100, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            400,
+        ),
+        # Llama 3.1 says how long texts may be, and not how long they were before.
+        (
+            {
+                "max_position_embeddings": 100,
+                "rope_parameters": {"rope_type": "llama3", "factor": 8.0},
+            },
+            100,
+        ),
+        ({}, None),
+    ],
+)
+def test_a_configuration_says_how_long_texts_may_be(
+    tmp_path: Path, config: dict[str, Any], longest: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert context_length(Model("m", tmp_path)) == longest
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -391,7 +391,7 @@ def test_a_text_of_ones_own_is_named_by_its_kind_and_path(
     shutil.copy(SHIPPED / "goal-hijacking.yaml", tmp_path / "own.yaml")
     for path in (f"{tmp_path}/own.yaml", "~/own.yaml"):
         assert load_judge(f"policy:{path}").policy == path
-        assert read_judge(f"policy:{path}").probe().name == "rule:obedience/1"
+        assert read_judge(f"policy:{path}").probe().name == "rule:obedience/2"
 
 
 def test_a_trained_judge_is_named_by_folder_or_file(trained: Path, tmp_path: Path) -> None:

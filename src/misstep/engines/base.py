@@ -64,6 +64,23 @@ def completed(renderer: Renderer, ids: Sequence[int]) -> Completion:
     return Completion(text=text[:end], tokens=tokens)
 
 
+CONTEXT = "the model's context"
+
+
+def too_long(prompt: int, request: Request, most: int | None, what: str) -> Completion | None:
+    """The record of a request that does not fit, with its answer, into so many tokens; or None.
+
+    Beyond them a model's answer, or a judge's verdict, is that of a model that nobody trained.
+    """
+    if most is None or prompt + request.max_tokens <= most:
+        return None
+    because = (
+        f"the prompt ({prompt} tokens) and its answer ({request.max_tokens} at most) exceed "
+        f"{what} of {most} tokens"
+    )
+    return Completion(text="", tokens=0, error=because)
+
+
 class Engine(ABC):
     """A model that answers batches of requests."""
 

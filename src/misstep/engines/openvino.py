@@ -28,14 +28,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from misstep.engines.base import Completion, Engine, Request, completed, in_order
+from misstep.engines.base import (
+    CONTEXT,
+    Completion,
+    Engine,
+    Request,
+    completed,
+    in_order,
+    too_long,
+)
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.gguf_header import read_header
 from misstep.models.gguf_merge import merge_adapter
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.models.precision import bf16_is_slow
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, adapter_digest, is_full_fine_tune
+from misstep.models.weights import (
+    Model,
+    adapter_digest,
+    context_length,
+    is_full_fine_tune,
+)
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Codes of the packed types that can be dequantised: F32, F16, Q4_0 to Q8_0, K, IQ and BF16.
@@ -97,6 +110,7 @@ class OpenVinoEngine(Engine):
         total = _cache_blocks(_shape(model))
         self._pipeline: Any = _pipeline(genai, files, total, added)
         self._blocks = total - COMPANIONS
+        self._longest = context_length(model)
         self._genai = genai
         self._status = genai.GenerationStatus
         self._next_id = 0
@@ -126,9 +140,9 @@ class OpenVinoEngine(Engine):
         """Give answers as they come, so many at a time: neighbours are nothing to a request."""
         prompts = [self.renderer.prompt(request.messages) for request in requests]
         refused = {
-            place: self._refused(prompt, request)
+            place: because
             for place, (prompt, request) in enumerate(zip(prompts, requests, strict=True))
-            if blocks_of(len(prompt) + request.max_tokens) > self._blocks
+            if (because := self._refused(len(prompt), request))
         }
         places = [place for place in range(len(requests)) if place not in refused]
         part = [*refused.items()]
@@ -155,12 +169,10 @@ class OpenVinoEngine(Engine):
         if self._temporary:
             self._temporary.cleanup()
 
-    def _refused(self, prompt: list[int], request: Request) -> Completion:
-        because = (
-            f"the prompt ({len(prompt)} tokens) and its answer ({request.max_tokens} at most) "
-            f"exceed OpenVINO's cache of {self._blocks * BLOCK} tokens"
+    def _refused(self, prompt: int, request: Request) -> Completion | None:
+        return too_long(prompt, request, self._longest, CONTEXT) or too_long(
+            prompt, request, self._blocks * BLOCK, "OpenVINO's cache"
         )
-        return Completion(text="", tokens=0, error=because)
 
     def _jobs(
         self, requests: Sequence[Request], prompts: Sequence[list[int]], places: Sequence[int]

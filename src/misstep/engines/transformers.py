@@ -16,13 +16,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misstep.engines.base import Completion, Engine, Request, completed
+from misstep.engines.base import (
+    CONTEXT,
+    Completion,
+    Engine,
+    Request,
+    completed,
+    too_long,
+)
 from misstep.errors import EngineError
 from misstep.models.precision import weights_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
     Model,
     adapter_digest,
+    context_length,
     free,
     halve,
     load_weights,
@@ -66,12 +74,17 @@ class TransformersEngine(Engine):
         self._model: PreTrainedModel | None = load_weights(model, adapter).to(self._device)
         forget_habits(self._model)
         self._batch_tokens = batch_tokens
+        self._longest = context_length(model)
         self.identity = identity(model, adapter)
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer every request, in order; see the module's text for what is promised."""
         rows = [Row(i, r, self.renderer.prompt(r.messages)) for i, r in enumerate(requests)]
         answers: dict[int, Completion] = {}
+        for row in rows:
+            if refused := too_long(len(row.prompt), row.request, self._longest, CONTEXT):
+                answers[row.place] = refused
+        rows = [row for row in rows if row.place not in answers]
         waiting = batches(rows, self._batch_tokens)
         while batch := next(waiting, None):
             outputs = self._tried(batch)
@@ -84,7 +97,7 @@ class TransformersEngine(Engine):
                 r.place: completed(self.renderer, ids)
                 for r, ids in zip(batch, outputs, strict=True)
             }
-        return [answers[place] for place in range(len(rows))]
+        return [answers[place] for place in range(len(requests))]
 
     def _tried(self, batch: Sequence[Row]) -> list[list[int]] | None:
         """What follows each prompt, or None where memory holds only a smaller batch."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from misstep.errors import ModelError
 from misstep.models.endpoint import FORM, PREFIX, Endpoint, check_endpoint, parse_endpoint
-from misstep.models.gguf_header import is_gguf
+from misstep.models.gguf_header import is_gguf, read_header
 from misstep.models.precision import weights_dtype
 from misstep.models.unpacked import unpacked
 
@@ -138,6 +138,21 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
         ModelError: transformers cannot read it.
     """
     return _tokenizer(model.files, model.digest)
+
+
+def context_length(model: Model) -> int | None:
+    """So many tokens of prompt and answer a model was made for; None where it does not say."""
+    if model.is_gguf:
+        header = read_header(model.files)
+        said = header.values.get(f"{header.architecture}.context_length")
+        return int(said) if said else None
+    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    longest = config.get("max_position_embeddings") or config.get("n_positions")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # Of these kinds the configuration names what was trained before positions were stretched.
+    stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn")
+    return round(longest * (rope.get("factor", 1) if stretched else 1)) if longest else None
 
 
 def free() -> None:
