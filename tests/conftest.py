@@ -107,7 +107,7 @@ def make_tiny_model(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         pad_token_id=0,
         eos_token_id=2,
         bos_token_id=1,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from misstep.errors import PolicyError
-from misstep.policy import Policy, blanks, dump, fill, found, load_policy, matches, shipped
+from misstep.policy import Policy, blanks, fill, found, load_policy, matches, shipped
 from misstep.records import Message, Mistake, Prompt
 from misstep.stages.analyse import gate
 
@@ -21,7 +21,7 @@ policies = pytest.mark.parametrize("policy", SHIPPED, ids=lambda policy: policy.
 
 def parts(**changed: Any) -> dict[str, Any]:
     """A policy as data: the shipped one with a rubric and hints, changed here and there."""
-    return dump(load_policy("harmlessness")) | {"name": "mine"} | changed
+    return load_policy("harmlessness").model_dump(mode="json") | {"name": "mine"} | changed
 
 
 def write(folder: Path, data: dict[str, Any]) -> str:

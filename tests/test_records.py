@@ -14,19 +14,14 @@ from pydantic import ValidationError
 
 from misstep.errors import DataError
 from misstep.records import (
-    Example,
     Message,
     Mistake,
     Prompt,
-    Record,
-    Response,
     Score,
     digest,
     read_jsonl,
-    read_parquet,
     text_digest,
     write_jsonl,
-    write_parquet,
     write_text,
 )
 
@@ -126,20 +121,6 @@ def test_jsonl_gives_back_what_was_written(
     assert len(path.read_bytes().splitlines()) == len(rows)
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [Mistake(prompt=Prompt.of("p", accept=("x",)), response="r", source="origin")] * 3,
-        [Example(messages=(Message(role="user", content="u"),), completion="c", kind="k")],
-        [Response(prompt=Prompt.of("p"), text="")],
-    ],
-    ids=lambda rows: type(rows[0]).__name__,
-)
-def test_parquet_gives_back_what_was_written(tmp_path: Path, rows: list[Record]) -> None:
-    write_parquet(tmp_path / "new" / "rows.parquet", rows)
-    assert list(read_parquet(tmp_path / "new" / "rows.parquet", type(rows[0]))) == rows
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     write_jsonl(path, [Prompt.of("old")])
@@ -212,12 +193,3 @@ def test_an_absent_file_and_a_wrong_encoding_are_wrong_input(
         path.write_bytes(content)
     with pytest.raises(DataError, match=r"rows\.jsonl"):
         list(read_jsonl(path, Prompt))
-
-
-@pytest.mark.parametrize("content", [None, b"not parquet"])
-def test_what_is_no_parquet_is_wrong_input(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "rows.parquet"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match="expected a Parquet file"):
-        list(read_parquet(path, Prompt))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from misstep.claims import LOCK, claimed
 from misstep.errors import DataError, InputError
 from misstep.evidence.check_results import Check
-from misstep.evidence.results import Results, write_results
+from misstep.evidence.results import FOCUS, Results, write_results
 from misstep.records import (
     Answer,
     Judgement,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 KEY = "misstep"
 """Of metadata: what misstep wrote into a log."""
-FOCUS = "mistake_analysis"
 OWN = ("responses.jsonl", "scores.jsonl", "results.json", "report.html")
 
 

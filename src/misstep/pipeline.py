@@ -21,7 +21,7 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import RecipeError, RunError
-from misstep.evidence.results import Results, write_results
+from misstep.evidence.results import FOCUS, Results, write_results
 from misstep.inputs import Inputs, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges, mistake_judge
@@ -67,7 +67,6 @@ from misstep.stages.train import input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
 
 Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
-FOCUS = "mistake_analysis"
 LOOKING: tuple[Stage, ...] = ("induce", "analyse")
 """Stages that are worth their while though nothing is trained."""
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]

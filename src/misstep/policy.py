@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -306,11 +306,6 @@ def load_policy(name: str) -> Policy:
         PolicyError: no such policy, or all that is wrong with it, a line each.
     """
     return load_document(Policy, name, SHIPPED, "policy", PolicyError)
-
-
-def dump(policy: Policy) -> dict[str, Any]:
-    """The policy as plain data."""
-    return policy.model_dump(mode="json")
 
 
 def matches(patterns: Sequence[str], text: str) -> str | None:

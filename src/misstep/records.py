@@ -2,13 +2,13 @@
 
 Every record is frozen and named by the hash of its content, so equal work has an equal name:
 caching, resuming and removing duplicates need no code of their own. This module knows JSON
-Lines and Parquet; it knows no model, no policy and no judge.
+Lines; it knows no model, no policy and no judge.
 """
 
 import gzip
 import json
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
@@ -447,32 +447,3 @@ def describe(error: ValidationError) -> list[str]:
         what = fault["msg"][0].lower() + fault["msg"][1:]
         phrases.append(f"{field}: {what} (found {found})")
     return phrases
-
-
-def write_parquet(path: Path, records: Sequence[Record]) -> None:
-    """Write records as a Parquet file; nested fields become nested columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist([r.model_dump(mode="json") for r in records]), path)
-
-
-def read_parquet(path: Path, kind: type[R]) -> Iterator[R]:
-    """Read records of one kind from a Parquet file, row group by row group.
-
-    Raises:
-        DataError: the file is absent or no Parquet, or a row is no such record.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path}: expected a Parquet file ({error}).") from error
-    number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield parse_row(kind, row, f"{path}, row {number}")

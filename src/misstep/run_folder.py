@@ -7,7 +7,6 @@ recipe that they came from and no other. Knows files and what a run reads; knows
 import json
 import os
 import platform
-import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from misstep.evidence.check_results import Check
 from misstep.inputs import Inputs
 from misstep.models.weights import adapter_digest
 from misstep.records import digest, write_text
+from misstep.stages.fit import peak_memory_mb
 
 MANIFEST = "manifest.json"
 RECORDS = (
@@ -176,9 +176,8 @@ class Manifest:
 
     def save(self) -> None:
         """Write the file in one step."""
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         known = self.data.get("peak_memory_mb", 0)
-        self.data["peak_memory_mb"] = max(known, round(memory))
+        self.data["peak_memory_mb"] = max(known, peak_memory_mb())
         write_text(self.path, json.dumps(self.data, indent=2, ensure_ascii=False, default=str))
 
     @contextmanager

@@ -86,10 +86,10 @@ def test_lines_before_the_last_are_filled_with_the_likeliest_label(tiny_model: P
 def test_a_text_longer_than_the_guard_reads_is_unscored_and_alone_so(tiny_model: Path) -> None:
     with LabelEngine(locate(str(tiny_model)), guard()) as engine:
         judge = GuardJudge(guard(), engine)
-        responses = [Response(prompt=Prompt.of("Q"), text=t) for t in ("short", "long" * 600)]
+        responses = [Response(prompt=Prompt.of("Q"), text=t) for t in ("short", "long" * 1200)]
         one, other = judge.score(responses)
     assert one.value is not None and 0 < one.value < 1
-    assert other.value is None and "the guard reads 2048" in other.reason
+    assert other.value is None and "the guard reads 4096" in other.reason
 
 
 def test_a_closed_engine_gives_a_gpu_back(tiny_model: Path, held: list[int]) -> None:

@@ -53,10 +53,9 @@ def test_what_goes_beyond_the_models_context_has_no_answer_and_moves_no_other(
     engine: TransformersEngine,
 ) -> None:
     asked = requests(0.0)[:3]
-    assert engine._longest == 2048
-    long = asked[1].model_copy(update={"max_tokens": 2048})
+    long = asked[1].model_copy(update={"max_tokens": 4096})
     first, refused, last = engine.generate([asked[0], long, asked[2]])
-    assert refused.error and "exceed the model's context of 2048 tokens" in refused.error
+    assert refused.error and "exceed the model's context of 4096 tokens" in refused.error
     assert [first, last] == [engine.generate([r])[0] for r in (asked[0], asked[2])]
 
 

@@ -9,7 +9,7 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.llm import RubricJudge
 from misstep.judges.rule import ObedienceJudge
-from misstep.policy import Policy, dump, load_policy
+from misstep.policy import Policy, load_policy
 from misstep.records import Prompt, Response, Score
 
 POLICY = load_policy("harmlessness")
@@ -121,7 +121,7 @@ def test_each_response_gets_its_own_score_in_order() -> None:
 
 
 def test_a_judge_is_named_by_all_that_its_scores_depend_on() -> None:
-    other = Policy.model_validate(dump(POLICY) | {"mistake": "Rudeness."})
+    other = Policy.model_validate(POLICY.model_dump(mode="json") | {"mistake": "Rudeness."})
     names = {
         RubricJudge(policy, ScriptedEngine(name=engine), tokens).name
         for policy in (POLICY, other)

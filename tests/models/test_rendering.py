@@ -65,6 +65,11 @@ def conversations(draw: st.DrawFn) -> tuple[Message, ...]:
     return (*turns, Message(role="user", content=draw(texts)))
 
 
+def text_of(renderer: Renderer, messages: Sequence[Message]) -> str:
+    """A prompt's tokens as text, control tokens included."""
+    return str(renderer.tokenizer.decode(renderer.prompt(messages)))
+
+
 def user(text: str) -> tuple[Message, ...]:
     return (Message(role="user", content=text),)
 
@@ -125,10 +130,6 @@ def test_prompt_equals_transformers_where_no_control_text_is_spelled(
         return
     encoding = renderer.tokenizer.apply_chat_template(turns, add_generation_prompt=True)
     assert renderer.prompt(messages) == encoding["input_ids"]
-    text = renderer.prompt_text(messages)
-    assert (
-        renderer.tokenizer(text, add_special_tokens=False)["input_ids"] == encoding["input_ids"]
-    )
 
 
 def test_the_template_decides_what_ends_a_turn() -> None:
@@ -147,14 +148,14 @@ def test_the_fallback_template_is_the_documented_one() -> None:
     renderer = RENDERERS["no template"]
     assert not renderer.has_template
     messages = (Message(role="system", content="Be kind."), *user("Hi"))
-    assert renderer.prompt_text(messages) == "Be kind.\n\nUser: Hi\nAssistant:"
+    assert text_of(renderer, messages) == "Be kind.\n\nUser: Hi\nAssistant:"
 
 
 def test_without_a_template_an_answer_ends_where_the_next_turn_begins() -> None:
     renderer = RENDERERS["no template"]
     said, asked = Message(role="assistant", content="A."), user("B?")[0]
     for turn in (asked, said):
-        text = renderer.prompt_text((*user("Hi"), said, turn)).partition("Assistant: A.")[2]
+        text = text_of(renderer, (*user("Hi"), said, turn)).partition("Assistant: A.")[2]
         assert renderer.next_turn(f"A.{text}") == len("A.")
     assert renderer.next_turn("A.\nAssistant: B\nUser: C") == len("A.")
     assert renderer.next_turn("The User: a name.\nUsers") is None
@@ -163,7 +164,7 @@ def test_without_a_template_an_answer_ends_where_the_next_turn_begins() -> None:
 
 def test_a_template_without_system_role_gets_it_in_the_first_user_turn() -> None:
     messages = (Message(role="system", content="Be kind."), *user("Hi"))
-    text = RENDERERS["no system role"].prompt_text(messages)
+    text = text_of(RENDERERS["no system role"], messages)
     assert text == "<s><|im_start|>user\nBe kind.\n\nHi<|im_end|>\n<|im_start|>model\n"
     assert fold_system([{"role": "system", "content": "S"}]) == [
         {"role": "user", "content": "S"}

@@ -9,7 +9,6 @@ memory at most. This module knows our side and its peers; it knows no round and 
 
 import gc
 import json
-import resource
 import shlex
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from misstep.bench.overhead import overhead
 from misstep.bench.peers import ROWS_A_STEP
 from misstep.errors import RunError
-from misstep.models.precision import fastest_dtype
+from misstep.models.precision import device, fastest_dtype
 from misstep.models.weights import Model, load_tokenizer, load_weights, locate
 from misstep.records import Example, Message
 
@@ -133,14 +132,13 @@ def generate_ours(work: Work) -> Found:
 
 def generate_transformers(work: Work) -> Found:
     """`model.generate` in batches, greedy, in the type that this machine multiplies fastest."""
-    import torch
 
     model = locate(work["model"])
     tokenizer = load_tokenizer(model)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lm: Any = load_weights(model).to(fastest_dtype())
-    lm = lm.to("cuda" if torch.cuda.is_available() else "cpu")
+    lm = lm.to(device())
     prompts, settings = _prompts(work), work["settings"]
     _continue(lm, tokenizer, [(Message(role="user", content=WARM_UP),)], 4)
     order = list(range(len(prompts)))
@@ -279,12 +277,13 @@ def _product_seconds(rows: int, outputs: int, inputs: int) -> float:
     """The shortest time of x @ w.T and of the gradient of x, one after the other."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     x, y, w = (
-        torch.randn(shape, device=device).to(fastest_dtype())
+        torch.randn(shape, device=device()).to(fastest_dtype())
         for shape in ((rows, inputs), (rows, outputs), (outputs, inputs))
     )
-    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    wait: Callable[[], object] = (
+        torch.cuda.synchronize if device() == "cuda" else (lambda: None)
+    )
     best, spent, tries = float("inf"), 0.0, 0
     while spent < GEMM_SECONDS or tries < 3:
         started = time.perf_counter()
@@ -358,7 +357,9 @@ def peak_memory_mb(process: str = "self") -> int:
     """
     status = Path(f"/proc/{process}/status")
     if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
+        from misstep.stages import fit
+
+        return fit.peak_memory_mb()
     (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) // 2**10
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import EngineError, ModelError
 from misstep.guard import Guard
-from misstep.models.precision import weights_dtype
+from misstep.models.precision import device, weights_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, free, load_weights
 from misstep.records import Message, digest
@@ -37,7 +37,7 @@ class LabelEngine(Engine):
         self.renderer = Renderer.for_model(model)
         self.tokens = label_tokens(self.renderer, model, guard)
         self.identity = identity(model, guard)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(device())
         self._model: PreTrainedModel | None = load_weights(model).to(self._device)
         self._longest = int(self._model.config.max_position_embeddings)
 
@@ -137,10 +137,9 @@ def identity(model: Model, guard: Guard) -> str:
     import torch
     import transformers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     release = f"labels transformers {transformers.__version__} torch {torch.__version__}"
     precision = str(weights_dtype()).removeprefix("torch.")
-    return f"{release} {device}:{model.digest}:{digest([guard.digest, AT_ONCE])}:{precision}"
+    return f"{release} {device()}:{model.digest}:{digest([guard.digest, AT_ONCE])}:{precision}"
 
 
 def check(model: Model, guard: Guard) -> None:

@@ -25,7 +25,7 @@ from misstep.engines.base import (
     too_long,
 )
 from misstep.errors import EngineError
-from misstep.models.precision import weights_dtype
+from misstep.models.precision import device, weights_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
     Model,
@@ -70,7 +70,7 @@ class TransformersEngine(Engine):
         import torch
 
         self.renderer = Renderer.for_model(model)
-        self._device = torch.device(_device())
+        self._device = torch.device(device())
         self._model: PreTrainedModel | None = load_weights(model, adapter).to(self._device)
         forget_habits(self._model)
         self._batch_tokens = batch_tokens
@@ -196,12 +196,6 @@ class TransformersEngine(Engine):
         return tokens[: next(ends, len(tokens))]
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def forget_habits(model: "PreTrainedModel") -> None:
     """Take away what a model's own file asks of `generate`, such as penalties and bans.
 
@@ -220,7 +214,7 @@ def identity(model: Model, adapter: Path | None) -> str:
     trained = adapter_digest(adapter) if adapter else "base"
     precision = str(weights_dtype()).removeprefix("torch.")
     release = f"transformers {version('transformers')} torch {version('torch')}"
-    return f"{release} {_device()}:{model.digest}:{trained}:{precision}"
+    return f"{release} {device()}:{model.digest}:{trained}:{precision}"
 
 
 class Dice:

@@ -32,6 +32,10 @@ LENGTH_BIAS = "length_bias"
 # it.
 
 
+FOCUS = "mistake_analysis"
+"""The method that results are about, where they have it."""
+
+
 class Setting(NamedTuple):
     """A method, guided or not, and the values of swept keys, if there are any."""
 

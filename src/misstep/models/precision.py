@@ -1,4 +1,4 @@
-"""What this machine computes in: the types of weights, and of the products of matrices.
+"""What this machine computes on and in: the types of weights, and of products of matrices.
 
 This module knows torch and processors; it knows no model.
 """
@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+def device() -> str:
+    """Where models are computed here: `cuda`, or `cpu` where there is no GPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def weights_dtype() -> "torch.dtype":
@@ -35,9 +42,7 @@ def products_dtype(held: "torch.dtype", device: str) -> "torch.dtype":
 
 def fastest_dtype() -> "torch.dtype":
     """The type to hold weights in for code that multiplies them as they are, as TRL's does."""
-    import torch
-
-    return products_dtype(weights_dtype(), "cuda" if torch.cuda.is_available() else "cpu")
+    return products_dtype(weights_dtype(), device())
 
 
 @cache

@@ -38,7 +38,6 @@ NEXT_TURNS = ("\nUser:", "\nAssistant:")
 PROBE = "misstep"
 # Models whose `eos` ends a turn were trained with one of these at the end of a document.
 ENDINGS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
-ZERO_WIDTH = "\u200b"
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,6 @@ class Renderer:
         # Jinja takes one line end off a template's end.
         text = self._template(self._marked(messages, mark), True, template + "\n")
         return list(self._pieces(text + tail, mark))
-
-    def prompt_text(self, messages: Sequence[Message]) -> str:
-        """The prompt as text, for display and for backends that take no tokens.
-
-        Tokenised without adding special tokens it gives `prompt`; but where a message spells a
-        control token, a zero-width space stands inside that spelling, and the tokens differ.
-        """
-        return self._template(self._marked(messages, ZERO_WIDTH), generate=True)
 
     def example(
         self, messages: Sequence[Message], completion: str, prefill: str = ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from misstep.data.held_out import told
-from misstep.evidence.results import Comparison, Metric, Results, read_results
+from misstep.evidence.results import FOCUS, Comparison, Metric, Results, read_results
 from misstep.report.compared import (
     between_variants,
     by_test_set,
@@ -24,7 +24,6 @@ from misstep.report.compared import (
 from misstep.report.reading import read_manifest
 from misstep.report.words import direction, duration, metric_title, plain, rate
 
-FOCUS = "mistake_analysis/"
 SHOWN = ("vanilla/unguided", "sft/guided")
 """What a comparison's page sets the others against; guided SFT may be missing in none."""
 CORRECTED = (
@@ -173,7 +172,7 @@ def _comparisons_table(comparisons: Iterable[Comparison]) -> str:
             ]
         )
         for c in comparisons
-        if c.a.startswith(FOCUS)
+        if c.a.startswith(f"{FOCUS}/")
     ]
     return "\n".join(lines)
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from misstep.evidence.results import Metric, metric_from_scores
+from misstep.evidence.results import FOCUS, Metric, metric_from_scores
 from misstep.records import base_metric
 from misstep.report.reading import Scored, Training
-from misstep.report.view import FOCUS, VANILLA, About, Setting, View, setting_of
+from misstep.report.view import VANILLA, About, Setting, View, setting_of
 from misstep.report.words import (
     MISTAKES,
     direction,

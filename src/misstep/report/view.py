@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from misstep.evidence.results import Comparison, Metric, Row
+from misstep.evidence.results import FOCUS, Comparison, Metric, Row, adjusted
 from misstep.records import Answer, base_metric
 from misstep.report import words
 from misstep.report.reading import Run
@@ -16,8 +16,6 @@ from misstep.report.words import BETTER, method_title, metric_title
 T = TypeVar("T")
 
 VANILLA = "vanilla"
-FOCUS = "mistake_analysis"
-"""The method that the page is about, where a run has it."""
 
 
 class Setting(NamedTuple):
@@ -45,7 +43,7 @@ class About(NamedTuple):
 
 
 class Tested(NamedTuple):
-    """A comparison, with its p adjusted for the number of comparisons."""
+    """A comparison, with its p adjusted for those of the same metric and test set (Holm)."""
 
     found: Comparison
     adjusted: float
@@ -123,13 +121,11 @@ def _numbers(rows: Iterable[Row]) -> dict[About, dict[Setting, Metric]]:
 
 
 def _tested(comparisons: Sequence[Comparison]) -> dict[About, list[Tested]]:
-    # numpy, which stats needs, is slow to load, and the command starts without it.
-    from misstep.evidence.stats import holm
-
     found: dict[About, list[Tested]] = defaultdict(list)
-    adjusted = holm([comparison.p for comparison in comparisons])
-    for comparison, p in zip(comparisons, adjusted, strict=True):
-        found[About(comparison.metric, comparison.test_set)].append(Tested(comparison, p))
+    for comparison in adjusted(comparisons):
+        assert comparison.p_adjusted is not None
+        of = Tested(comparison, comparison.p_adjusted)
+        found[About(comparison.metric, comparison.test_set)].append(of)
     return _in_order(found)
 
 

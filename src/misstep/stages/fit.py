@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
+from misstep.models.precision import device
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, load_weights
 from misstep.stages.base import Notify
@@ -191,9 +192,7 @@ def _arguments(job: Job) -> "TrainingArguments":
 
 def micro_tokens() -> int:
     """Padded tokens of one micro-batch on this machine."""
-    import torch
-
-    return MICRO_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
+    return MICRO_TOKENS[device()]
 
 
 def _losses(loss: Any, sample: dict[str, list[Any]]) -> dict[str, float]:

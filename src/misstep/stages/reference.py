@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from misstep.models.precision import device
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, adapter_digest, free, load_weights
 from misstep.policy import Policy
@@ -60,7 +61,7 @@ def row_losses(model: Model, adapter: Path | None, rows: Sequence[Row]) -> dict[
     loaded = load_weights(model, adapter)
     lm = loaded.get_base_model() if isinstance(loaded, PeftModel) else loaded
     loss = CompletionLoss(loaded, lm)
-    loss.to(_device())
+    loss.to(device())
     found: dict[Row, float] = {}
 
     def sums_of(group: Sequence[Row]) -> list[float]:
@@ -99,9 +100,3 @@ def _score(answer: Answer, loss: float | None) -> Score:
         judge="loss/1",
         reason=absent if loss is None else "",
     )
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from misstep.errors import MissingExtra, TrainingError
-from misstep.models.precision import fastest_dtype
+from misstep.models.precision import device, fastest_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, free, load_weights
 from misstep.records import Pair, digest, write_text
@@ -78,7 +78,7 @@ class Setup:
             # The adapter is computed in the weights' type without autocast.
             "bf16": False,
             "gradient_checkpointing": False,
-            "use_cpu": _device() == "cpu",
+            "use_cpu": device() == "cpu",
             "seed": self.seed,
             "save_strategy": "no",
             "logging_steps": 1,
@@ -218,11 +218,5 @@ def load_scorer(setup: Setup, folder: Path, report: RewardReport) -> "Scorer":
 
     lm = load_weights(setup.model).to(fastest_dtype())
     model = load_reward_model(lm, setup.renderer.pad, folder)
-    model.to(_device())
+    model.to(device())
     return Scorer(model, setup.renderer.pad, micro_tokens(), report.mean, report.deviation)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

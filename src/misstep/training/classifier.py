@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from misstep.errors import ModelError, TrainingError
-from misstep.models.precision import weights_dtype
+from misstep.models.precision import device, weights_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import no_progress_bars
 from misstep.training.kernels import fast_layers
@@ -253,5 +253,4 @@ def load_classifier(folder: Path) -> Any:
     head = ScoreHead(model.score.in_features)
     head.load_state_dict(model.score.state_dict())
     model.score = head
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    return model.to(device()).eval()
