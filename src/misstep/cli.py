@@ -23,7 +23,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="A language model learns from its mistakes: collect, analyse, train, guide, prove.",
+    help="A language model learns from its mistakes: collect, analyse, train, guide, prove.\n\n"
+    "Exit status: 0 where it is done, 1 where a run failed (the same command goes on from "
+    "there), 2 where the input is wrong, 130 or 143 where it was interrupted.",
 )
 judge_app = typer.Typer(
     no_args_is_help=True, help="Judges: how far to trust one, and people as judges."
@@ -130,7 +132,7 @@ def train(
     show_mask: Annotated[
         int,
         typer.Option(
-            help="Print so many training rows, what is learned marked; train nothing."
+            min=0, help="Print so many training rows, what is learned marked; train nothing."
         ),
     ] = 0,
 ) -> None:

@@ -5,6 +5,7 @@ no model; nothing here loads or runs anything.
 """
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,6 +47,10 @@ OTHERS: dict[Command, tuple[Command, ...]] = {
 """Whose keys are refused; a comparison's recipe is a run's with keys of its own."""
 
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
+
+
+NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+"""What of a file's name cannot stand in the name of its recipe."""
 
 
 class EvaluateSettings(Settings):
@@ -260,7 +265,7 @@ def read_recipe(
     """
     data, written = read_yaml(path, RecipeError)
     lines: Places = written
-    data.setdefault("name", path.stem)
+    data.setdefault("name", NO_NAME.sub("-", path.stem).lstrip("._-") or "recipe")
     for override in overrides:
         keys, value = parse_override(override)
         put(data, keys, value, f"--set {override}")

@@ -435,7 +435,11 @@ GOOD_ROW = '{"prompt": "p", "response": "r"}'
         ("a.jsonl", '{"prompt": "p", "response": {"a": 1}}', "line 1: field 'response': expec"),
         ("a.jsonl", '{"prompt": "p", "response": true}', "line 1: field 'response': expected"),
         ("a.jsonl", GOOD_ROW[:-1] + ', "chosen": {}}', "line 1: field 'reference': expected"),
-        ("a.jsonl", GOOD_ROW[:-1] + ', "chosen": ["s"]}', "line 1: 'reference': expected role"),
+        (
+            "a.jsonl",
+            GOOD_ROW[:-1] + ', "chosen": ["s"]}',
+            "line 1: 'reference': expected turns",
+        ),
         (
             "a.jsonl",
             GOOD_ROW[:-1] + ', "chosen": [{"role": "user", "content": "u"}]}',
@@ -452,7 +456,7 @@ GOOD_ROW = '{"prompt": "p", "response": "r"}'
             '[{"prompt": "p", "note": "\\ud83d"}]',
             "item 1: field 'note': expected who",
         ),
-        ("a.jsonl", '{"messages": "p", "response": "r"}', "line 1: 'messages': expected role"),
+        ("a.jsonl", '{"messages": "p", "response": "r"}', "line 1: 'messages': expected turns"),
         ("a.jsonl", '{"messages": [], "response": "r"}', "expected a user turn, found none"),
         (
             "a.jsonl",
@@ -852,3 +856,20 @@ def test_ranges_that_hold_no_question_are_refused(given: dict[str, Any]) -> None
     part = (0.5, 1) if "suite" in given else (0.5, 0.5)
     with pytest.raises(ValidationError, match="questions"):
         Source(**given, questions=part)
+
+
+def test_a_cell_of_csv_holds_a_list_of_keys_as_json(tmp_path: Path) -> None:
+    cells = ['"[""5"", ""five""]"', "[5] apples", "red"]
+    path = write(
+        tmp_path,
+        "a.csv",
+        "prompt,accept\n" + "".join(f"p{i},{c}\n" for i, c in enumerate(cells)),
+    )
+    found = {p.accept for p in prompts(path)}
+    assert found == {("5", "five"), ("[5] apples",), ("red",)}
+
+
+def test_an_unknown_role_is_told_the_known_ones(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "human", "content": "Hi"}], "response": "r"}
+    path = write(tmp_path, "a.jsonl", json.dumps(row))
+    assert "a role (system, user, assistant) and text as content, found" in fault(path)

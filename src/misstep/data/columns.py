@@ -4,14 +4,16 @@ The columns of common data sets are known, others are mapped by `fields`. A prom
 is text, or the turns of a conversation. Knows no file.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from misstep.errors import DataError, EmptyCell
-from misstep.records import Instruction, Message, Prompt
+from misstep.records import Instruction, Message, Prompt, Role
 
 Row = Mapping[str, Any]
 Turns = tuple[Message, ...]
@@ -190,7 +192,10 @@ def _turns(value: Any, field: str, where: str) -> Turns:
     try:
         return tuple(Message(role=turn["role"], content=turn["content"]) for turn in value)
     except (KeyError, TypeError, ValueError) as fault:
-        raise DataError(f"{where}: '{field}': expected role and content a turn.") from fault
+        raise DataError(
+            f"{where}: '{field}': expected turns with a role ({', '.join(get_args(Role))}) and "
+            f"text as content, found {value!r:.80}."
+        ) from fault
 
 
 def _is_list(value: Any) -> bool:
@@ -352,6 +357,10 @@ def names_of(value: Any) -> tuple[str, ...]:
 def _listed(value: Any) -> Iterable[Any]:
     if value is None or value == "":
         return []
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        # CSV has no lists but as their text.
+        with suppress(ValueError):
+            return list(json.loads(value))
     return value if isinstance(value, (list, tuple)) else [value]
 
 
