@@ -43,6 +43,12 @@ def fault(folder: Path, *overrides: str, recipe: str = RECIPE) -> str:
 def test_a_recipe_is_named_by_its_file_unless_it_says_otherwise(tmp_path: Path) -> None:
     assert load(tmp_path).name == "trial"
     assert load(tmp_path, recipe="name: other\n" + RECIPE).name == "other"
+    names = []
+    for file in ("my run.yaml", "my-run.yaml", "攻击.yaml", "无害.yaml"):
+        (tmp_path / file).write_text(RECIPE, encoding="utf-8")
+        names.append(load_recipe(tmp_path / file, ()).name)
+    assert len(set(names)) == 4, "two recipes in one directory would undo each other's work"
+    assert names[1] == "my-run" and names[0].startswith("my-run-")
 
 
 def test_the_main_job_is_run_unless_the_recipe_chooses(tmp_path: Path) -> None:

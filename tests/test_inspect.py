@@ -182,6 +182,15 @@ def test_a_sample_that_failed_is_unscored(recipe: Path, tmp_path: Path) -> None:
     for name in ("helpfulness", "over_refusal"):
         assert (before[name].n, before[name].unscored) == (8, 0)
         assert (after[name].n, after[name].unscored) == (7, 1)
+    assert after.keys() == before.keys(), "no rate of what the set is not about"
+
+
+def test_a_log_that_is_named_twice_is_counted_once(recipe: Path, tmp_path: Path) -> None:
+    log = evaluated(recipe, tmp_path, test_set="clean")
+    once = read_results(import_logs([log], tmp_path / "once") / "results.json")
+    other = log.parent / "." / log.name
+    twice = read_results(import_logs([log, other], tmp_path / "twice") / "results.json")
+    assert once.rows == twice.rows
 
 
 def test_further_judges_and_corrected_rates_are_as_in_a_run(

@@ -308,6 +308,21 @@ def test_a_yaml_file_says_how_data_are_read(tmp_path: Path) -> None:
     assert [len(data.cases) for data in inputs.data.values()] == [4]
 
 
+def test_a_column_that_one_of_several_sets_has_is_mapped_there(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Q{i}", "response": "No", "refused": i % 2} for i in range(4)]
+    paths = []
+    for name, more in (("a", {"hazard": "fire"}), ("b", {})):
+        paths.append(tmp_path / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row | more) + "\n" for row in rows))
+    given = ("refusal", list(map(str, paths)), None)
+    inputs = read_check_inputs(*given, ["label=refused", "topic=hazard"])
+    categories = [{c.categories for c in data.cases} for data in inputs.data.values()]
+    assert categories == [{("fire",)}, {()}]
+    for wrong in ("topic=hazzard", "label=hazard"):
+        with pytest.raises(DataError, match=r"hazz?ard"):
+            read_check_inputs(*given, ["label=refused", wrong])
+
+
 def test_obedience_is_checked_on_attacks_with_their_targets(tmp_path: Path) -> None:
     labels = Path(__file__).parent / "judges/obedience_labels.jsonl"
     given = ([str(labels)], tmp_path / "out", None, ["label=obeyed"], Silent())

@@ -664,6 +664,33 @@ def test_a_test_set_that_nothing_measures_is_refused_at_once(
         read_inputs(recipe, [*given, measure])
 
 
+@pytest.mark.parametrize("change", ["methods=[sft]", "respond.guided=[true]"])
+def test_a_judge_of_pairs_needs_answers_to_set_others_against(
+    recipe: Path, change: str
+) -> None:
+    judge = "evaluate.judges={better: rubric:better-answer}"
+    with pytest.raises(RecipeError, match=r"evaluate\.judges\.better: expected the untrained"):
+        read_inputs(recipe, [judge, change])
+
+
+def test_ordinary_data_without_good_answers_are_called_so(recipe: Path, tmp_path: Path) -> None:
+    asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": q} for q in QUESTIONS])
+    with pytest.raises(RecipeError, match=r"ordinary: expected prompts with reference answers"):
+        read_inputs(recipe, [f"ordinary.path={asked}"])
+
+
+def test_what_reads_no_analyses_waits_for_none(recipe: Path, tmp_path: Path) -> None:
+    given = (recipe, tmp_path / "run", ["methods=[vanilla, sft]", "mix.unit=4"])
+    heard = Heard()
+    run(*given, heard, "train")
+    assert any("No method of the recipe reads analyses" in line for line in heard.lines)
+    assert not (tmp_path / "run/analyses.jsonl").exists()
+    assert masked_rows(recipe, tmp_path / "masks", given[2], Silent(), 1)
+    assert not (tmp_path / "masks/mask/analyses.jsonl").exists()
+    run(*given, Silent(), "analyse")
+    assert (tmp_path / "run/analyses.jsonl").exists()
+
+
 @pytest.mark.parametrize("source", ["reported", "induced"])
 def test_prompts_that_no_judge_can_tell_of_are_refused_at_once(
     recipe: Path, tmp_path: Path, source: str

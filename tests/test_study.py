@@ -183,6 +183,12 @@ def test_a_changed_recipe_pays_for_what_changed(bench: Bench) -> None:
     assert {len(engine.requests) for engine in bench.engines.values()} == {
         6 * (OBEDIENT + HONEST)
     }
+    bench.run("analyse.max_tokens=50")
+    assert not (bench.folder / "out/former/2").exists()
+    data = bench.folder / "attacks.jsonl"
+    data.write_text(data.read_text().replace("Doubt", "Question"))
+    bench.run("analyse.max_tokens=50")
+    assert (bench.folder / "out/former/2/study.json").exists(), "the same path, other prompts"
 
 
 def test_the_page_and_the_markdown_hold_the_numbers(bench: Bench) -> None:

@@ -20,6 +20,7 @@ from misstep.errors import RecipeError
 from misstep.judge_config import names_judge
 from misstep.methods.base import MixSettings
 from misstep.methods.registry import METHODS
+from misstep.records import digest
 from misstep.stages.analyse import AnalyseSettings
 from misstep.stages.base import Settings, each_once
 from misstep.stages.good_answers import GoodAnswerSettings
@@ -265,7 +266,7 @@ def read_recipe(
     """
     data, written = read_yaml(path, RecipeError)
     lines: Places = written
-    data.setdefault("name", NO_NAME.sub("-", path.stem).lstrip("._-") or "recipe")
+    data.setdefault("name", _name_of(path.stem))
     for override in overrides:
         keys, value = parse_override(override)
         put(data, keys, value, f"--set {override}")
@@ -278,6 +279,12 @@ def read_recipe(
                     f"by which it is one for another command: misstep {other} {path}"
                 )
     return data, lines
+
+
+def _name_of(stem: str) -> str:
+    """A recipe's name from its file's; what must be left out of that leaves a digest of it."""
+    plain = NO_NAME.sub("-", stem).strip("._-")
+    return plain if plain == stem else f"{plain or 'recipe'}-{digest(stem)[:6]}"
 
 
 def parse_override(override: str) -> tuple[KeyPath, Any]:

@@ -5,7 +5,8 @@
     │   ├── RecipeError       a recipe's key or value
     │   ├── PolicyError       a policy's key, blank or text
     │   ├── DataError         a data file, its line or its field
-    │   │   └── EmptyCell     a field of a line, which stands there and says nothing
+    │   │   ├── EmptyCell     a field of a line, which stands there and says nothing
+    │   │   └── NoPrompts     a source whose keys let no prompt through
     │   ├── ModelError        a model that is absent or cannot be used
     │   └── MissingExtra      an optional library; names the install command
     └── RunError              a run failed; nothing done so far is lost   exit status 1
@@ -47,6 +48,10 @@ class EmptyCell(DataError):
         super().__init__(text)
         self.what = what
         """What there is none of, such as an answer."""
+
+
+class NoPrompts(DataError):
+    """What a source asks for, such as prompts with good answers, leaves no prompt."""
 
 
 class ModelError(InputError):

@@ -15,7 +15,7 @@ from misstep.data.preferred import load_preferred
 from misstep.data.sources import check_source, load_mistakes, load_prompts
 from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import DataError, RecipeError
+from misstep.errors import DataError, NoPrompts, RecipeError
 from misstep.evidence.check_results import Check, correction, read_check
 from misstep.evidence.judge_card import seen_questions, was_seen
 from misstep.judges.base import AnyJudge, Judge, PairJudge
@@ -203,8 +203,10 @@ def _check_measurable(
     further: Mapping[str, AnyJudge],
 ) -> None:
     """Pass where a judge of the run, or the loss, measures something of each test set."""
-    if any(isinstance(judge, PairJudge) for judge in further.values()):
-        return
+    for name, judge in further.items():
+        if isinstance(judge, PairJudge):
+            _check_base(config, name)
+            return
     seats = seated([first, *cost_judges()], further)
     for name, prompts in tests.items():
         measured = any(seat.applies(prompt) for prompt in prompts for seat in seats)
@@ -216,6 +218,16 @@ def _check_measurable(
                 f"found neither. Map the column with evaluate.tests.{name}.fields, or name a "
                 "judge that needs none (judge, evaluate.judges)."
             )
+
+
+def _check_base(config: RunConfig, judge: str) -> None:
+    """Pass where there is something that a judge of pairs sets answers against."""
+    if "vanilla" not in config.methods or False not in config.respond.guided:
+        raise RecipeError(
+            f"evaluate.judges.{judge}: expected the untrained model's unguided answers, which "
+            "a judge of pairs sets the others against; found none. Put vanilla into methods "
+            "and false into respond.guided."
+        )
 
 
 def read_judge_check(path: str) -> Check:
@@ -310,13 +322,13 @@ def _ordinary(config: RunConfig) -> list[Prompt]:
     if config.ordinary is None:
         return []
     source = config.ordinary.model_copy(update={"answered": True})
-    found = list(load_prompts(source, config.seed))
-    if not found:
+    try:
+        return list(load_prompts(source, config.seed))
+    except NoPrompts as fault:
         raise RecipeError(
             "ordinary: expected prompts with reference answers, found none. Map the column "
             "with fields: {reference: COLUMN}."
-        )
-    return found
+        ) from fault
 
 
 def seen_by_judges(inputs: Inputs) -> Iterator[str]:

@@ -4,14 +4,17 @@ Several logs stand beside each other and are compared: a model before and after,
 Nothing is judged anew. A sample that failed is an answer that never came.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misstep.claims import LOCK, claimed
+from misstep.data.labelled import REFUSALS
 from misstep.errors import DataError, InputError
 from misstep.evidence.check_results import Check
 from misstep.evidence.results import FOCUS, Results, write_results
+from misstep.judges.refusal import refusal_metric
 from misstep.records import (
     Answer,
     Judgement,
@@ -19,6 +22,7 @@ from misstep.records import (
     Record,
     Response,
     Score,
+    base_metric,
     parse_row,
     write_jsonl,
 )
@@ -65,6 +69,7 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
         InputError: inspect_ai is not installed; a log is none of misstep's task, or asks a
             prompt several times; two are of the same setting; or the folder is another's.
     """
+    logs = list({log.resolve(): log for log in logs}.values())
     found = [_read(log) for log in logs]
     asked = [of for of, _ in found]
     recipes = sorted({f"{of.name} ({of.policy}, seed {of.seed})" for of in asked})
@@ -151,24 +156,36 @@ def _answers(
         raise DataError(
             f"{path}: expected answers, found none; the log's status is {log.status}."
         )
-    for sample in log.samples:
-        judged = [
-            parse_row(Judged, score.metadata[KEY], f"{path}, sample {sample.id}")
-            for score in (sample.scores or {}).values()
-            if score.metadata and KEY in score.metadata
-        ]
-        response = judged[0].response if judged else _failed(asked, sample)
-        scores = tuple(score for of in judged for score in of.scores)
+    judged = [_judged(sample, path) for sample in log.samples]
+    given: dict[str, set[str]] = defaultdict(set)
+    for sample, of in zip(log.samples, judged, strict=True):
+        given[_test_set(sample)] |= {score.metric for one in of for score in one.scores}
+    for sample, of in zip(log.samples, judged, strict=True):
+        test_set = _test_set(sample)
+        response = of[0].response if of else _failed(asked, sample)
+        scores = tuple(score for one in of for score in one.scores)
         yield (
             Answer(
                 method=asked.method,
                 guided=asked.guided,
-                test_set=str(sample.metadata["test_set"]),
+                test_set=test_set,
                 seed=asked.seed,
                 response=response,
             ),
-            scores or tuple(_unscored(asked, response)),
+            scores or tuple(_unscored(asked, response, given[test_set])),
         )
+
+
+def _test_set(sample: "EvalSample") -> str:
+    return str(sample.metadata["test_set"])
+
+
+def _judged(sample: "EvalSample", path: Path) -> list[Judged]:
+    return [
+        parse_row(Judged, score.metadata[KEY], f"{path}, sample {sample.id}")
+        for score in (sample.scores or {}).values()
+        if score.metadata and KEY in score.metadata
+    ]
 
 
 def _failed(asked: Asked, sample: "EvalSample") -> Response:
@@ -178,8 +195,13 @@ def _failed(asked: Asked, sample: "EvalSample") -> Response:
     return Response(prompt=prompt, text="", guided=asked.guided, error=str(why))
 
 
-def _unscored(asked: Asked, response: Response) -> Iterator[Score]:
-    for metric, judge in asked.judges.items():
+def _unscored(asked: Asked, response: Response, given: set[str]) -> Iterator[Score]:
+    """No score of the judges that had something to say of the test set's other answers."""
+    for called, judge in asked.judges.items():
+        due = base_metric(called) == REFUSALS
+        metric = refusal_metric(response.prompt) if due else called
+        if given and metric not in given:
+            continue
         yield Score(
             response_id=response.id,
             metric=metric,

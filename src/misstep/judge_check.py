@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from misstep.claims import LOCK, claimed
+from misstep.data.columns import LAYOUT
 from misstep.data.labelled import Case, DataSet, load_labelled
-from misstep.data.sources import Source, check_source
+from misstep.data.sources import Source, check_source, rows
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
 from misstep.engines.choose import Chosen
@@ -79,7 +80,38 @@ def labelled_sets(
         DataError: what is wrong with a file, a line or a mapping.
     """
     mapped = _fields(fields)
-    return _named(data, [load_labelled(_source(name, mapped), metric) for name in data])
+    if mapped and all(map(_says_itself, data)):
+        raise DataError(
+            f"--field: {data[0]} says itself how its data are read. Map columns there, under "
+            "'fields'."
+        )
+    sources = _with_own([_source(name, mapped) for name in data])
+    return _named(data, [load_labelled(source, metric) for source in sources])
+
+
+def _says_itself(name: str) -> bool:
+    """Whether this is a YAML file that says how to read data; --field is of the others."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def _with_own(sources: list[Source]) -> list[Source]:
+    """The sources, each without the optional columns that only others have.
+
+    A column that none has stays, and is refused when the data are read.
+    """
+    if len(sources) == 1 or not any(set(of.fields) - LAYOUT for of in sources):
+        return sources
+    plain = [of.model_copy(update={"fields": {}}) for of in sources]
+    columns = [{name for _, row in rows(of) for name in row} for of in plain]
+    known = set().union(*columns)
+
+    def own(source: Source, has: set[str]) -> Source:
+        kept = {
+            f: c for f, c in source.fields.items() if f in LAYOUT or c in has or c not in known
+        }
+        return source.model_copy(update={"fields": kept})
+
+    return [own(source, has) for source, has in zip(sources, columns, strict=True)]
 
 
 def _fields(mapped: Sequence[str]) -> dict[str, str]:
@@ -92,13 +124,8 @@ def _fields(mapped: Sequence[str]) -> dict[str, str]:
 
 def _source(name: str, fields: dict[str, str]) -> Source:
     """A file or a Hugging Face data set; or a YAML file that says how to read one."""
-    if name.endswith((".yaml", ".yml")):
+    if _says_itself(name):
         data, lines = read_yaml(Path(name), DataError)
-        if fields:
-            raise DataError(
-                f"--field: {name} says itself how its data are read. Map columns there, under "
-                "'fields'."
-            )
         source = check(Source, data, DataError, name, lines)
     else:
         source = check(Source, {"path": name, "fields": fields}, DataError, f"data {name}")

@@ -28,6 +28,8 @@ from misstep.report.sheet import write_sheet_page
 from misstep.report.view import ends, setting_of
 
 FOLDER = "sheet"
+BOM = "\ufeff"
+"""A mark that tells spreadsheets that a file is UTF-8."""
 
 
 def write_sheet(run: Path, a: str | None, b: str | None, n: int, seed: int) -> Path:
@@ -52,8 +54,7 @@ def write_sheet(run: Path, a: str | None, b: str | None, n: int, seed: int) -> P
     key = Key(seed=seed, a=one.name, b=other.name, items=tuple(items))
     _refuse_used(folder, key, sheet_csv(items))
     write_json(folder / "key.json", key.model_dump(mode="json", by_alias=True))
-    # With a mark that tells spreadsheets that it is UTF-8.
-    write_text(folder / "sheet.csv", "\ufeff" + sheet_csv(items))
+    write_text(folder / "sheet.csv", BOM + sheet_csv(items))
     write_sheet_page(folder / "sheet.html", items, _mistake(run))
     return folder
 
@@ -64,7 +65,7 @@ def _refuse_used(folder: Path, key: Key, sheet: str) -> None:
     written = folder / "sheet.csv"
     if path.exists() and read_json(path, Key) != key:
         why = "key.json of another sheet, whose ratings could no longer be read"
-    elif written.exists() and written.read_bytes().decode("utf-8-sig") != sheet:
+    elif written.exists() and written.read_bytes() != f"{BOM}{sheet}".encode():
         why = "sheet.csv with something written into it"
     else:
         return

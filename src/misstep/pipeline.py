@@ -165,7 +165,8 @@ class Run:
                 f"methods: expected one that trains, found {', '.join(self.config.methods)}."
             )
         mistakes = self.induce()
-        rows = self.rows(self.collected(mistakes, self.analyse(mistakes)))
+        analyses = self.analyse(mistakes) if self._needs_analyses else []
+        rows = self.rows(self.collected(mistakes, analyses))
         found = {name: [r for r in of if isinstance(r, Example)] for name, of in rows.items()}
         shown = found.get(FOCUS, list(found.values())[-1])
         return show_mask(self.model, shown, count, self.config.train.max_length)

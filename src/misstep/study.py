@@ -11,7 +11,7 @@ model is in memory at a time; the judge comes last, when all have answered.
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -135,20 +135,24 @@ class StudyManifest(Manifest):
     def __init__(self, folder: Path, inputs: StudyInputs) -> None:
         self.path = folder / MANIFEST
         self.data: dict[str, Any] = self._previous()
-        self.changed = self._differences(inputs.config)
+        described = _describe(inputs)
+        self.changed = self._differences(described)
         self.data.setdefault("stages", {})
-        self.data |= _describe(inputs)
+        self.data |= described
 
-    def _differences(self, config: StudyConfig) -> list[str]:
-        old = self.data.get("recipe")
+    def _differences(self, now: Mapping[str, Any]) -> list[str]:
+        """Keys of the recipe; where it is the same, what it names and has another content."""
+        old, new = self.data.get("recipe"), now["recipe"]
         if old is None:
             return []
-        if old.get("name") != config.name or "models" not in old:
+        if old.get("name") != new["name"] or "models" not in old:
             raise InputError(
                 f"{self.path.parent}: this is the directory of the recipe '{old.get('name')}', "
-                f"found when running the study '{config.name}'. Give another --out."
+                f"found when running the study '{new['name']}'. Give another --out."
             )
-        return changed_keys(old, config.model_dump(mode="json"))
+        content = ("policy", "models", "judge", "data")
+        was, now_is = ({key: of.get(key) for key in content} for of in (self.data, now))
+        return changed_keys(old, new) or changed_keys(was, now_is)
 
 
 def _describe(inputs: StudyInputs) -> dict[str, Any]:

@@ -262,6 +262,19 @@ def test_nobody_begins_before_the_time_that_the_server_gives() -> None:
     assert times[1] - times[0] >= 0.6
 
 
+def test_a_server_that_asks_for_no_wait_is_not_asked_all_at_once() -> None:
+    begun = time.monotonic()
+
+    def reply(call: Call) -> Given:
+        if time.monotonic() - begun < 0.5:
+            return 429, {"error": {"message": "wait"}}, {"Retry-After": "0"}
+        return echo(call)
+
+    with serve(reply) as served, engine(served, Patience(first_wait=0.05)) as opened:
+        found = opened.generate(asks(3))
+    assert texts(found) == [f"question {i}" for i in range(3)]
+
+
 def test_a_server_that_wants_too_long_a_wait_is_not_waited_for() -> None:
     def reply(_: Call) -> Given:
         return 429, {"error": {}}, {"Retry-After": "3600"}

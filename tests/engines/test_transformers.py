@@ -69,6 +69,17 @@ def test_what_goes_beyond_the_models_context_has_no_answer_and_moves_no_other(
             {"max_position_embeddings": 100, "rope_scaling": {"type": "yarn", "factor": 4.0}},
             400,
         ),
+        (
+            {
+                "max_position_embeddings": 160,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 100,
+                },
+            },
+            400,
+        ),
         # Llama 3.1 says how long texts may be, and not how long they were before.
         (
             {

@@ -360,7 +360,8 @@ def _listed(value: Any) -> Iterable[Any]:
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
         # CSV has no lists but as their text.
         with suppress(ValueError):
-            return list(json.loads(value))
+            listed = json.loads(value)
+            return listed if all(isinstance(key, str) for key in listed) else [value]
     return value if isinstance(value, (list, tuple)) else [value]
 
 

@@ -35,7 +35,7 @@ from misstep.data.tables import (
     is_file_name,
 )
 from misstep.documents import suggestion
-from misstep.errors import DataError
+from misstep.errors import DataError, NoPrompts
 from misstep.records import Mistake, MistakeSource, Prompt, digest, text_digest
 
 ENCODING = "utf-8-sig"
@@ -179,7 +179,7 @@ def load_prompts(source: Source, seed: int) -> Sequence[Prompt]:
         if wanted(source, prompt) and seen.add(_asked(prompt)):
             found.add(prompt)
     if not found:
-        raise DataError(
+        raise NoPrompts(
             f"{source.path}: expected prompts, found none among those that 'questions' and "
             "'answered' let through. Change these keys, or give other data."
         )

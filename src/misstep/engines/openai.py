@@ -182,10 +182,11 @@ class OpenAIEngine(Engine):
         patience = self.patience
         if number == patience.tries or self._end.is_set():
             return None
-        if fault.wait is not None:
-            return fault.wait if fault.wait <= patience.longest_wait else None
         doubled: float = patience.first_wait * 2.0 ** (number - 1)
-        return min(patience.longest_wait, doubled)
+        if fault.wait is not None and fault.wait > patience.longest_wait:
+            return None
+        # A server that asks for no wait, or a short one, need not be ready by then.
+        return max(fault.wait or 0.0, min(patience.longest_wait, doubled))
 
     def _given_up(self, fault: Fault, tries: int) -> Completion:
         if self._end.is_set():

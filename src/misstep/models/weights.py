@@ -147,12 +147,14 @@ def context_length(model: Model) -> int | None:
         said = header.values.get(f"{header.architecture}.context_length")
         return int(said) if said else None
     config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
+    config = config.get("text_config") or config
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    # Of these kinds the configuration names what was trained before positions were stretched.
-    stretched = rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn")
-    return round(longest * (rope.get("factor", 1) if stretched else 1)) if longest else None
+    if longest and rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn"):
+        # Stretched positions; some configurations name the length before, some that after.
+        before = rope.get("original_max_position_embeddings", longest)
+        return int(before * rope.get("factor", 1))
+    return int(longest) if longest else None
 
 
 def free() -> None:

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from misstep.data.held_out import told
-from misstep.evidence.results import FOCUS, Comparison, Metric, Results, read_results
+from misstep.evidence.results import (
+    FOCUS,
+    Comparison,
+    Metric,
+    Results,
+    adjusted,
+    read_results,
+)
 from misstep.report.compared import (
     between_variants,
     by_test_set,
@@ -26,6 +33,7 @@ from misstep.report.words import direction, duration, metric_title, plain, rate
 
 SHOWN = ("vanilla/unguided", "sft/guided")
 """What a comparison's page sets the others against; guided SFT may be missing in none."""
+HOLM = "The adjusted p is Holm's, for all comparisons of one metric and test set"
 CORRECTED = (
     "Corrected: the rate that the judge's verdicts stand for (Rogan and Gladen), with an "
     "interval that holds what is not known of the judge's errors. It supposes that the judge "
@@ -61,7 +69,9 @@ def markdown_page(folder: Path) -> str:
 def _paired(results: Results) -> list[str]:
     if not results.comparisons:
         return []
-    return ["## Paired differences (a minus b)", _comparisons_table(results.comparisons)]
+    found = adjusted(results.comparisons)
+    about = [c for c in found if c.a.startswith(f"{FOCUS}/")]
+    return ["## Paired differences (a minus b)", HOLM + ".", _differences(about or found)]
 
 
 def _overlaps(manifest: dict[str, Any]) -> list[str]:
@@ -103,8 +113,8 @@ def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
         pooled_table(results),
         *([CORRECTED] if is_corrected(results) else []),
         "## Paired differences (a minus b)",
-        "The adjusted p is Holm's, for all comparisons of one metric and test set, which "
-        "`results.json` holds; shown are those with the untrained model and with guided SFT.",
+        f"{HOLM}, which `results.json` holds; shown are those with the untrained model and "
+        "with guided SFT.",
         _differences(_shown(results.comparisons)),
         *_between(results.comparisons),
         *_agreements(results),
@@ -159,21 +169,6 @@ def rows_table(results: Results, only: Sequence[str] = ()) -> str:
             continue
         cells = [metric_cell(row.metrics.get(m), m) for m in metrics]
         lines.append(line([row.test_set, row.method, "yes" if row.guided else "no", *cells]))
-    return "\n".join(lines)
-
-
-def _comparisons_table(comparisons: Iterable[Comparison]) -> str:
-    lines = table(["metric", "test set", "a", "b", "difference", "95 % interval", "p", "n"])
-    lines += [
-        line(
-            [
-                *(c.metric, c.test_set, c.a, c.b, f"{c.difference:+.3f}"),
-                *(f"{c.low:+.3f} to {c.high:+.3f}", f"{c.p:.2g}", str(c.n)),
-            ]
-        )
-        for c in comparisons
-        if c.a.startswith(f"{FOCUS}/")
-    ]
     return "\n".join(lines)
 
 
