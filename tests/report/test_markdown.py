@@ -112,7 +112,7 @@ def test_the_readmes_table_of_repairs_holds_the_committed_rates() -> None:
     rows = re.findall(
         r"^\| .* \| (.*) \| \[(.*)\]\((.*)\.md\) \| (.*) \|$", table, re.MULTILINE
     )
-    assert len(rows) == 4
+    assert len(rows) == 5
     for trained, obeyed, page, answered in rows:
         pooled = read_results(ROOT / page / "results.json").pooled
         for metric, shown in (("mistake_rate", obeyed), ("helpfulness", answered)):
@@ -120,7 +120,7 @@ def test_the_readmes_table_of_repairs_holds_the_committed_rates() -> None:
                 p.setting.method: f"{100 * p.value:.1f} %"
                 for p in pooled
                 if p.value is not None and (p.test_set, p.metric) == ("attacks", metric)
-                if not p.setting.guided
+                if p.setting.guided == ("guided" in trained)
                 and p.setting.variant in ("", "good_answers.source=self")
             }
             methods = re.findall(r"`([a-z_]+)`", trained)

@@ -42,7 +42,7 @@ class AnalyseSettings(Settings):
     engine: str = "self"
     """`self`, or another model: a Hub id, a folder, a GGUF file, `openai:MODEL@URL`."""
     n: Annotated[int, Field(ge=1)] = 4
-    """So many samples at most for one mistake."""
+    """Most samples for one mistake."""
     gate: bool = True
     """Whether only analyses are kept that name the fault; the paper keeps all."""
     guided: bool = True
