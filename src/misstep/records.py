@@ -128,8 +128,9 @@ class Prompt(TextRecord):
     @property
     def transcript(self) -> str:
         """All turns with their roles; a lone user turn stands for itself."""
-        if [m.role for m in self.messages] == ["user"]:
-            return self.text
+        first = self.messages[0]
+        if len(self.messages) == 1 and first.role == "user":
+            return first.content
         return "\n\n".join(f"{m.role.capitalize()}: {m.content}" for m in self.messages)
 
 
