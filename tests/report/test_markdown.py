@@ -11,6 +11,7 @@ import pytest
 from misstep.errors import DataError
 from misstep.evidence.results import Comparison, adjusted, read_results
 from misstep.evidence.study_results import read_study
+from misstep.report.check_markdown import check_markdown
 from misstep.report.compared import write_picture
 from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
@@ -30,6 +31,7 @@ PROSE |= {ROOT / "docs/results/README.md": RUNS, ROOT / "README.md": RUNS}
 """Pages, and the results that they speak of."""
 CARDS = [path for path in (ROOT / "docs/results").glob("judges") if path.is_dir()]
 PICTURES = sorted((ROOT / "docs/results").glob("*/picture.svg"))
+CHECKS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/check.json"))
 STUDIES = sorted(path.parent for path in (ROOT / "docs/results").glob("*/study.json"))
 
 
@@ -77,6 +79,12 @@ def test_a_study_page_is_made_from_its_study(study: Path) -> None:
     assert study_markdown(study) in page, (
         f"make it anew: misstep report --markdown docs/results/{study.name}"
     )
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_the_page_of_a_check_is_made_from_its_numbers(check: Path) -> None:
+    page = (check.parent / f"{check.name}.md").read_text(encoding="utf-8")
+    assert check_markdown(check) in page
 
 
 @pytest.mark.parametrize("cards", CARDS, ids=lambda cards: cards.name)

@@ -23,7 +23,8 @@ class PreferenceSettings(Settings):
     """What training on pairs does otherwise: direct preference optimisation."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the model is held to the reference; the paper's value (arXiv 2305.18290) and TRL's."""
+    """How strongly the model is held to the reference; the paper's value (arXiv 2305.18290) and
+    TRL's."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """In place of `train.learning_rate`, at which training on pairs makes a model forget how to
     write. TRL 1.16 trains
