@@ -442,8 +442,9 @@ def test_a_judge_that_was_trained_again_is_a_change_and_former_results_stay(
     first = (finished / "results.json").read_bytes()
     run(*given, Silent())
     assert not (finished / "former/2").exists(), "the same judge is no change"
-    again = ([str(tmp_path / "labelled.jsonl")], str(tiny_model), "mistake_rate", [])
-    train_judge(read_train_inputs(*again, ["epochs=2", "dev=0.3"]), folder, Silent())
+    data, settings = [str(tmp_path / "labelled.jsonl")], ["epochs=2", "dev=0.3"]
+    again = read_train_inputs(data, str(tiny_model), "mistake_rate", [], settings)
+    train_judge(again, folder, Silent())
     heard = Heard()
     run(*given, heard)
     assert any("parts.judge" in line for line in heard.lines)

@@ -219,6 +219,7 @@ def beginnings() -> Iterator[str]:
 @pytest.mark.model
 def test_openvino_refuses_what_its_cache_cannot_hold(scratch: Path) -> None:
     with openvino(scratch) as engine:
+        assert isinstance(engine, OpenVinoEngine)
         engine._longest = None
         large, small = engine.generate([ask("Hi", max_tokens=10_000_000), ask("Hi")])
         assert large.error and "exceed OpenVINO's cache" in large.error

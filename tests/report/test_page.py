@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from misstep.errors import DataError
-from misstep.evidence.results import Metric, Results, read_results, write_results
+from misstep.evidence.results import FOCUS, Metric, Results, read_results, write_results
 from misstep.records import (
     Analysis,
     Answer,
@@ -22,7 +22,6 @@ from misstep.records import (
 from misstep.report import words
 from misstep.report.page import write_report
 from misstep.report.reading import FILES, Training, read_run
-from misstep.report.view import FOCUS
 from misstep.stages.base import Tally
 from misstep.stages.evaluate import Table
 from misstep.training.report import TrainReport

@@ -906,7 +906,7 @@ def test_checkpoints_that_take_long_are_made_more_seldom(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(trainer_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("misstep.training.trainer.time.monotonic", lambda: clock[0])
     asks, writing = trainer_module.Checkpoints(60.0), 72.0
     args, state = SimpleNamespace(device="cpu"), SimpleNamespace(global_step=1, max_steps=9)
     begun, ended = [], []
