@@ -8,9 +8,9 @@ import pytest
 from misstep.errors import InputError
 from misstep.run_folder import (
     RECORDS,
+    beside_runs,
     refuse_foreign,
     refuse_own,
-    refuse_run,
     set_aside,
     writable,
 )
@@ -45,10 +45,10 @@ def test_a_folder_with_foreign_files_is_refused_until_it_bears_the_mark(tmp_path
 
 
 def test_a_runs_directory_is_for_runs(tmp_path: Path) -> None:
-    refuse_run(tmp_path)
+    assert beside_runs(tmp_path, OWN) == tmp_path
     (tmp_path / "manifest.json").touch()
     with pytest.raises(InputError, match=r"found manifest\.json. Give another --out"):
-        refuse_run(tmp_path)
+        beside_runs(tmp_path, OWN)
 
 
 def test_a_folder_of_ones_own_is_meant_by_a_tilde(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from misstep.claims import LOCK, claimed
+from misstep.claims import claimed
 from misstep.data.labelled import REFUSALS
 from misstep.errors import DataError, InputError
 from misstep.evidence.check_results import Check
@@ -27,7 +27,7 @@ from misstep.records import (
     write_jsonl,
 )
 from misstep.report.page import write_report
-from misstep.run_folder import refuse_foreign, refuse_run, writable
+from misstep.run_folder import beside_runs
 from misstep.stages.base import no_answer
 from misstep.stages.evaluate import Table, agreements, corrections
 
@@ -104,21 +104,13 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
         comparisons=tuple(table.comparisons(FOCUS)),
         agreements=tuple(agreements(answers, judgements)),
     )
-    folder = _place(out or Path("runs") / f"inspect-{asked[0].name}")
-    with claimed(folder):
+    place = beside_runs(out or Path("runs") / f"inspect-{asked[0].name}", OWN)
+    with claimed(place) as folder:
         write_jsonl(folder / "responses.jsonl", answers)
         write_jsonl(folder / "scores.jsonl", judgements)
         write_results(folder / "results.json", results)
         write_report(folder)
     return folder
-
-
-def _place(folder: Path) -> Path:
-    """A folder in which nothing stands but what was imported before."""
-    place = writable(folder)
-    refuse_run(place)
-    refuse_foreign(place, OWN, LOCK)
-    return place
 
 
 def _read(path: Path) -> tuple[Asked, "EvalLog"]:

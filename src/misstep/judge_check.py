@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from misstep.claims import LOCK, claimed
+from misstep.claims import claimed
 from misstep.data.columns import LAYOUT
 from misstep.data.labelled import Case, DataSet, load_labelled
 from misstep.data.sources import Source, check_source, rows
@@ -34,7 +34,7 @@ from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.progress import Progress
 from misstep.records import write_jsonl
 from misstep.report.check import write_check_report
-from misstep.run_folder import refuse_foreign, refuse_run, writable
+from misstep.run_folder import beside_runs, writable
 
 OWN = ("check.json", "check.html", "judged.jsonl")
 TIE = 0.5
@@ -176,10 +176,7 @@ def check_judge(
     if trained is not None:
         writable(Path(trained))
     short = Path(judge.rpartition(":")[2]).name.removesuffix(".yaml").removesuffix(".yml")
-    place = writable(out or Path("runs") / f"check-{short}")
-    refuse_run(place)
-    refuse_foreign(place, OWN, LOCK)
-    with claimed(place) as folder:
+    with claimed(beside_runs(out or Path("runs") / f"check-{short}", OWN)) as folder:
         _check_into(folder, inputs, progress)
     return folder
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from misstep import __version__
-from misstep.claims import LOCK, claimed
+from misstep.claims import claimed
 from misstep.config import parse_override, put
 from misstep.data.labelled import Case, DataSet, Part, part_of
 from misstep.data.sources import question_of
@@ -42,7 +42,7 @@ from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, load_weights, locate
 from misstep.progress import Progress
 from misstep.records import digest
-from misstep.run_folder import refuse_foreign, refuse_run, writable
+from misstep.run_folder import beside_runs
 from misstep.stages.base import Settings
 from misstep.training import processes
 
@@ -158,10 +158,7 @@ def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
         InputError: the folder cannot be written, or is no place for this model's classifier.
         RunError: the training failed.
     """
-    place = writable(out)
-    refuse_run(place)
-    refuse_foreign(place, OWN, LOCK)
-    with claimed(place) as folder:
+    with claimed(beside_runs(out, OWN)) as folder:
         _train_into(folder, inputs, progress)
     return folder
 

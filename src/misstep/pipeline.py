@@ -58,7 +58,7 @@ from misstep.stages.evaluate import (
     corrections,
     judge_answers,
 )
-from misstep.stages.good_answers import each_once, good_answers, with_answer
+from misstep.stages.good_answers import distinct, good_answers, with_answer
 from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
 from misstep.stages.respond import respond, whole_counted
@@ -353,7 +353,7 @@ class Run:
         """The training rows of every method of the recipe."""
         mistakes, analyses = collected.mistakes, collected.analyses
         asked = self.inputs.prompts or (m.prompt for m in mistakes)
-        prompts = each_once(asked)
+        prompts = distinct(asked)
         answered = self._answered(prompts)
 
         def learned(mistake: Mistake) -> Mistake:
@@ -414,7 +414,7 @@ class Run:
         """The pairs, and the prompts that mistakes were collected on, whether made or not."""
         pairs = [row for row in rows if isinstance(row, Pair)]
         asked = self.inputs.prompts or [Prompt(messages=pair.messages) for pair in pairs]
-        prompts, helpful = each_once(asked), self.inputs.helpful
+        prompts, helpful = distinct(asked), self.inputs.helpful
         return rewarded.Feedback(prompts, helpful or pairs, pairs if helpful else ())
 
     def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:

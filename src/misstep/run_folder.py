@@ -17,6 +17,7 @@ from shutil import copy2
 from typing import Any, ClassVar
 
 from misstep import __version__
+from misstep.claims import LOCK
 from misstep.config import changed_keys
 from misstep.data.sources import source_digest
 from misstep.errors import InputError
@@ -78,17 +79,24 @@ def refuse_foreign(folder: Path, own: Iterable[str], mark: str) -> None:
         )
 
 
-def refuse_run(folder: Path) -> None:
-    """Pass where a command that is no run's would write nothing into a run's directory.
+def beside_runs(folder: Path, own: Iterable[str]) -> Path:
+    """Make the directory of a command that is no run's; nothing but its own is overwritten.
+
+    Args:
+        folder: the directory that is to be filled.
+        own: the names that are written there; once claimed, it bears a lock.
 
     Raises:
-        InputError: a run's manifest stands there.
+        InputError: it cannot be written, is a run's, or holds somebody else's files.
     """
-    if (folder / MANIFEST).exists():
+    place = writable(folder)
+    if (place / MANIFEST).exists():
         raise InputError(
-            f"{folder}: expected another folder than that of a run, whose report and results "
+            f"{place}: expected another folder than that of a run, whose report and results "
             f"would no longer be its own; found {MANIFEST}. Give another --out."
         )
+    refuse_foreign(place, own, LOCK)
+    return place
 
 
 def refuse_own(folder: Path, own: Iterable[str], read: Mapping[str, str | None]) -> None:

@@ -11,7 +11,7 @@ from misstep.judges.rule import RefusalJudge
 from misstep.policy import load_policy
 from misstep.records import Message, Prompt, Response, Score
 from misstep.stages.base import Tally
-from misstep.stages.good_answers import GoodAnswerSettings, each_once, good_answers, with_answer
+from misstep.stages.good_answers import GoodAnswerSettings, distinct, good_answers, with_answer
 
 POLICY = load_policy("goal-hijacking")
 PROMPTS = [Prompt.of(f"case {i}", reference=f"annotated {i}") for i in range(3)]
@@ -110,7 +110,7 @@ def test_a_question_is_asked_once_whatever_else_is_known_of_it() -> None:
     one, other = (prompt.model_copy(update={"reference": None}) for prompt in PROMPTS[:2])
     known = one.model_copy(update={"topic": "law", "reference": "R"})
     asked = [one, known, other, one.model_copy(update={"topic": "health"})]
-    assert each_once(asked) == [known, other]
+    assert distinct(asked) == [known, other]
 
 
 def test_annotated_answers_are_not_looked_at() -> None:

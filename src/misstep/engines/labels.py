@@ -8,6 +8,7 @@ knows no other engine and no judge.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from misstep.errors import EngineError, ModelError
 from misstep.guard import Guard
 from misstep.models.precision import device, weights_dtype
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, free, load_weights
+from misstep.models.weights import Model, context_length, free, load_weights
 from misstep.records import Message, digest
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class LabelEngine(Engine):
         self.identity = identity(model, guard)
         self._device = torch.device(device())
         self._model: PreTrainedModel | None = load_weights(model).to(self._device)
-        self._longest = int(self._model.config.max_position_embeddings)
+        self._longest = context_length(model) or sys.maxsize
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The probabilities for every request, in order."""

@@ -90,7 +90,7 @@ def good_answers(
         )
 
 
-def each_once(prompts: Iterable[Prompt]) -> list[Prompt]:
+def distinct(prompts: Iterable[Prompt]) -> list[Prompt]:
     """Prompts of the same words once, in order; with a reference, where one of them has some.
 
     Labels of its answers, such as a category, make a question's prompts different records.
