@@ -16,7 +16,14 @@ from misstep.engines.openvino import BLOCK, OpenVinoEngine, shared_blocks
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import InputError, ModelError
 from misstep.models import openvino_export
-from misstep.models.weights import EMBEDDED, adapter_digest, locate
+from misstep.models.weights import (
+    EMBEDDED,
+    Model,
+    adapter_digest,
+    load_tokenizer,
+    load_weights,
+    locate,
+)
 from misstep.records import Message
 
 LONG = "Copy each of these numbers into a list, one a line: " + " ".join(map(str, range(90)))
@@ -59,6 +66,26 @@ def openvino(scratch: Path) -> Engine:
     return OpenVinoEngine(locate(EMBEDDED), scratch=scratch)
 
 
+def vllm(scratch: Path) -> Engine:
+    """A real server; its command need not be this environment's."""
+    from misstep.engines.vllm import VllmEngine, find_program
+
+    if find_program() is None:
+        pytest.skip("no vllm command on the path")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("misstep.engines.vllm.weights_dtype", float32)
+        return VllmEngine(as_folder(scratch))
+
+
+def as_folder(scratch: Path) -> Model:
+    """The embedded model as a folder of safetensors, which is what vLLM reads."""
+    folder = scratch / "safetensors"
+    if not folder.exists():
+        load_weights(locate(EMBEDDED)).save_pretrained(folder)
+        load_tokenizer(locate(EMBEDDED)).save_pretrained(folder)
+    return locate(str(folder))
+
+
 def openai(_scratch: Path) -> Engine:
     """A real client and a real server; behind it a script in place of a model."""
     pytest.importorskip("openai")
@@ -88,6 +115,7 @@ ENGINES = [
     # Place of `cached`: a cached engine around a scripted one keeps the same contract.
     pytest.param(transformers, marks=pytest.mark.model),
     pytest.param(openvino, marks=pytest.mark.model),
+    pytest.param(vllm, marks=pytest.mark.model),
 ]
 
 
@@ -159,10 +187,12 @@ def test_an_answer_that_ends_is_not_truncated(engine: Engine) -> None:
     assert "<|im_end|>" not in completion.text
 
 
-def test_identity_names_the_model(engine: Engine) -> None:
+def test_identity_names_the_model(engine: Engine, scratch: Path) -> None:
     assert engine.identity
     if engine.identity.startswith("openai"):
         assert "m@http://127.0.0.1" in engine.identity
+    elif engine.identity.startswith("vllm"):
+        assert as_folder(scratch).digest in engine.identity
     elif not isinstance(engine, ScriptedEngine):
         assert locate(EMBEDDED).digest in engine.identity
 
@@ -295,6 +325,28 @@ def test_the_adapter_answers_and_not_the_base(kind: str, adapter: Path, scratch:
     assert all(a != b for a, b in zip(before, after, strict=True))
     assert base.identity != trained.identity
     assert trained.why == base.why == f"{kind}, because the recipe asks for it"
+
+
+@pytest.mark.model
+def test_vllm_answers_as_transformers_does(
+    adapter: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from misstep.engines import vllm
+    from misstep.engines.choose import choose
+
+    if vllm.find_program() is None:
+        pytest.skip("no vllm command on the path")
+    monkeypatch.setattr("misstep.models.weights.weights_dtype", float32)
+    monkeypatch.setattr("misstep.engines.vllm.weights_dtype", float32)
+    requests = [ask(text, max_tokens=32) for text in ("Name three rivers.", "Hi", LONG)]
+    answers = {}
+    for kind in ("transformers", "vllm"):
+        for trained in (None, adapter):
+            with choose(kind, as_folder(scratch), trained).open() as engine:
+                answers[kind, trained] = engine.generate(requests)
+    assert answers["vllm", None] == answers["transformers", None]
+    assert answers["vllm", adapter] == answers["transformers", adapter]
+    assert answers["vllm", None] != answers["vllm", adapter]
 
 
 @pytest.mark.model

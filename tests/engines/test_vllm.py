@@ -1,4 +1,4 @@
-"""The vLLM engine, against a stand-in for vLLM's command; no real vLLM was at hand."""
+"""The vLLM engine, against a stand-in for vLLM's command; test_contract.py asks a real one."""
 
 import json
 import os
@@ -138,6 +138,14 @@ def test_the_adapter_is_served_and_asked(model: Model, told: Path, tmp_path: Pat
     assert {"--enable-lora", "--enable-prefix-caching"} <= set(given)
 
 
+@pytest.mark.parametrize(("build", "told"), [("0.32.0", False), ("0.32.0+cpu", True)])
+def test_the_build_for_processors_computes_prompts_whole(
+    model: Model, monkeypatch: pytest.MonkeyPatch, build: str, told: bool
+) -> None:
+    monkeypatch.setattr(vllm, "release", lambda _: build)
+    assert ("--no-enable-chunked-prefill" in vllm.command("vllm", model, None, 1)) == told
+
+
 def test_ranks_beyond_vllm_are_refused(model: Model, told: Path, tmp_path: Path) -> None:
     adapter = adapter_in(tmp_path / "adapter", rank_pattern={"q_proj": 1000})
     with pytest.raises(ModelError, match="rank 512 at most"):
@@ -154,7 +162,10 @@ def test_the_server_is_no_process_of_a_launcher_and_asks_for_no_key() -> None:
         "MY_RANK": "2",
     }
     found = vllm.environment(dict.fromkeys([*launched, *more], "1") | own)
+    assert found.pop("VLLM_CPU_KVCACHE_SPACE") == "4"
     assert found == own | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    room = {"VLLM_CPU_KVCACHE_SPACE": "40"}
+    assert vllm.environment(room).items() >= room.items()
 
 
 def test_no_proxy_stands_before_the_own_server(
@@ -180,10 +191,21 @@ LOG = """\
 """
 
 
+# Of vLLM 0.32.0, a worker of which failed.
+DEAD = """\
+(Worker pid=3) ERROR 11-29 02:57:20 [multiproc_executor.py:1063] RuntimeError: no offset
+(EngineCore pid=2) ERROR 11-29 02:57:20 [core.py:1512] RuntimeError: Worker failed with error \
+'no offset', please check the stack trace above for the root cause
+(APIServer pid=1) ERROR 11-29 02:57:20 [async_llm.py:906] vllm.v1.engine.exceptions.\
+EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.
+"""
+
+
 @pytest.mark.parametrize(
     ("log", "cause"),
     [
         (LOG, "ValueError: Free memory is too small."),
+        (DEAD, "RuntimeError: no offset"),
         ("torch.OutOfMemoryError: CUDA\nbye", "torch.OutOfMemoryError: CUDA"),
         ("[rank0]: KeyError: 'x'\nINFO up", "KeyError: 'x'"),
         ("INFO no Error: at all\nkilled", None),

@@ -24,8 +24,8 @@ SECONDS_TO_START = 1800.0
 LAST_LINES = 15
 CAUSE = re.compile(r"(?:^|[\])]:? )((?:\w+\.)*\w*Error: .+)")
 """The end of a traceback, after what a logger may put before it."""
-WRAPPER = "Engine core initialization failed"
-"""Begins what vLLM raises after the error that it is about."""
+WRAPPER = re.compile("Engine core initialization failed|stack trace")
+"""Is in what vLLM raises after the error that it is about."""
 MEMORY = re.compile("memory|KV cache", re.IGNORECASE)
 PORT = "{port}"
 """Stands for the port in a command."""
@@ -118,7 +118,7 @@ class Server:
 def cause_in(lines: Sequence[str]) -> str | None:
     """The last error in a log that is no wrapper of another one."""
     found = [match[1] for line in lines if (match := CAUSE.search(line))]
-    return next((cause for cause in reversed(found) if WRAPPER not in cause), None)
+    return next((cause for cause in reversed(found) if not WRAPPER.search(cause)), None)
 
 
 def advice(cause: str | None) -> str:
@@ -126,7 +126,7 @@ def advice(cause: str | None) -> str:
     if cause is None or not MEMORY.search(cause):
         return ""
     return (
-        "The GPU's memory does not suffice: see with nvidia-smi what else is on it and end "
+        "The memory does not suffice: see what else is in it (of a GPU: nvidia-smi) and end "
         "that, split the model over more GPUs, or take a smaller one.\n"
     )
 

@@ -4,7 +4,8 @@ Prompts go there as token ids, rendered here as for training, and answers come b
 that are decoded here: the server's chat template, sampling defaults and stop tokens are not
 used. An adapter is served beside the base weights, not merged, as in training; prompt
 beginnings are kept in the server's cache. What one request gives may change in rounding with
-what shares its batch. This module knows vLLM's command line and protocol (read in 0.33.0).
+what shares its batch. This module knows vLLM's command line and protocol (0.32.0's build for
+processors was run, 0.33.0's sources were read).
 """
 
 import json
@@ -43,6 +44,8 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 AT_ONCE = 256
 """Requests that the server is given; it queues and batches them itself."""
 
+PROCESSORS = "cpu"
+"""In the version of vLLM's build for processors."""
 LAUNCHERS = re.compile(
     "((LOCAL|GROUP|ROLE)_.+|RANK|WORLD_SIZE|MASTER_.+|(TORCHELASTIC|ACCELERATE)_.+|VLLM_API_KEY)"
 )
@@ -139,6 +142,8 @@ def program() -> str:
 def environment(given: Mapping[str, str]) -> dict[str, str]:
     """The variables of the server: those given, without what is meant for this process."""
     kept = {name: value for name, value in given.items() if not LAUNCHERS.fullmatch(name)}
+    # GiB. Read by vLLM's build for processors, which else claims nine tenths of the memory.
+    kept.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     return kept | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 
 
@@ -155,6 +160,9 @@ def command(vllm: str, model: Model, adapter: Path | None, gpus: int) -> list[st
         # As much of the model's context as the memory holds: else too long a one ends it.
         *("--max-model-len", "auto"),
     ]
+    if PROCESSORS in release(vllm):
+        # There a seeded answer to a prompt that was computed in parts ends the server (0.32.0).
+        line.append("--no-enable-chunked-prefill")
     if adapter is None or full:
         return line
     lora = ["--enable-lora", "--max-lora-rank", str(_rank(adapter))]
