@@ -54,6 +54,8 @@ def test_a_right_document_becomes_its_schema(tmp_path: Path) -> None:
         ),
         ("name: [1\nother: 2\n", "no valid YAML. Line 2"),
         ("name: 2026-13-45\n", "no valid YAML (month must be"),
+        ("name: &a [*a]\n", "a value without an end"),
+        ("name: " + 2000 * "[" + "\n", "a value without an end"),
         ("- name\n", "expected keys with values, found a list"),
         ("", "found an empty file"),
         ("name: A b\n", "line 1: 'name': expected text that matches ^[a-z]+$ (found 'A b')"),

@@ -66,8 +66,14 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
+        places = list(_lines(node, ()))
     except yaml.YAMLError as fault:
         raise error(f"{path}: no valid YAML. {_where(fault)}") from fault
+    except RecursionError as fault:
+        raise error(
+            f"{path}: expected keys with values, found a value without an end: an alias "
+            "(*name) inside of its own anchor (&name), or too many brackets. Write it out."
+        ) from fault
     except ValueError as fault:
         # What looks like a date and is none.
         raise error(f"{path}: no valid YAML ({fault}). Put what is text in quotes.") from fault
@@ -75,7 +81,7 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise error(f"{path}: expected keys with values, found {found}.")
     lines: dict[KeyPath, int] = {}
-    for keys, line in _lines(node, ()):
+    for keys, line in places:
         if keys in lines:
             name = ".".join(map(str, keys))
             raise error(
