@@ -116,13 +116,11 @@ def ours(guided: bool = False) -> list[Row]:
 
 
 def metrics(rows: Any) -> dict[tuple[str, str], Any]:
-    """Rates by test set; what is unscored in a set that a judge has nothing to say of is not
-    counted by us and is by inspect, whose scorers see every sample."""
+    """Rates by test set."""
     return {
-        (row.test_set, name): (m.value, m.low, m.high, m.n)
+        (row.test_set, name): (m.value, m.low, m.high, m.n, m.unscored)
         for row in rows
         for name, m in row.metrics.items()
-        if m.n
     }
 
 

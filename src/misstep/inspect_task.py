@@ -63,12 +63,13 @@ def recipe(
     _check("test_set", test_set, ["", *tests])
     _check("method", method, list(METHODS))
     chosen = {name: of for name, of in tests.items() if test_set in ("", name)}
-    prompts = [prompt for of in chosen.values() for prompt in of]
     every = _seats(config, policy)
     checks = tuple(map(read_judge_check, config.evaluate.judge_check))
     corrections(checks, {seat.metric: seat.judge.name for seat in every})
-    seats = [seat for seat in every if any(map(seat.applies, prompts))]
-    named = {seat.metric: seat.judge.name for seat in seats}
+    # As in a run: all answers of a test set, or none where no prompt is for the judge.
+    sets = [[name for name, of in chosen.items() if any(map(s.applies, of))] for s in every]
+    seats = [(seat, names) for seat, names in zip(every, sets, strict=True) if names]
+    named = {seat.metric: seat.judge.name for seat, _ in seats}
     asked = Asked(
         name=config.name,
         policy=policy.name,
@@ -89,7 +90,7 @@ def recipe(
             name=test_set or config.name,
         ),
         solver=generate(),
-        scorer=[_scorer(seat, policy, asked) for seat in seats],
+        scorer=[_scorer(seat, names, policy, asked) for seat, names in seats],
         config=GenerateConfig(
             max_tokens=config.respond.max_tokens + METHODS[method].spare_tokens,
             temperature=config.respond.temperature,
@@ -145,11 +146,13 @@ def _turn(
     return TURNS[message.role](content=message.content)
 
 
-def _scorer(seat: Seat, policy: Policy, asked: Asked) -> Scorer:
+def _scorer(seat: Seat, sets: Sequence[str], policy: Policy, asked: Asked) -> Scorer:
     @scorer(metrics=[mean(), stderr()], name=seat.metric)  # type: ignore[untyped-decorator]
     def of_judge() -> Scorer:
         async def score(state: TaskState, target: Target) -> InspectScore:
             del target
+            if state.metadata["test_set"] not in sets:
+                return InspectScore.unscored(explanation="no prompt of the set is for it")
             return _scored(seat, _response(policy, asked, state.metadata, state.output))
 
         return score
