@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from misstep.bench.measure import Job, gemm_share, gpus, machine, peer_side, tak
 from misstep.bench.overhead import overhead
 from misstep.bench.peers import installed_servers
 from misstep.bench.run import bench_generate, bench_train, equal_first_tokens
-from misstep.bench.sides import gemm, peak_memory_mb
+from misstep.bench.sides import family, gemm, peak_memory_mb
 from misstep.errors import InputError, RunError
 from misstep.models.weights import locate
 from misstep.progress import Silent
@@ -236,6 +237,19 @@ def test_the_memory_is_this_programs_own() -> None:
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     if Path("/proc/self/status").exists():
         assert int(shown.stdout) < len(held) / 2**20 < peak_memory_mb()
+
+
+def test_a_servers_children_belong_to_it() -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("asks Linux")
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as parent:
+        until = time.monotonic() + 60
+        while len(found := list(family(str(parent.pid)))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert found[0] == str(parent.pid) and len(found) == 2
+        assert parent.stdin
+        parent.stdin.write(b"\n")
 
 
 def test_overhead_takes_every_record_through_every_stage(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def installed_servers(model: Model) -> list[Peer]:
             name,
             "generate_served",
             {"command": command, "program": found},
-            f"{program}, asked over HTTP by our openai engine; memory is that of the process "
-            "that was started, without its children",
+            f"{program}, asked over HTTP by our openai engine; memory is that of all its "
+            "processes, each at its peak",
         )
         for name, (program, command) in SERVERS.items()
         if readable[name] and (found := shutil.which(program))

@@ -191,10 +191,14 @@ def _until_end(tokens: list[int], end: int) -> list[int]:
 def generate_served(work: Work) -> Found:
     """A server in its own process, asked over HTTP."""
     from misstep.engines.openai import OpenAIEngine
+    from misstep.engines.pace import Pace
+    from misstep.engines.vllm import AT_ONCE
     from misstep.models.endpoint import Endpoint
 
     with _server(locate(work["model"]), work["settings"]) as (url, process):
-        with OpenAIEngine(Endpoint("bench", url)) as engine:
+        # As many as there are at once, as in our vLLM engine: a server queues by itself.
+        pace = Pace(AT_ONCE, AT_ONCE)
+        with OpenAIEngine(Endpoint("bench", url), pace=pace) as engine:
             engine.generate(_requests([(Message(role="user", content=WARM_UP),)], 4))
             requests = _requests(_prompts(work), work["max_tokens"])
             started = time.monotonic()
@@ -203,9 +207,8 @@ def generate_served(work: Work) -> Found:
         if failed := [answer.error for answer in answers if answer.error]:
             raise RunError(f"the server left {len(failed)} prompts unanswered: {failed[0]}")
         tokens, texts = sum(a.tokens for a in answers), [a.text for a in answers]
-        return _found(tokens, seconds, texts=texts) | {
-            "peak_memory_mb": peak_memory_mb(str(process.pid))
-        }
+        held = sum(map(peak_memory_mb, family(str(process.pid))))
+        return _found(tokens, seconds, texts=texts) | {"peak_memory_mb": held}
 
 
 @contextmanager
@@ -362,6 +365,14 @@ def peak_memory_mb(process: str = "self") -> int:
         return fit.peak_memory_mb()
     (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) // 2**10
+
+
+def family(process: str) -> Iterator[str]:
+    """A process and all that it started and that are still there, as far as Linux tells."""
+    yield process
+    for file in Path("/proc").glob(f"{process}/task/*/children"):
+        for child in file.read_text().split():
+            yield from family(child)
 
 
 def _peak_gpu_memory_mb() -> int | None:
