@@ -119,7 +119,7 @@ def test_models_of_which_1_gib_holds_enough_have_that(
 ) -> None:
     monkeypatch.setattr(openvino, "_precision", lambda: "bf16")
     for memory in (1, 1000):
-        monkeypatch.setattr(openvino, "_memory", lambda memory=memory: memory * GIB)
+        monkeypatch.setattr(openvino, "memory_bytes", lambda memory=memory: memory * GIB)
         assert openvino._cache_blocks(shape) == blocks
 
 
@@ -142,7 +142,7 @@ def test_large_models_have_room_for_prompts_or_another_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(openvino, "_precision", lambda: precision)
-    monkeypatch.setattr(openvino, "_memory", lambda: memory * GIB)
+    monkeypatch.setattr(openvino, "memory_bytes", lambda: memory * GIB)
     monkeypatch.setattr(openvino, "_shape", lambda _: shape)
     obstacle = OpenVinoEngine.reads(locate(EMBEDDED))
     if room is None:

@@ -244,3 +244,22 @@ def test_a_model_without_a_template_asks_itself_nothing(
         assert not any(answer.truncated for answer in found)
         assert max(steps) + 1 == found[1].tokens
         assert engine.generate(asked[:1]) == found[:1]
+
+
+@pytest.mark.parametrize(
+    ("slow", "memory", "held"),
+    [(True, 1 << 40, "float32"), (True, 1, "bfloat16"), (False, 1 << 40, "bfloat16")],
+)
+def test_where_bf16_is_slow_it_answers_in_fp32_as_far_as_memory_holds_it(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, slow: bool, memory: int, held: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr("misstep.models.precision.bf16_is_slow", lambda: slow)
+    monkeypatch.setattr("misstep.models.weights.weights_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("misstep.models.weights.device", lambda: "cpu")
+    monkeypatch.setattr("misstep.models.weights.memory_bytes", lambda: memory)
+    with TransformersEngine(locate(str(tiny_model))) as opened:
+        assert opened._model
+        assert {str(p.dtype) for p in opened._model.parameters()} == {f"torch.{held}"}
+        assert opened.identity.endswith(held)

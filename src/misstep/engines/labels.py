@@ -15,9 +15,15 @@ from typing import TYPE_CHECKING, Any
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import EngineError, ModelError
 from misstep.guard import Guard
-from misstep.models.precision import device, weights_dtype
+from misstep.models.precision import device
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, context_length, free, load_weights
+from misstep.models.weights import (
+    Model,
+    answering_dtype,
+    context_length,
+    free,
+    load_for_answers,
+)
 from misstep.records import Message, digest
 
 if TYPE_CHECKING:
@@ -39,7 +45,7 @@ class LabelEngine(Engine):
         self.tokens = label_tokens(self.renderer, model, guard)
         self.identity = identity(model, guard)
         self._device = torch.device(device())
-        self._model: PreTrainedModel | None = load_weights(model).to(self._device)
+        self._model: PreTrainedModel | None = load_for_answers(model)
         self._longest = context_length(model) or sys.maxsize
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -139,7 +145,7 @@ def identity(model: Model, guard: Guard) -> str:
     import transformers
 
     release = f"labels transformers {transformers.__version__} torch {torch.__version__}"
-    precision = str(weights_dtype()).removeprefix("torch.")
+    precision = str(answering_dtype(model)).removeprefix("torch.")
     return f"{release} {device()}:{model.digest}:{digest([guard.digest, AT_ONCE])}:{precision}"
 
 

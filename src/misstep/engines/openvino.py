@@ -16,7 +16,6 @@ shares a step, since matrices of one row and attention of one token take paths o
   does.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.gguf_header import read_header
 from misstep.models.gguf_merge import merge_adapter
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
-from misstep.models.precision import bf16_is_slow
+from misstep.models.precision import bf16_is_slow, memory_bytes
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
     Model,
@@ -362,13 +361,8 @@ def _cache_blocks(of: Shape) -> int:
     number = 2 if _precision() == "bf16" else 4
     block = 2 * of.layers * of.keys * of.width * BLOCK * number
     # A quarter is for all else.
-    spare = max(0, _memory() * 3 // 4 - number * of.weights)
+    spare = max(0, memory_bytes() * 3 // 4 - number * of.weights)
     return max(CACHE_BYTES // block, min(COMPANIONS + blocks_of(ROOM), spare // block))
-
-
-def _memory() -> int:
-    """Bytes of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _pipeline(genai: Any, files: Path, blocks: int, added: Any) -> Any:

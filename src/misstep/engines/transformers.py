@@ -25,15 +25,16 @@ from misstep.engines.base import (
     too_long,
 )
 from misstep.errors import EngineError
-from misstep.models.precision import device, weights_dtype
+from misstep.models.precision import device
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
     Model,
     adapter_digest,
+    answering_dtype,
     context_length,
     free,
     halve,
-    load_weights,
+    load_for_answers,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class TransformersEngine(Engine):
 
         self.renderer = Renderer.for_model(model)
         self._device = torch.device(device())
-        self._model: PreTrainedModel | None = load_weights(model, adapter).to(self._device)
+        self._model: PreTrainedModel | None = load_for_answers(model, adapter)
         forget_habits(self._model)
         self._batch_tokens = batch_tokens
         self._longest = context_length(model)
@@ -212,7 +213,7 @@ def forget_habits(model: "PreTrainedModel") -> None:
 def identity(model: Model, adapter: Path | None) -> str:
     """What an engine for this model will be called; loads no weights."""
     trained = adapter_digest(adapter) if adapter else "base"
-    precision = str(weights_dtype()).removeprefix("torch.")
+    precision = str(answering_dtype(model)).removeprefix("torch.")
     release = f"transformers {version('transformers')} torch {version('torch')}"
     return f"{release} {device()}:{model.digest}:{trained}:{precision}"
 

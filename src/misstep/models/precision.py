@@ -3,6 +3,7 @@
 This module knows torch and processors; it knows no model.
 """
 
+import os
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -57,3 +58,8 @@ def bf16_is_slow() -> bool:
     able = torch.cpu.get_capabilities()
     since = bool(able.get("avx512_bf16") and able.get("avx512_fp16"))
     return since and "Intel" in str(able.get("cpu_name")) and not able.get("amx_bf16")
+
+
+def memory_bytes() -> int:
+    """This machine's main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -23,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 from misstep.errors import ModelError
 from misstep.models.endpoint import FORM, PREFIX, Endpoint, check_endpoint, parse_endpoint
 from misstep.models.gguf_header import is_gguf, read_header
-from misstep.models.precision import weights_dtype
+from misstep.models.precision import device, memory_bytes, products_dtype, weights_dtype
 from misstep.models.unpacked import unpacked
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2-135m"
@@ -131,6 +133,39 @@ def load_weights(model: Model, adapter: Path | None = None) -> "PreTrainedModel"
     return _from_pretrained(adapter if adapter is not None else model.files).eval()
 
 
+def load_for_answers(model: Model, adapter: Path | None = None) -> "PreTrainedModel":
+    """Load a model, on the device and in the type in which it answers fastest.
+
+    Raises:
+        ModelError: as `load_weights` does.
+    """
+    import torch
+
+    loaded: PreTrainedModel = load_weights(model, adapter).to(device())
+    # An adapter is in fp32 in any case.
+    return loaded.float() if answering_dtype(model) == torch.float32 else loaded
+
+
+def answering_dtype(model: Model) -> "torch.dtype":
+    """The type of the weights while a model answers; loads none.
+
+    That of the fastest products, where half of the memory holds it: to write a token takes
+    every weight once, and to convert them for that, as training does, would cost the gain.
+    """
+    held = weights_dtype()
+    fastest = products_dtype(held, device())
+    if fastest == held or _count(model) * fastest.itemsize > memory_bytes() // 2:
+        return held
+    return fastest
+
+
+def _count(model: Model) -> int:
+    """How many weights there are, at two bytes each where they lie in a folder."""
+    if model.is_gguf:
+        return sum(math.prod(place.shape) for place in read_header(model.files).tensors)
+    return sum(file.stat().st_size for file in model.files.glob(WEIGHTS)) // 2
+
+
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     """Load a model's tokenizer, once per process and content.
 
@@ -223,6 +258,17 @@ def file_digest(file: Path) -> str:
 def _content_hash(file: Path, _size: int, _time: int) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def share(folder: Path) -> None:
+    """Let whoever may read the configuration in a folder read the weights beside it, too.
+
+    safetensors 0.8 keeps what it writes from all but the owner (safetensors#782), and a server
+    under another account does not find the adapter.
+    """
+    mode = min(folder.glob("*config.json")).stat().st_mode
+    for file in folder.glob(WEIGHTS):
+        file.chmod(mode)
 
 
 def _embedded() -> Path:
