@@ -96,6 +96,7 @@ LAYERS = [
     "misstep.judge_check",
     "misstep.judge_train",
     "misstep.people",
+    "misstep.export",
     "misstep.inspect_log",
     "misstep.inspect_task",
     "misstep.summary",

@@ -1,5 +1,6 @@
 """The documents say what the program does."""
 
+import json
 import re
 import runpy
 import subprocess
@@ -166,3 +167,18 @@ def test_the_method_that_the_page_shows_works_and_keeps_the_budget() -> None:
     assert len(rows) == (1 + 2 + 1) * len(analyses)
     guided = {policy.guided_prompt(prompt) for prompt in asked}
     assert sum(row.messages in guided for row in rows) == 3 * len(analyses)
+
+
+def test_the_table_of_served_exports_is_what_the_servers_answered() -> None:
+    page = (ROOT / "docs/evaluators.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "docs/results/bench/served-export.json").read_text())["rows"]
+    said = [
+        line for line in page.splitlines() if line.startswith(("| llama.cpp", "| vLLM", "| tr"))
+    ]
+    assert said == [
+        f"| {row['server']} | {row['served']} | {'yes' if row['guided'] else 'no'} "
+        f"| {row['answers']} | {row['equal']} | {row['attacks']} "
+        f"| {row['obeyed_in_the_run']}, {row['obeyed_as_served']} |"
+        for row in found
+    ]
+    assert not any(row["failed"] for row in found)

@@ -181,6 +181,39 @@ def study(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  
     print_study(folder)
 
 
+@app.command()
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="The directory of a run or of a comparison.", show_default=False
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", help="A new folder, or NAME.gguf where the model is a GGUF file."
+        ),
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="Whose model; of a comparison, a folder in its `adapters`."
+        ),
+    ] = "mistake_analysis",
+    guided: Annotated[
+        bool,
+        typer.Option(
+            "--guided", help="Put the policy's guide into the chat template, for all clients."
+        ),
+    ] = False,
+) -> None:
+    """Write what was trained as one plain model, which any server answers from."""
+    from misstep.export import export as write
+
+    print(write(run, method, guided, out))
+
+
 @judge_app.command("check")
 def judge_check(
     judge: Annotated[

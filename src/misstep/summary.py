@@ -63,8 +63,14 @@ def print_summary(folder: Path) -> None:
         table.add_column(TITLES.get(name, name), justify="right")
     for cells in _cells(results, metrics):
         table.add_row(*cells)
-    where = f"{folder / 'report.html'}\n{folder / 'results.json'}"
-    _show(table, "\n".join([*_without_scores(results, metrics, folder), where]))
+    where = [str(folder / "report.html"), str(folder / "results.json"), *_serving(folder)]
+    _show(table, "\n".join([*_without_scores(results, metrics, folder), *where]))
+
+
+def _serving(folder: Path) -> Iterator[str]:
+    """How to go on to a server; of methods, the page says which deserves it."""
+    if (folder / "adapter").is_dir() or (folder / "adapters").is_dir():
+        yield f"To serve it: misstep export {folder} --method METHOD --out NAME [--guided]"
 
 
 def _without_scores(results: Results, metrics: Sequence[str], folder: Path) -> Iterator[str]:

@@ -1028,6 +1028,10 @@ def test_a_folder_that_is_not_ours_loses_nothing(model: Model, tmp_path: Path) -
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
+def test_who_may_read_the_configuration_may_read_the_weights(undisturbed: Path) -> None:
+    assert len({file.stat().st_mode for file in undisturbed.iterdir() if file.is_file()}) == 1
+
+
 def test_another_seed_is_another_adapter(
     model: Model, undisturbed: Path, tmp_path: Path
 ) -> None:

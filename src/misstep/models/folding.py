@@ -5,18 +5,24 @@ Knows files and PEFT; loads nothing that was folded before.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from misstep.errors import ModelError
 from misstep.models.gguf_merge import merge_adapter
 from misstep.models.weights import (
     Model,
     adapter_digest,
+    is_full_fine_tune,
     load_tokenizer,
     load_weights,
     locate,
     no_progress_bars,
+    share,
 )
 from misstep.records import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def check_adapter(adapter: str) -> Path:
@@ -47,15 +53,20 @@ def folded(model: Model, adapter: Path, folder: Path) -> Model:
         file = out / "model.gguf"
         return locate(str(file if file.is_file() else merge_adapter(model.path, adapter, file)))
     if not out.is_dir():
-        _save_sum(model, adapter, out)
+        save_whole(model, adapter, load_tokenizer(model), out)
     return locate(str(out))
 
 
-def _save_sum(model: Model, adapter: Path, out: Path) -> None:
-    weights = load_weights(model, adapter)
-    whole = weights.merge_and_unload()
+def save_whole(
+    model: Model, adapter: Path | None, tokenizer: "PreTrainedTokenizerBase", out: Path
+) -> None:
+    """Write a model as a folder of safetensors, with an adapter added into its weights."""
+    weights: Any = load_weights(model, adapter)
+    if adapter is not None and not is_full_fine_tune(adapter):
+        weights = weights.merge_and_unload()
     temporary = out.with_name(out.name + ".tmp")
     with no_progress_bars():
-        whole.save_pretrained(temporary)
-    load_tokenizer(model).save_pretrained(temporary)
+        weights.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    share(temporary)
     temporary.replace(out)

@@ -21,7 +21,7 @@ _FORMATS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {
     11: "q",
     12: "d",
 }
-_STRING, _ARRAY = 8, 9
+STRING, _ARRAY = 8, 9
 
 Scalar = int | float | bool | str
 
@@ -123,14 +123,14 @@ class _Reader:
             self.skip_array()
             return
         self.ends[key] = self.file.tell()
-        self.values[key] = self.string() if code == _STRING else self.unpack(_FORMATS[code])[0]
+        self.values[key] = self.string() if code == STRING else self.unpack(_FORMATS[code])[0]
 
     def skip_array(self) -> None:
         code, length = self.unpack("IQ")
         if code == _ARRAY:
             for _ in range(length):
                 self.skip_array()
-        elif code == _STRING:
+        elif code == STRING:
             for _ in range(length):
                 self.file.seek(self.unpack("Q")[0], 1)
         else:

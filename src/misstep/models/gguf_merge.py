@@ -3,7 +3,8 @@
 OpenVINO ignores adapters on a model that was read from a GGUF, so the adapter has to be in the
 weights; the base model is written the same way, so that both answer in the same precision. The
 sum is formed in fp32, one tensor at a time. Metadata, and with it tokenizer and chat template,
-is copied byte for byte. An adapter that holds anything which cannot be added is refused.
+is copied byte for byte, but for a template that is to stand in the other's place. An adapter
+that holds anything which cannot be added is refused.
 This module knows LoRA and the file layout; it knows no backend.
 """
 
@@ -17,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from misstep.errors import EngineError, ModelError
-from misstep.models.gguf_header import ALIGNMENT, MAGIC, Header, TensorPlace, read_header
+from misstep.models.gguf_header import (
+    ALIGNMENT,
+    MAGIC,
+    STRING,
+    Header,
+    TensorPlace,
+    read_header,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
     Matrix = NDArray[np.float32]
 
 F32, F16 = 0, 1
+TEMPLATE = "tokenizer.chat_template"
 LARGEST_F16 = 65504.0
 
 # Options of an adapter that say where it came from, which modules it has (its tensors say that
@@ -58,8 +67,16 @@ class Delta:
         return (self.up @ self.down) * np.float32(self.scale)
 
 
-def merge_adapter(model: Path, adapter: Path | None, out: Path) -> Path:
+def merge_adapter(
+    model: Path, adapter: Path | None, out: Path, template: str | None = None
+) -> Path:
     """Write `model` to `out` with F16 matrices, an adapter's deltas added.
+
+    Args:
+        model: a GGUF file.
+        adapter: a folder that PEFT has written.
+        out: the file to write.
+        template: the chat template of the new file, where it is not to be the model's.
 
     Raises:
         ModelError: the adapter holds something that cannot be added to this file.
@@ -70,20 +87,20 @@ def merge_adapter(model: Path, adapter: Path | None, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(out.name + ".tmp")
     with temporary.open("wb") as file:
-        _write_head(file, header)
+        _write_head(file, header, template)
         for place in header.tensors:
             file.write(_tensor_bytes(model, place, deltas.get(place.name), header))
             file.write(bytes(-file.tell() % ALIGNMENT))
     return temporary.replace(out)
 
 
-def _write_head(file: BinaryIO, header: Header) -> None:
-    file.write(struct.pack("<4sIQQ", MAGIC, 3, len(header.tensors), header.pairs))
-    file.write(_as_f16_file(header))
+def _write_head(file: BinaryIO, header: Header, template: str | None) -> None:
+    added = template is not None and TEMPLATE not in header.positions
+    file.write(struct.pack("<4sIQQ", MAGIC, 3, len(header.tensors), header.pairs + added))
+    file.write(_metadata(header, template))
     offset = 0
     for place in header.tensors:
-        name = place.name.encode()
-        file.write(struct.pack("<Q", len(name)) + name)
+        file.write(_string(place.name))
         file.write(struct.pack(f"<I{len(place.shape)}Q", len(place.shape), *place.shape))
         file.write(struct.pack("<IQ", _new_type(place), offset))
         size = math.prod(place.shape) * (4 if _new_type(place) == F32 else 2)
@@ -91,13 +108,27 @@ def _write_head(file: BinaryIO, header: Header) -> None:
     file.write(bytes(-file.tell() % ALIGNMENT))
 
 
-def _as_f16_file(header: Header) -> bytes:
+def _metadata(header: Header, template: str | None) -> bytes:
     """The metadata, with the two values changed that describe how tensors are stored."""
     metadata = bytearray(header.metadata)
     for key, value in (("general.file_type", F16), ("general.alignment", ALIGNMENT)):
         if key in header.positions:
             struct.pack_into("<I", metadata, header.positions[key], value)
+    if template is None:
+        return bytes(metadata)
+    if TEMPLATE not in header.positions:
+        return (
+            bytes(metadata) + _string(TEMPLATE) + struct.pack("<I", STRING) + _string(template)
+        )
+    start = header.positions[TEMPLATE]
+    (length,) = struct.unpack_from("<Q", metadata, start)
+    metadata[start : start + 8 + length] = _string(template)
     return bytes(metadata)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
 
 
 def _new_type(place: TensorPlace) -> int:

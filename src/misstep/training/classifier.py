@@ -28,7 +28,7 @@ from transformers import (
 from misstep.errors import ModelError, TrainingError
 from misstep.models.precision import device, weights_dtype
 from misstep.models.rendering import Renderer
-from misstep.models.weights import no_progress_bars
+from misstep.models.weights import no_progress_bars, share
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import Labelled, LabelLoss, balance
 from misstep.training.loss import mean_loss
@@ -235,6 +235,7 @@ def save_classifier(model: Any, tokenizer: Any, folder: Path) -> None:
     with no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    share(folder)
 
 
 def load_classifier(folder: Path) -> Any:

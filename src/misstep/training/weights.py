@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from misstep.models.weights import no_progress_bars
+from misstep.models.weights import no_progress_bars, share
 from misstep.training.loss import CompletionLoss
 
 
@@ -57,6 +57,7 @@ def save_adapter(
     config.target_modules = sorted(config.target_modules)
     # The adapter holds no embeddings; the default would ask the Hub whether it should.
     adapted.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+    share(folder)
 
 
 def save_all_weights(
@@ -74,3 +75,4 @@ def save_all_weights(
             folder, state_dict={name: typed[id(tensor)] for name, tensor in weights.items()}
         )
     tokenizer.save_pretrained(folder)
+    share(folder)

@@ -1,0 +1,244 @@
+"""`misstep export`: what a run has trained, as one plain model that any server takes.
+
+The adapter is added into the weights, and the chat template asks the model as it was trained
+and measured: without thinking, behind the method's marker where it has one, and guided where
+that is wished, so that step 4 of the method asks nothing of a server's clients. Reads the
+directory of a run or of a comparison; changes nothing there, but for the sum of model and
+adapter where the recipe itself names an adapter.
+"""
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from misstep.errors import DataError, InputError, ModelError
+from misstep.evidence.results import FOCUS, read_results
+from misstep.methods.base import Method
+from misstep.methods.registry import METHODS
+from misstep.models.chat_template import asked_as_trained
+from misstep.models.folding import check_adapter, folded, save_whole
+from misstep.models.gguf_merge import merge_adapter
+from misstep.models.rendering import FALLBACK_TEMPLATE, Renderer
+from misstep.models.weights import (
+    Model,
+    is_full_fine_tune,
+    locate,
+)
+from misstep.policy import Policy, load_policy
+from misstep.records import Message, Prompt, write_text
+from misstep.report.markdown import rows_table
+from misstep.report.reading import read_manifest
+from misstep.run_folder import writable
+from misstep.training.card import card_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLACE = "\ue000"
+"""Stands for the user's text."""
+TURN = Message(role="user", content='One {x} "y" \\z\n\ntwo?')
+"""A turn with what has a meaning to Jinja or in its texts."""
+GGUF = ".gguf"
+
+
+class Source(NamedTuple):
+    """What is exported."""
+
+    model: Model
+    """That the adapter was trained on."""
+    adapter: Path | None
+    """None for a method that trains nothing."""
+    method: str
+    guided: bool
+    words: tuple[str, ...]
+    """What stands around the user's text."""
+
+
+def export(run: Path, method: str, guided: bool, out: Path) -> Path:
+    """Write a method's model, to a folder of safetensors or, as NAME.gguf, to a file.
+
+    Args:
+        run: the directory of a run or of a comparison.
+        method: a method of the recipe; of a comparison, a folder in its `adapters`.
+        guided: whether the policy's guide is put around what the user says last.
+        out: the folder or the file; nothing may be there yet.
+
+    Raises:
+        InputError: what is asked for is not there, or cannot be written so; before any
+            weights load.
+    """
+    out = writable(out.parent) / out.name
+    if out.exists():
+        raise InputError(f"--out {out}: expected a path where nothing is yet. Give another.")
+    source = find(run, method, guided)
+    tokenizer = asking(source)
+    if out.suffix == GGUF:
+        return _as_gguf(source, tokenizer, out)
+    save_whole(source.model, source.adapter, tokenizer, out)
+    write_text(out / "README.md", card(source, run))
+    return out
+
+
+def find(run: Path, name: str, guided: bool) -> Source:
+    """A method's model in a run or a comparison, and the words around a prompt.
+
+    Raises:
+        InputError: there is none, or model or policy are no longer those of the run.
+    """
+    manifest = read_manifest(run)
+    method = _method(name)
+    recipe = manifest["recipe"]
+    model = locate(str(recipe["model"]))
+    _refuse_changed(run, "model", model.digest, manifest)
+    if recipe.get("adapter"):
+        model = folded(model, check_adapter(recipe["adapter"]), run / "base")
+    policy = load_policy(str(recipe["policy"]))
+    _refuse_changed(run, "policy", policy.digest, manifest)
+    adapter = _adapter(run, name) if method.trains else None
+    if adapter is not None:
+        _refuse_other_base(adapter, model)
+    guided |= method.guided == (True,)
+    words = words_around(policy, method, guided)
+    return Source(model, adapter, method.name, guided, words)
+
+
+def words_around(policy: Policy, method: Method, guided: bool) -> tuple[str, ...]:
+    """What a method that was measured so puts around the text of the last user turn."""
+    prompt = Prompt.of(PLACE)
+    turns = method.ask(policy, policy.guided_prompt(prompt) if guided else prompt.messages)
+    return tuple(turns[-1].content.split(PLACE))
+
+
+def asking(source: Source) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer with a template that asks as the source was trained.
+
+    Raises:
+        ModelError: the model's template does not let the words be put into it.
+    """
+    own = Renderer.for_model(source.model)
+    tokenizer = deepcopy(own.tokenizer)
+    template = tokenizer.chat_template or _fallback(own)
+    if isinstance(template, dict):
+        named = {name: asked_as_trained(of, source.words) for name, of in template.items()}
+        tokenizer.chat_template = named
+    else:
+        tokenizer.chat_template = asked_as_trained(template, source.words)
+    _check_tokens(own, Renderer(tokenizer), source)
+    return tokenizer
+
+
+def _fallback(renderer: Renderer) -> str:
+    """A template for a model that has none, with what its tokenizer puts first by itself."""
+    first = renderer.prompt((TURN,))[0]
+    begins = "{{ bos_token }}" if first == renderer.tokenizer.bos_token_id else ""
+    return begins + FALLBACK_TEMPLATE
+
+
+def _check_tokens(own: Renderer, made: Renderer, source: Source) -> None:
+    """A template may do with its turns whatever it likes, so two conversations are tried."""
+    for before in ((), (TURN, Message(role="assistant", content="Three."))):
+        around = Message(role="user", content=TURN.content.join(source.words))
+        if made.prompt((*before, TURN)) != own.prompt((*before, around)):
+            raise ModelError(
+                f"model {source.model.name}: its chat template does not let words be put "
+                "around what the user says. Export without --guided, and put the policy's "
+                "guide around prompts yourself."
+            )
+
+
+def _as_gguf(source: Source, tokenizer: "PreTrainedTokenizerBase", out: Path) -> Path:
+    full = source.adapter is not None and is_full_fine_tune(source.adapter)
+    if not source.model.is_gguf or full:
+        found = "a full fine-tune" if full else f"model {source.model.name}"
+        raise InputError(
+            f"--out {out}: a GGUF file is written where the model is one and the adapter is "
+            f"LoRA; found {found}. Name a folder, and convert that by llama.cpp's "
+            "convert_hf_to_gguf.py."
+        )
+    assert source.model.path is not None
+    return merge_adapter(source.model.path, source.adapter, out, str(tokenizer.chat_template))
+
+
+def card(source: Source, run: Path) -> str:
+    """What whoever serves the model should know: how it is asked, and what was measured."""
+    shown = "{what the user says}".join(source.words)
+    indented = "\n".join("    " + line for line in shown.splitlines())
+    asked = (
+        "puts words around what the user says last, with thinking off, as the run did:\n\n"
+        + indented
+        if source.words != ("", "")
+        else "is the base model's, with thinking off."
+    )
+    parts = [
+        card_head(source.model, [source.method], []),
+        f"# {source.model.published}, repaired with misstep by {source.method}",
+        f"Its chat template {asked}",
+        *_measured(source, run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(source: Source, run: Path) -> Iterator[str]:
+    """Its rates beside the untrained model's; of a comparison none, which has several of it."""
+    if not (run / "results.json").is_file():
+        return
+    results = read_results(run / "results.json")
+    shown = {("vanilla", False), (source.method, source.guided)}
+    rows = tuple(row for row in results.rows if (row.method, row.guided) in shown)
+    if rows and not results.pooled:
+        yield "Measured by the run, with 95 % intervals:"
+        yield rows_table(results.model_copy(update={"rows": rows}))
+
+
+def _method(name: str) -> Method:
+    found = METHODS.get(name) or METHODS.get(name.rpartition("-")[0])
+    if found is None:
+        raise InputError(
+            f"--method {name}: expected a method ({', '.join(METHODS)}), or of a comparison a "
+            "folder in its `adapters`."
+        )
+    if type(found).read is not Method.read:
+        raise InputError(
+            f"--method {name}: its answers hold what users are not to get, which misstep takes "
+            "out and a server does not. Use its adapter with PEFT."
+        )
+    return found
+
+
+def _adapter(run: Path, name: str) -> Path:
+    places = [run / "adapters" / name]
+    if name == FOCUS:
+        places.append(run / "adapter")
+    for place in places:
+        if place.is_dir():
+            return place
+    there = [FOCUS] if (run / "adapter").is_dir() else []
+    there += sorted(folder.name for folder in (run / "adapters").glob("*"))
+    raise DataError(
+        f"{run}: expected what {name} has trained, found {', '.join(there) or 'nothing'}. Give "
+        "one of these as --method, or run the recipe to its end."
+    )
+
+
+def _refuse_changed(run: Path, what: str, found: str, manifest: dict[str, Any]) -> None:
+    expected = manifest.get(what, {}).get("digest")
+    if found != expected:
+        raise InputError(
+            f"{run}: expected the {what} of its manifest (digest {expected}), found another "
+            f"under the same name ({found}). Put the former back, or run the recipe again."
+        )
+
+
+def _refuse_other_base(adapter: Path, model: Model) -> None:
+    """Of a comparison that sweeps the model, the manifest names one of several."""
+    file = adapter / "adapter_config.json"
+    if not file.is_file():
+        return
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if Path(base).resolve() != Path(model.published).resolve():
+        raise ModelError(
+            f"{adapter}: expected an adapter of {model.published}, found one of {base}. Merge "
+            "it with that model by PEFT."
+        )

@@ -1,0 +1,55 @@
+"""A chat template that asks a model as it was trained, for servers that only take messages.
+
+Words are put around the last user turn, as a guide or a marker is, and models that can think
+do not. The words become part of the template itself, so that no client has to know them.
+This module knows Jinja text; it knows no tokenizer and no policy.
+"""
+
+from collections.abc import Sequence
+
+NOT_THINKING = "{%- set enable_thinking = false %}"
+AROUND = """\
+{%- set misstep = namespace(last=-1, turns=[]) %}
+{%- for turn in messages %}
+{%- if turn['role'] == 'user' %}{%- set misstep.last = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for turn in messages %}
+{%- if loop.index0 != misstep.last %}
+{%- set misstep.turns = misstep.turns + [turn] %}
+{%- elif turn['content'] is string %}
+{%- set misstep.turns = misstep.turns + [{'role': 'user', 'content': TEXT}] %}
+{%- else %}
+{%- set misstep.turns = misstep.turns + [{'role': 'user', 'content': PARTS}] %}
+{%- endif %}
+{%- endfor %}
+{%- set messages = misstep.turns %}"""
+"""Rewrites the turns; a turn holds one text, or a list of parts."""
+
+
+def asked_as_trained(template: str, words: Sequence[str]) -> str:
+    """The template with thinking off and words around what the user says last.
+
+    Args:
+        template: a chat template as transformers, vLLM and llama.cpp read it.
+        words: at least two texts, between which the user's own stands; `("", "")` adds none.
+    """
+    if list(words) == ["", ""]:
+        return NOT_THINKING + template
+    around = AROUND.replace("TEXT", _text(words)).replace("PARTS", _parts(words))
+    return NOT_THINKING + around + template
+
+
+def _text(words: Sequence[str]) -> str:
+    return " ~ turn['content'] ~ ".join(map(_literal, words))
+
+
+def _parts(words: Sequence[str]) -> str:
+    texts = [
+        f"[{{'type': 'text', 'text': {_literal(said)}}}]" if said else "[]" for said in words
+    ]
+    return " + turn['content'] + ".join(texts)
+
+
+def _literal(text: str) -> str:
+    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n", "\r": r"\r"})
+    return f'"{text.translate(escapes)}"'
