@@ -168,6 +168,18 @@ def _without_amx() -> Iterator[Aim]:
             what = f"answers ({name}), tokens/s over `{peer}` {where}"
             ratio = found["ratio_tokens_per_second"]
             yield least(what, aim, ratio, _times, "of 32 prompts, one round")
+    beside = {
+        "llama.cpp": ("generate-llama", ""),
+        "vllm": (
+            "generate-vllm",
+            "of 32 prompts; our engine was `transformers`, its threads asleep",
+        ),
+    }
+    for peer, (file, why) in beside.items():
+        for name, of in _json(f"bench/{file}.json")["workloads"].items():
+            ratio = of["peers"][peer]["ratio_tokens_per_second"]
+            what = f"answers ({name}), tokens/s over the server of `{peer}` {where}"
+            yield least(what, 1.0, ratio, _times, why)
 
 
 def mistakes() -> Iterator[Aim]:
@@ -244,7 +256,7 @@ def breadth() -> Iterator[Aim]:
     yield least("methods compared at 135M, three seeds", len(aimed), len(made), _whole, why)
     models = len(_json("study/study.json")["models"])
     yield least("models in the study", 3, models, _whole, "")
-    made = {row.method for row in read_results(HERE / "methods-0.5b/results.json").rows}
+    made = _with_seeds("methods-0.5b", 1) | _with_seeds("contrastive-0.5b", 1)
     why = f"{', '.join(sorted(aimed - made))} came later"
     yield least("methods compared at 0.5B, one seed", len(aimed), len(made), _whole, why)
     made = {name for name in ABLATIONS if (HERE / f"ablation-{name}").is_dir()} | {"guidance"}
