@@ -234,6 +234,15 @@ def test_another_model_or_policy_under_the_name_is_refused(
             export(run, "mistake_analysis", False, tmp_path / "out")
 
 
+def test_a_study_has_nothing_to_export(tiny_model: Path, tmp_path: Path) -> None:
+    run = finished(tmp_path / "run", str(tiny_model), ())
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["recipe"] = {"models": [str(tiny_model)], "policy": POLICY}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="found that of a study"):
+        export(run, "mistake_analysis", False, tmp_path / "out")
+
+
 def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     run = finished(tmp_path / "run", str(tiny_model))
     file = run / "adapter" / "adapter_config.json"

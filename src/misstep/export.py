@@ -90,6 +90,11 @@ def find(run: Path, name: str, guided: bool) -> Source:
     manifest = read_manifest(run)
     method = _method(name)
     recipe = manifest["recipe"]
+    if "model" not in recipe:
+        raise DataError(
+            f"{run}: expected the directory of a run or of a comparison, found that of a "
+            "study, which trains nothing."
+        )
     model = locate(str(recipe["model"]))
     _refuse_changed(run, "model", model.digest, manifest)
     if recipe.get("adapter"):
