@@ -277,3 +277,11 @@ def test_no_record_of_the_overhead_goes_missing(
         assert len((tmp_path / f"run/{name}.jsonl").read_text().splitlines()) == 40, name
     analyses = list(read_jsonl(tmp_path / "run/analyses.jsonl", Analysis))
     assert all(a.accepted for a in analyses)
+
+
+def test_who_has_ended_holds_no_memory() -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("asks Linux")
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+        assert peak_memory_mb(str(ended.pid)) == 0

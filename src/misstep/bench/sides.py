@@ -363,8 +363,10 @@ def peak_memory_mb(process: str = "self") -> int:
         from misstep.stages import fit
 
         return fit.peak_memory_mb()
-    (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) // 2**10
+    lines = status.read_text().splitlines()
+    # One that has ended and is not waited for yet holds none.
+    held = (int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return next(held, 0) // 2**10
 
 
 def family(process: str) -> Iterator[str]:

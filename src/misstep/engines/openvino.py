@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import takewhile
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,6 +45,7 @@ from misstep.models.weights import (
     Model,
     adapter_digest,
     context_length,
+    count_weights,
     is_full_fine_tune,
 )
 
@@ -334,7 +334,7 @@ def _shape(model: Model) -> Shape:
         layers=header.number("block_count"),
         keys=int(header.values.get(f"{header.architecture}.attention.head_count_kv", heads)),
         width=int(width) if width else header.number("embedding_length") // heads,
-        weights=sum(prod(tensor.shape) for tensor in header.tensors),
+        weights=count_weights(model),
     )
 
 

@@ -109,7 +109,7 @@ def _write_head(file: BinaryIO, header: Header, template: str | None) -> None:
 
 
 def _metadata(header: Header, template: str | None) -> bytes:
-    """The metadata, with the two values changed that describe how tensors are stored."""
+    """The metadata: what describes how tensors are stored is changed, and the template."""
     metadata = bytearray(header.metadata)
     for key, value in (("general.file_type", F16), ("general.alignment", ALIGNMENT)):
         if key in header.positions:

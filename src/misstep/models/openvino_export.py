@@ -7,7 +7,6 @@ module knows the command, folders and LoRA; it knows no pipeline.
 """
 
 import json
-import math
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from typing import NamedTuple
 from misstep.errors import EngineError, ModelError
 from misstep.models.gguf_merge import plain_scale
 from misstep.models.unpacked import UNFINISHED, cache_folder
-from misstep.models.weights import WEIGHTS, Model
+from misstep.models.weights import Model, count_weights
 
 PROGRAM = "optimum-cli"
 INSTALL = f"{PROGRAM}, which exports it, is not installed (docs/engines.md)"
@@ -60,8 +59,6 @@ def obstacle(model: Model) -> str | None:
 
 def shape(model: Model) -> Shape | None:
     """The model's shape by its configuration; None where attention is not of the usual kind."""
-    from safetensors import safe_open
-
     config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
     heads, keys = (config.get(f"num_{kind}_heads") for kind in ("attention", "key_value"))
@@ -69,12 +66,7 @@ def shape(model: Model) -> Shape | None:
     layers = config.get("num_hidden_layers")
     if not (heads and width and layers):
         return None
-    count = 0
-    for file in model.files.glob(WEIGHTS):
-        with safe_open(file, "np") as tensors:
-            names = tensors.keys()
-            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    return Shape(layers, keys or heads, width, count)
+    return Shape(layers, keys or heads, width, count_weights(model))
 
 
 def exported(model: Model) -> Path:

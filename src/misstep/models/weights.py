@@ -154,16 +154,24 @@ def answering_dtype(model: Model) -> "torch.dtype":
     """
     held = weights_dtype()
     fastest = products_dtype(held, device())
-    if fastest == held or _count(model) * fastest.itemsize > memory_bytes() // 2:
+    if fastest == held or count_weights(model) * fastest.itemsize > memory_bytes() // 2:
         return held
     return fastest
 
 
-def _count(model: Model) -> int:
-    """How many weights there are, at two bytes each where they lie in a folder."""
+def count_weights(model: Model) -> int:
+    """How many weights the model's files hold; loads none."""
     if model.is_gguf:
         return sum(math.prod(place.shape) for place in read_header(model.files).tensors)
-    return sum(file.stat().st_size for file in model.files.glob(WEIGHTS)) // 2
+    from safetensors import safe_open
+
+    count = 0
+    for file in model.files.glob(WEIGHTS):
+        with safe_open(file, "np") as tensors:
+            names = tensors.keys()
+            shapes = (tensors.get_slice(name).get_shape() for name in names)
+            count += sum(map(math.prod, shapes))
+    return count
 
 
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
