@@ -38,7 +38,7 @@ from misstep.evidence.judge_card import (
 from misstep.evidence.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
 from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer, name_of
-from misstep.models.rendering import Renderer
+from misstep.models.reading import Reader, is_encoder
 from misstep.models.weights import Model, load_weights, locate
 from misstep.progress import Progress
 from misstep.records import digest
@@ -47,7 +47,8 @@ from misstep.stages.base import Settings
 from misstep.training import processes
 
 if TYPE_CHECKING:
-    from misstep.training.label_loss import Labelled
+    from misstep.training.classifier import Fit
+    from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss
 
 PARTS: tuple[Part, ...] = ("train", "dev", "held_out")
 LIBRARIES = ("torch", "transformers", "peft")
@@ -70,15 +71,20 @@ class JudgeTraining(Settings):
     epochs: Annotated[float, Field(gt=0)] = 2
     """Passes over the data at most; training stops where the dev part no longer gains."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """The adapter's and the head's."""
+    """The adapter's and the head's; 5e-4 for an encoder."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Answers of one optimiser step."""
     max_tokens: Annotated[int, Field(ge=16)] = 256
     """The most of prompt and answer together; what lies beyond is cut."""
     layers: Annotated[float, Field(gt=0, le=1)] = 2 / 3
-    """The share of the model's layers that is kept, from below."""
+    """The share of a language model's layers that is kept, from below; an encoder is kept
+    whole."""
     rank: Annotated[int, Field(ge=1)] = 16
     """The rank of the adapter that is trained."""
+
+
+FOR_ENCODERS = {"layers": 1.0, "learning_rate": 5e-4}
+"""What differs where an encoder is trained and nothing else is said."""
 
 
 class TrainInputs(NamedTuple):
@@ -107,7 +113,8 @@ def read_train_inputs(
             f"judge train: expected one process, found {processes.count()}. Run it without "
             "`accelerate launch`."
         )
-    checked = _settings(settings)
+    base = locate(model)
+    checked = _settings(settings, base)
     if checked.held_out + checked.dev >= 1:
         raise RecipeError(
             "judge train: expected questions to train on, found none: held_out "
@@ -117,7 +124,7 @@ def read_train_inputs(
     for name, found in sets.items():
         if found.pairs:
             raise DataError(f"{name}: expected single answers with labels, found pairs.")
-    inputs = TrainInputs(locate(model), metric, sets, checked)
+    inputs = TrainInputs(base, metric, sets, checked)
     cases = _parted(inputs)
     for part in ("train", "dev"):
         labels = {case.label for of in cases.values() for case in of[part]}
@@ -129,11 +136,29 @@ def read_train_inputs(
     return inputs
 
 
-def _settings(overrides: Sequence[str]) -> JudgeTraining:
-    given: dict[str, Any] = {}
+def _settings(overrides: Sequence[str], model: Model) -> JudgeTraining:
+    given: dict[str, Any] = dict(FOR_ENCODERS) if is_encoder(model) else {}
     for override in overrides:
         put(given, *parse_override(override), f"--set {override}")
-    return check(JudgeTraining, given, RecipeError, "judge train")
+    settings = check(JudgeTraining, given, RecipeError, "judge train")
+    if is_encoder(model):
+        _refuse_unfit(settings, model)
+    return settings
+
+
+def _refuse_unfit(settings: JudgeTraining, model: Model) -> None:
+    """Refuse what an encoder cannot do."""
+    longest = Reader.for_model(model).longest
+    if settings.layers != 1:
+        raise RecipeError(
+            f"judge train: expected no `layers` for {model.name}, found {settings.layers:g}. "
+            "It is an encoder, which is kept whole: leave the key out."
+        )
+    if settings.max_tokens > longest:
+        raise RecipeError(
+            f"judge train: expected max_tokens of {longest} at most, which {model.name} reads, "
+            f"found {settings.max_tokens}."
+        )
 
 
 Parted = dict[str, dict[Part, list[Case]]]
@@ -194,13 +219,12 @@ class Rows(NamedTuple):
 
 
 def _rows(inputs: TrainInputs, cases: Parted, part: Part) -> Rows:
-    from misstep.training.classifier import read_texts
     from misstep.training.label_loss import Labelled
 
-    renderer, rows, cut = Renderer.for_model(inputs.model), [], 0
+    reader, rows, cut = Reader.for_model(inputs.model), [], 0
     for case in (case for of in cases.values() for case in of[part]):
         answer = case.response
-        read = read_texts(renderer, asked(answer), answer.text, inputs.settings.max_tokens)
+        read = reader.read(asked(answer), answer.text, inputs.settings.max_tokens)
         rows.append(Labelled(read.ids, case.label))
         cut += read.cut
     return Rows(rows, cut)
@@ -210,7 +234,7 @@ def _card(inputs: TrainInputs, training: Training, dev: Rows, folder: Path) -> J
     """The card of a judge that was written, calibrated on the dev part as it was written."""
     from misstep.training.classifier import calibration
 
-    scorer = classifier_scorer(folder, Renderer.for_model(inputs.model))
+    scorer = classifier_scorer(folder, Reader.for_model(inputs.model))
     odds = scorer([row.ids for row in dev.rows])
     found = calibration(odds, [row.label for row in dev.rows])
     heat, shift, most = round(found.temperature, 4), round(found.shift, 4), inputs.settings
@@ -236,31 +260,26 @@ def _trained(
     from misstep.training import classifier
 
     settings, started, (train, dev) = inputs.settings, time.monotonic(), rows
-    renderer = Renderer.for_model(inputs.model)
-    lm = load_weights(inputs.model)
-    classifier.keep_lower_layers(lm, settings.layers)
-    began = time.monotonic()
-    model, losses = classifier.fit(
-        lm,
-        renderer.pad,
-        train.rows,
-        dev.rows,
-        classifier.Fit(
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            batch_size=settings.batch_size,
-            rank=settings.rank,
-            seed=settings.seed,
-            micro_tokens=micro_tokens(),
-            checkpoints=folder / "checkpoints",
-            notify=lambda done, total: progress.update("training steps", done, total),
-        ),
+    reader = Reader.for_model(inputs.model)
+    how = classifier.Fit(
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        rank=settings.rank,
+        seed=settings.seed,
+        micro_tokens=micro_tokens(),
+        checkpoints=folder / "checkpoints",
+        notify=lambda done, total: progress.update("training steps", done, total),
     )
+    loss = _label_loss(inputs, [row.label for row in train.rows], reader.pad, how)
+    began = time.monotonic()
+    losses = classifier.fit(loss, train.rows, dev.rows, how)
+    model = classifier.finished(loss, reader.pad)
     seconds = time.monotonic() - began
     seen = losses[-1].epoch * sum(len(row.ids) for row in train.rows)
     # A folder without a card is no judge: whatever is killed from here on leaves none.
     (folder / CARD).unlink(missing_ok=True)
-    classifier.save_classifier(model, renderer.tokenizer, folder)
+    classifier.save_classifier(model, reader.tokenizer, folder)
     known = {case.response.text for of in cases.values() for case in of["train"]}
     return Training(
         model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
@@ -284,6 +303,19 @@ def _trained(
         device=f"{platform.machine()}, {os.cpu_count()} cores",
         versions={"misstep": __version__, **{name: version(name) for name in LIBRARIES}},
     )
+
+
+def _label_loss(
+    inputs: TrainInputs, labels: Sequence[bool], pad: int, how: "Fit"
+) -> "LabelLoss | EncoderLoss":
+    from misstep.training import classifier
+
+    if is_encoder(inputs.model):
+        encoder = classifier.load_encoder(inputs.model.files, how.seed)
+        return classifier.of_encoder(encoder, pad, labels, how)
+    lm = load_weights(inputs.model)
+    classifier.keep_lower_layers(lm, inputs.settings.layers)
+    return classifier.of_language_model(lm, labels, how)
 
 
 def _questions(cases: Sequence[Case]) -> int:

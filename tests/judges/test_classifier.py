@@ -24,7 +24,7 @@ from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
 from misstep.judging import opened, read_judge
-from misstep.models.rendering import Renderer
+from misstep.models.reading import Reader
 from misstep.models.weights import load_weights, locate
 from misstep.policy import SHIPPED
 from misstep.progress import Silent
@@ -34,9 +34,10 @@ from misstep.training.classifier import (
     PATIENCE,
     Fit,
     calibration,
+    finished,
     fit,
     keep_lower_layers,
-    read_texts,
+    of_language_model,
 )
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import Labelled, LabelLoss, balance
@@ -277,10 +278,10 @@ def test_weights_go_with_the_judge_and_when_another_needs_the_gpu(
 ) -> None:
     loads, real = [], classifier_scorer
 
-    def load(folder: Path, renderer: Renderer) -> Scorer:
+    def load(folder: Path, reader: Reader) -> Scorer:
         loads.append(folder)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        scorer = real(folder, renderer)
+        scorer = real(folder, reader)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         return scorer
 
@@ -319,12 +320,12 @@ def test_a_long_answer_loses_its_end_and_the_score_says_so(trained: Path) -> Non
 
 
 def test_prompts_keep_their_place_when_texts_are_cut(tiny_model: Path) -> None:
-    renderer = Renderer.for_model(locate(str(tiny_model)))
+    reader = Reader.for_model(locate(str(tiny_model)))
 
     def read(prompt: str, text: str, most: int) -> tuple[str, int]:
-        found = read_texts(renderer, prompt, text, most)
+        found = reader.read(prompt, text, most)
         assert found.ids[-1] == 2 and len(found.ids) <= most
-        return renderer.decode(found.ids[:-1]), found.cut
+        return reader.tokenizer.decode(found.ids[:-1]), found.cut
 
     assert read("hm?", "yes", 99) == ("Question: hm?\n\nAnswer: yes", False)
     assert read("hm?", "y" * 90, 33) == ("Question: hm?\n\nAnswer: " + "y" * 9, True)
@@ -334,8 +335,8 @@ def test_prompts_keep_their_place_when_texts_are_cut(tiny_model: Path) -> None:
 
 
 def test_a_text_cannot_spell_control_tokens(tiny_model: Path) -> None:
-    renderer = Renderer.for_model(locate(str(tiny_model)))
-    found = read_texts(renderer, "<|im_start|>", "<|im_end|>\n<|pad|>", 200)
+    reader = Reader.for_model(locate(str(tiny_model)))
+    found = reader.read("<|im_start|>", "<|im_end|>\n<|pad|>", 200)
     assert not {0, 1, 2} & set(found.ids[:-1])
 
 
@@ -351,7 +352,7 @@ def test_calibration_undoes_a_scaling_and_a_shift() -> None:
 def test_scores_are_calibrated_as_the_card_says(trained: Path) -> None:
     judge, row = ClassifierJudge(trained), answer("some third")
     card = judge.card
-    odds = judge._loaded()([read_texts(judge._renderer, "Q", row.text, card.max_tokens).ids])[0]
+    odds = judge._loaded()([judge._reader.read("Q", row.text, card.max_tokens).ids])[0]
     judge.card = card.model_copy(update={"temperature": 2.0, "shift": odds - 2 * math.log(3)})
     assert judge.score([row])[0].value == pytest.approx(0.75, abs=1e-3)
 
@@ -417,16 +418,18 @@ def test_both_labels_weigh_the_same() -> None:
     assert 9 * high == pytest.approx(3 * low) == pytest.approx(12 / 2)
 
 
-def some_rows(renderer: Renderer) -> list[Labelled]:
+def some_rows(reader: Reader) -> list[Labelled]:
     texts = [("zz zz", True), ("all well", False), ("z", True)] * 5
-    return [
-        Labelled(read_texts(renderer, f"{i}", t, 40).ids, k) for i, (t, k) in enumerate(texts)
-    ]
+    return [Labelled(reader.read(f"{i}", t, 40).ids, k) for i, (t, k) in enumerate(texts)]
+
+
+def label_loss(model: Path, rows: Sequence[Labelled], how: Fit) -> LabelLoss:
+    return of_language_model(load_weights(locate(str(model))), [row.label for row in rows], how)
 
 
 def test_the_loss_is_that_of_the_labels_alone(tiny_model: Path) -> None:
     found = locate(str(tiny_model))
-    rows = some_rows(Renderer.for_model(found))
+    rows = some_rows(Reader.for_model(found))
     lm = load_weights(found)
     loss = LabelLoss(adapted(lm, 4, 8, 0), lm, (0.5, 2.0))
     torch.nn.init.normal_(loss.score.weight)
@@ -448,16 +451,17 @@ def test_the_loss_is_that_of_the_labels_alone(tiny_model: Path) -> None:
 def test_the_model_is_left_as_it_was_best_and_written_so(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    found = locate(str(tiny_model))
-    renderer = Renderer.for_model(found)
-    rows = some_rows(renderer)
+    reader = Reader.for_model(locate(str(tiny_model)))
+    rows = some_rows(reader)
     # The dev part says the contrary, so each step makes it worse.
     dev = [Labelled(row.ids, not row.label) for row in rows[:6]]
     how = Fit(9, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
-    model, measured = fit(load_weights(found), renderer.pad, rows, dev, how)
+    loss = label_loss(tiny_model, rows, how)
+    measured = fit(loss, rows, dev, how)
+    model = finished(loss, reader.pad)
     losses = [at.loss for at in measured]
     assert losses[0] == min(losses) and len(losses) == 1 + PATIENCE
-    odds = Scorer(model.eval(), renderer.pad, 4096)([row.ids for row in dev])
+    odds = Scorer(model.eval(), reader.pad, 4096)([row.ids for row in dev])
     low, high = balance([row.label for row in rows])
     lost = [
         high * math.log1p(math.exp(-x)) if row.label else low * math.log1p(math.exp(x))
@@ -469,19 +473,15 @@ def test_the_model_is_left_as_it_was_best_and_written_so(
 def test_a_judge_is_trained_on_one_gpu_of_several(
     tiny_model: Path, tmp_path: Path, two_gpus: None
 ) -> None:
-    found = locate(str(tiny_model))
-    renderer = Renderer.for_model(found)
-    rows = some_rows(renderer)
+    rows = some_rows(Reader.for_model(locate(str(tiny_model))))
     how = Fit(1, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
-    assert fit(load_weights(found), renderer.pad, rows, rows[:6], how)[1]
+    assert fit(label_loss(tiny_model, rows, how), rows, rows[:6], how)
 
 
 def test_layers_are_made_fast_where_they_are_trained(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = locate(str(tiny_model))
-    renderer = Renderer.for_model(found)
-    rows, seen = some_rows(renderer), []
+    rows, seen = some_rows(Reader.for_model(locate(str(tiny_model)))), []
 
     def look(loss: LabelLoss) -> None:
         seen.append((loss.lm.device.type, loss.score.weight.device.type, can_share(loss.lm)))
@@ -492,7 +492,7 @@ def test_layers_are_made_fast_where_they_are_trained(
     monkeypatch.setattr("misstep.training.classifier.fast_layers", look)
     how = Fit(1, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
-        fit(load_weights(found), renderer.pad, rows, rows[:6], how)
+        fit(label_loss(tiny_model, rows, how), rows, rows[:6], how)
     assert seen == [("meta", "meta", False)]
 
 

@@ -14,7 +14,7 @@ from misstep.engines import turns
 from misstep.errors import DataError, EngineError
 from misstep.evidence.judge_card import CARD, read_card
 from misstep.judges.base import Judge
-from misstep.models.rendering import Renderer
+from misstep.models.reading import Reader
 from misstep.models.weights import FILES, folder_digest, free, locate
 from misstep.records import Response, Score, digest
 
@@ -39,16 +39,11 @@ class ClassifierJudge(Judge):
                 f"{folder / CARD}: expected the card of the files beside it, found that of "
                 f"others ({self.name}). Train the judge again."
             )
-        self._renderer = Renderer.for_model(locate(str(folder)))
+        self._reader = Reader.for_model(locate(str(folder)))
         self._scorer: Scorer | None = None
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
-        from misstep.training.classifier import read_texts
-
-        texts = [
-            read_texts(self._renderer, asked(r), r.text, self.card.max_tokens)
-            for r in responses
-        ]
+        texts = [self._reader.read(asked(r), r.text, self.card.max_tokens) for r in responses]
         odds = odds_of(self._loaded(), [text.ids for text in texts]) if texts else []
         return [
             self._read(response, value, text.cut)
@@ -72,7 +67,7 @@ class ClassifierJudge(Judge):
             turns.take(self)
         if self._scorer is None:
             try:
-                self._scorer = classifier_scorer(self.folder, self._renderer)
+                self._scorer = classifier_scorer(self.folder, self._reader)
             except RuntimeError as error:
                 raise EngineError(
                     f"judge {self.folder}: its weights do not load: {error}. Where memory is "
@@ -108,12 +103,12 @@ def name_of(folder: Path, temperature: float, shift: float, max_tokens: int) -> 
     )
 
 
-def classifier_scorer(folder: Path, renderer: Renderer) -> "Scorer":
+def classifier_scorer(folder: Path, reader: Reader) -> "Scorer":
     """What gives log-odds, not calibrated yet, to tokens."""
     from misstep.training.classifier import load_classifier
     from misstep.training.scoring import Scorer
 
-    return Scorer(load_classifier(folder), renderer.pad, MICRO_TOKENS)
+    return Scorer(load_classifier(folder), reader.pad, MICRO_TOKENS)
 
 
 def asked(response: Response) -> str:

@@ -151,14 +151,7 @@ class Renderer:
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         """Tokens of a text; `plain` takes the spelling of a control token as mere text."""
-        encoded = self.tokenizer(
-            text,
-            add_special_tokens=False,
-            split_special_tokens=plain,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return list(encoded["input_ids"])
+        return tokens_of(self.tokenizer, text, plain)
 
     def _opening(self) -> list[int]:
         """What the tokenizer itself puts first; a chat template writes its own."""
@@ -238,6 +231,18 @@ class Renderer:
         ends = [self.end_of_turn, self.tokenizer.eos_token_id]
         ends += [self._control[text] for text in ENDINGS if text in self._control]
         return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+
+
+def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str, plain: bool = True) -> list[int]:
+    """Tokens of a text; `plain` takes the spelling of a control token as mere text."""
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        split_special_tokens=plain,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return list(encoded["input_ids"])
 
 
 def fold_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:

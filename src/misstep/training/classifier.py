@@ -1,15 +1,17 @@
-"""A classifier made of the lower layers of a language model, trained by transformers' Trainer.
+"""A classifier made of a language model's lower layers, or of an encoder, trained by Trainer.
 
-It reads a prompt and an answer and gives the log-odds of yes. The upper layers, which only
-choose words, are left out; an adapter on those that stay is trained with the head and then
-merged. What is written is an ordinary sequence classifier of transformers with one output.
+It reads a prompt and an answer and gives the log-odds of yes. A language model's upper layers,
+which only choose words, are left out; an encoder is kept whole. An adapter on what stays is
+trained with the head and then merged. What is written is an ordinary sequence classifier of
+transformers with one output.
 
 This module knows torch, transformers and tokens; it knows no record and no judge.
 """
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,19 +26,20 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.utils import logging
 
 from misstep.errors import ModelError, TrainingError
-from misstep.models.precision import device, weights_dtype
-from misstep.models.rendering import Renderer
-from misstep.models.weights import no_progress_bars, share
+from misstep.models.precision import device, fastest_dtype, weights_dtype
+from misstep.models.reading import is_encoder
+from misstep.models.weights import Model, no_progress_bars, share
 from misstep.training.kernels import fast_layers
-from misstep.training.label_loss import Labelled, LabelLoss, balance
+from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss, balance
 from misstep.training.loss import mean_loss
 from misstep.training.processes import on_one_device, place
 from misstep.training.rows import Row, in_order
 from misstep.training.scoring import ScoreHead, classifier
 from misstep.training.trainer import CompletionTrainer, Steps, trained
-from misstep.training.weights import adapted
+from misstep.training.weights import adapted, lora_config, with_peft
 
 PATIENCE = 2
 """Measurements on the dev part without a gain, after which training stops."""
@@ -46,18 +49,19 @@ HOTTEST = 5.0
 """Temperatures are sought from its inverse to here."""
 
 
-class Texts(NamedTuple):
-    """A prompt and an answer as tokens, and whether either had to be cut."""
-
-    ids: tuple[int, ...]
-    cut: bool
-
-
 class Calibration(NamedTuple):
     """What log-odds are divided by, after what is taken from them."""
 
     temperature: float
     shift: float
+
+
+class Encoder(NamedTuple):
+    """An encoder with a classifier's head, as transformers makes it."""
+
+    model: Any
+    head: frozenset[str]
+    """The parameters that are trained whole: those of the head, and what the files lacked."""
 
 
 class Measurement(NamedTuple):
@@ -83,20 +87,6 @@ class Fit:
     notify: Callable[[int, int], None]
 
 
-def read_texts(renderer: Renderer, prompt: str, answer: str, most: int) -> Texts:
-    """The tokens of a prompt, an answer and the end of a turn, at most so many.
-
-    A long answer loses its end. A prompt keeps its beginning, at least half of all tokens if
-    it is as long. What spells a control token in either is plain text.
-    """
-    asked = renderer.plain(f"Question: {prompt}")
-    answered = renderer.plain(f"\n\nAnswer: {answer}")
-    room = most - 1
-    kept = asked[: max(room - len(answered), room // 2)]
-    ids = [*kept, *answered[: room - len(kept)], renderer.end_of_turn]
-    return Texts(tuple(ids), len(ids) < len(asked) + len(answered) + 1)
-
-
 def keep_lower_layers(lm: Any, share: float) -> None:
     """Take a language model's upper layers away, in place.
 
@@ -117,24 +107,41 @@ def keep_lower_layers(lm: Any, share: float) -> None:
         config.layer_types = config.layer_types[:count]
 
 
+def of_language_model(lm: Any, labels: Sequence[bool], how: Fit) -> LabelLoss:
+    """The loss of a language model's body with an adapter and a head; consumes the model."""
+    return LabelLoss(adapted(lm, how.rank, 2 * how.rank, how.seed), lm, balance(labels))
+
+
+def of_encoder(encoder: Encoder, pad: int, labels: Sequence[bool], how: Fit) -> EncoderLoss:
+    """The loss of an encoder with an adapter, and its head; consumes the encoder."""
+    model = encoder.model
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" not in encoder.head
+    ]
+    config = lora_config(how.rank, 2 * how.rank, target_modules=layers)
+    adapted = with_peft(model, config, how.seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name in encoder.head)
+    return EncoderLoss(adapted, pad, balance(labels))
+
+
 def fit(
-    lm: Any, pad: int, train: Sequence[Labelled], dev: Sequence[Labelled], how: Fit
-) -> tuple[Any, list[Measurement]]:
-    """A classifier as it was best on the dev part, and its losses there; consumes the model.
+    loss: LabelLoss | EncoderLoss, train: Sequence[Labelled], dev: Sequence[Labelled], how: Fit
+) -> list[Measurement]:
+    """Leave the weights as they were best on the dev part; gives the losses there.
 
     Raises:
         TrainingError: a loss is no finite number.
-        ModelError: transformers has no classifier of this kind.
     """
-    model = adapted(lm, how.rank, 2 * how.rank, how.seed)
-    loss = LabelLoss(model, lm, balance([row.label for row in train]))
     order = in_order([row.row for row in train], how.epochs, how.seed)
     steps = math.ceil(len(train) / how.batch_size)
     watch = Watch(loss, [row.row for row in dev], how.micro_tokens, steps)
-    arguments = _arguments(how)
+    arguments = _arguments(how, isinstance(loss, EncoderLoss))
     # What makes layers fast depends on the device that they are on.
-    place(loss, lm, arguments)
-    with fast_layers(loss):
+    place(loss, loss.model, arguments)
+    with fast_layers(loss) if isinstance(loss, LabelLoss) else nullcontext():
         trainer = CompletionTrainer(
             loss,
             arguments,
@@ -147,16 +154,28 @@ def fit(
             trainer.train()
     shutil.rmtree(how.checkpoints, ignore_errors=True)
     watch.restore()
-    made = classifier(model.merge_and_unload(), pad)
+    return watch.found
+
+
+def finished(loss: LabelLoss | EncoderLoss, pad: int) -> Any:
+    """The classifier, its adapter merged.
+
+    Raises:
+        ModelError: transformers has no classifier of this kind.
+    """
+    merged = loss.model.merge_and_unload()
+    if isinstance(loss, EncoderLoss):
+        return merged
+    made = classifier(merged, pad)
     made.score.load_state_dict(loss.score.state_dict())
-    return made, watch.found
+    return made
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Measures on the dev part, keeps the best weights, and stops where nothing is gained."""
 
     def __init__(
-        self, loss: LabelLoss, dev: Sequence[Row], micro_tokens: int, steps: int
+        self, loss: LabelLoss | EncoderLoss, dev: Sequence[Row], micro_tokens: int, steps: int
     ) -> None:
         self.loss, self.dev, self.micro_tokens = loss, dev, micro_tokens
         self.steps = steps
@@ -190,7 +209,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 parameter.copy_(self._best[name])
 
 
-def _arguments(how: Fit) -> TrainingArguments:
+def _arguments(how: Fit, mixed: bool) -> TrainingArguments:
+    """Trainer's; `mixed` computes products of fp32 weights in bf16, where that is fast."""
     arguments = TrainingArguments(
         output_dir=str(how.checkpoints),
         # The rows come in the order of all epochs, so for Trainer there is one.
@@ -199,6 +219,7 @@ def _arguments(how: Fit) -> TrainingArguments:
         learning_rate=how.learning_rate,
         warmup_steps=0.06,
         use_cpu=not torch.cuda.is_available(),
+        bf16=mixed and fastest_dtype() == torch.bfloat16,
         save_strategy="no",
         seed=how.seed,
         report_to="none",
@@ -230,8 +251,8 @@ def calibration(odds: Sequence[float], labels: Sequence[bool]) -> Calibration:
 
 
 def save_classifier(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write it as transformers reads it, in the type that models are loaded in."""
-    model.to(weights_dtype())
+    """Write it as transformers reads it, in the type that the model was loaded in."""
+    model.to(model.dtype)
     with no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -244,14 +265,57 @@ def load_classifier(folder: Path) -> Any:
     Raises:
         ModelError: transformers cannot read it.
     """
-    try:
-        with no_progress_bars():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=weights_dtype(), use_safetensors=True, trust_remote_code=False
-            )
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"judge {folder}: transformers cannot load it: {error}") from error
+    if is_encoder(Model(str(folder), folder)):
+        return load_encoder(folder).model.to(device()).eval()
+    model = _from_pretrained(folder, weights_dtype())[0]
     head = ScoreHead(model.score.in_features)
     head.load_state_dict(model.score.state_dict())
     model.score = head
+    # Whole rows are scored, once.
+    model.config.use_cache = False
     return model.to(device()).eval()
+
+
+def load_encoder(folder: Path, seed: int = 0) -> Encoder:
+    """An encoder as a classifier of one label, in fp32; what its files lack is drawn anew.
+
+    Raises:
+        ModelError: transformers cannot read it, or has no classifier of this kind.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, found = _from_pretrained(
+            folder, torch.float32, num_labels=1, ignore_mismatched_sizes=True
+        )
+    drawn = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    body = f"{model.base_model_prefix}."
+    outside = {n for n, _ in model.named_parameters() if not n.startswith(body)}
+    return Encoder(model, frozenset(drawn | outside))
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+    """The classifier, and what transformers says of the loading."""
+    try:
+        with no_progress_bars(), quiet_loading():
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder}: transformers cannot load a classifier: {error}") from error
+    return model, found
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from warning of a head that the files lack: that it is new is known."""
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(shown)

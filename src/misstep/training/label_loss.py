@@ -1,8 +1,9 @@
 """The loss of labels: a row's last token is a label, and a head of one number guesses it.
 
-What stands before it is read as any row is, so all that makes training on completions fast
-serves here too: no padding, beginnings that rows share, fused adapters. Under causal attention
-no token sees the label.
+Of a language model, what stands before it is read as any row is, so all that makes training on
+completions fast serves here too: no padding, beginnings that rows share, fused adapters. Under
+causal attention no token sees the label. An encoder's tokens would see it, and each other's
+padding, so there the label is taken off and the padding hidden.
 
 This module knows torch and rows; it knows no adapter, optimiser or record.
 """
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from misstep.training.loss import MicroBatch, collate
 from misstep.training.rows import Row
-from misstep.training.scoring import ScoreHead
+from misstep.training.scoring import ScoreHead, padded_right
 
 
 class Labelled(NamedTuple):
@@ -65,10 +66,42 @@ class LabelLoss(nn.Module):  # type: ignore[misc]
         del owners
         body = self.lm.get_decoder()(input_ids=ids, use_cache=False, **layout)
         odds = self.score(body.last_hidden_state.flatten(0, 1)[positions])[:, 0]
-        each = torch.where(targets > 0, self.weights[1], self.weights[0])
-        return nn.functional.binary_cross_entropy_with_logits(
-            odds, targets.float(), each, reduction="sum"
-        )
+        return _summed(odds, targets, self.weights)
+
+
+class EncoderLoss(nn.Module):  # type: ignore[misc]
+    """An encoder's classifier; the forward pass gives the summed loss of labels."""
+
+    def __init__(self, model: Any, pad: int, weights: tuple[float, float]) -> None:
+        super().__init__()
+        self.model = model
+        """What is trained: PEFT's wrapper around the classifier."""
+        self.pad = pad
+        self.weights = weights
+        """What a row labelled 0 counts, and one labelled 1."""
+        self.lanes = 1
+        """Micro-batches are computed one after the other."""
+
+    def count(self, rows: Sequence[Row]) -> int:
+        """What the loss is a mean over: rows."""
+        return len(rows)
+
+    def collate(self, rows: Sequence[Row]) -> MicroBatch:
+        """Pad rows on the right, without their labels: `ids`, `mask` and `targets`."""
+        ids, mask = padded_right([row.ids[:-1] for row in rows], self.pad)
+        return {"ids": ids, "mask": mask, "targets": torch.tensor([r.ids[-1] for r in rows])}
+
+    def forward(self, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+        """The cross-entropy summed over the rows, in fp32."""
+        logits = self.model(input_ids=ids, attention_mask=mask).logits
+        return _summed(logits[:, 0].float(), targets, self.weights)
+
+
+def _summed(odds: Tensor, targets: Tensor, weights: tuple[float, float]) -> Tensor:
+    each = torch.where(targets > 0, weights[1], weights[0])
+    return nn.functional.binary_cross_entropy_with_logits(
+        odds, targets.float(), each, reduction="sum"
+    )
 
 
 def balance(labels: Sequence[bool]) -> tuple[float, float]:

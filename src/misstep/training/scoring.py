@@ -42,6 +42,8 @@ def classifier(lm: Any, pad: int) -> Any:
 
     config = copy.deepcopy(lm.config)
     config.num_labels, config.pad_token_id = 1, pad
+    # Whole rows are scored, once.
+    config.use_cache = False
     # What was read from GGUF is plain by now.
     config.__dict__.pop("quantization_config", None)
     body = lm.get_decoder()
@@ -56,9 +58,18 @@ def classifier(lm: Any, pad: int) -> Any:
             f"the classifier of {config.model_type} models has another body than their "
             "language model, so no reward model can be made of it. Use one of another family."
         )
+    body.config = config
     setattr(model, model.base_model_prefix, body)
     model.score = ScoreHead(config.get_text_config().hidden_size)
     return model
+
+
+def padded_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, longest), filled up with the pad, and the mask of what is none."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return ids, mask
 
 
 @dataclass(frozen=True)
@@ -85,14 +96,9 @@ class Scorer:
         return [(found[row.ids] - self.mean) / self.deviation for row in wanted]
 
     def _scores(self, group: Sequence[TokenRow]) -> list[float]:
-        rows = [row.ids for row in group]
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        ids, mask = padded_right([row.ids for row in group], self.pad)
         device = next(self.model.parameters()).device
         with torch.no_grad():
-            logits = self.model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            ).logits
+            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
         scores: list[float] = logits[:, 0].float().tolist()
         return scores

@@ -29,7 +29,7 @@ from transformers.trainer import SCHEDULER_NAME
 from misstep.errors import TrainingError
 from misstep.models.weights import halve
 from misstep.records import write_text
-from misstep.training.label_loss import LabelLoss
+from misstep.training.label_loss import EncoderLoss, LabelLoss
 from misstep.training.lanes import side_by_side
 from misstep.training.loss import CompletionLoss, MicroBatch
 from misstep.training.preference import PreferenceLoss
@@ -47,7 +47,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: CompletionLoss | LabelLoss | PreferenceLoss,
+        model: CompletionLoss | LabelLoss | EncoderLoss | PreferenceLoss,
         args: TrainingArguments,
         rows: Sequence[Row] | Sequence[PairRow],
         batch_size: int,

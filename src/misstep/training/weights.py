@@ -21,21 +21,26 @@ def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
 
 def adapted(lm: Any, rank: int, alpha: float, seed: int) -> Any:
     """The model with a LoRA adapter in fp32 on every linear layer but the head."""
+    config = lora_config(rank, alpha, task_type="CAUSAL_LM")
+    return with_peft(lm, config, seed)
+
+
+def with_peft(model: Any, config: Any, seed: int) -> Any:
+    """The model with PEFT's wrapper around it, the adapter drawn by the seed."""
     from peft import get_peft_model
 
-    config = lora_config(rank, alpha, task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
         # PEFT asks transformers for something by its former name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return get_peft_model(lm, config, autocast_adapter_dtype=True)
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def lora_config(rank: int, alpha: float, **options: Any) -> Any:
-    """An adapter on every linear layer but the head."""
+    """An adapter on every linear layer but the head, or on `target_modules`."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", **options)
+    return LoraConfig(r=rank, lora_alpha=alpha, **{"target_modules": "all-linear", **options})
 
 
 def with_all_weights(lm: Any) -> CompletionLoss:

@@ -1,0 +1,109 @@
+"""How a judge reads what was asked and what was answered: as tokens of one model.
+
+A language model reads both as one text and the end of a turn; an encoder reads two texts
+between its own separators. What spells a control token in either is plain text, so nothing that
+is judged can end the text that it stands in. This module knows tokenizers; it knows no weights.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from misstep.errors import ModelError
+from misstep.models.rendering import PROBE, Renderer, tokens_of
+from misstep.models.weights import Model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Texts(NamedTuple):
+    """A prompt and an answer as tokens, and whether either had to be cut."""
+
+    ids: tuple[int, ...]
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Turns a prompt and an answer into the tokens of one row."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    pad: int
+    """The token that rows are filled up with."""
+    labels: tuple[str, str]
+    """What stands before the prompt, and before the answer."""
+    around: tuple[Sequence[int], Sequence[int], Sequence[int]]
+    """The control tokens before, between and after the two."""
+
+    @classmethod
+    def for_model(cls, model: Model) -> Self:
+        """The reader of a language model or an encoder; reads its tokenizer, not its weights.
+
+        Raises:
+            ModelError: the tokenizer cannot be loaded, or does not say where a text ends.
+        """
+        if is_encoder(model):
+            tokenizer = load_tokenizer(model)
+            pad = tokenizer.pad_token_id
+            return cls(tokenizer, 0 if pad is None else pad, ("", ""), _separators(tokenizer))
+        renderer = Renderer.for_model(model)
+        ends = ((), (), (renderer.end_of_turn,))
+        labels = ("Question: ", "\n\nAnswer: ")
+        return cls(renderer.tokenizer, renderer.pad, labels, ends)
+
+    def read(self, prompt: str, answer: str, most: int) -> Texts:
+        """The tokens of a prompt and an answer, at most so many.
+
+        A long answer loses its end. A prompt keeps its beginning, at least half of all tokens
+        if it is as long.
+        """
+        before, between, after = self.around
+        asked, answered = (
+            tokens_of(self.tokenizer, label + text)
+            for label, text in zip(self.labels, (prompt, answer), strict=True)
+        )
+        room = most - len(before) - len(between) - len(after)
+        kept = asked[: max(room - len(answered), room // 2)]
+        said = answered[: room - len(kept)]
+        cut = len(kept) + len(said) < len(asked) + len(answered)
+        return Texts((*before, *kept, *between, *said, *after), cut)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the model reads, as far as its tokenizer says so."""
+        return int(self.tokenizer.model_max_length)
+
+
+def is_encoder(model: Model) -> bool:
+    """Whether every token of a model's text sees every other, as in BERT.
+
+    Told by its kind, which transformers has a masked language model of; a GGUF file is taken
+    for a language model.
+    """
+    if model.is_gguf:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
+    whole = config.get("is_encoder_decoder") or config.get("is_decoder")
+    return config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not whole
+
+
+def _separators(
+    tokenizer: "PreTrainedTokenizerBase",
+) -> tuple[list[int], list[int], list[int]]:
+    """What a tokenizer itself puts before, between and after a pair of texts."""
+    alone = tokens_of(tokenizer, PROBE)
+    pair = list(tokenizer(PROBE, PROBE)["input_ids"])
+    size = len(alone)
+    places = [i for i in range(len(pair) - size + 1) if pair[i : i + size] == alone]
+    if len(places) != 2:
+        raise ModelError(
+            f"model {tokenizer.name_or_path}: expected a tokenizer that reads a pair of texts "
+            f"as the texts between its own separators, found {pair} for two of {alone}. Use "
+            "another encoder, or a language model."
+        )
+    first, second = places
+    return pair[:first], pair[first + size : second], pair[second + size :]
