@@ -47,7 +47,6 @@ from misstep.stages.base import Settings
 from misstep.training import processes
 
 if TYPE_CHECKING:
-    from misstep.training.classifier import Fit
     from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss
 
 PARTS: tuple[Part, ...] = ("train", "dev", "held_out")
@@ -265,13 +264,12 @@ def _trained(
         epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
-        rank=settings.rank,
         seed=settings.seed,
         micro_tokens=micro_tokens(),
         checkpoints=folder / "checkpoints",
         notify=lambda done, total: progress.update("training steps", done, total),
     )
-    loss = _label_loss(inputs, [row.label for row in train.rows], reader.pad, how)
+    loss = _label_loss(inputs, [row.label for row in train.rows], reader.pad)
     began = time.monotonic()
     losses = classifier.fit(loss, train.rows, dev.rows, how)
     model = classifier.finished(loss, reader.pad)
@@ -306,16 +304,19 @@ def _trained(
 
 
 def _label_loss(
-    inputs: TrainInputs, labels: Sequence[bool], pad: int, how: "Fit"
+    inputs: TrainInputs, labels: Sequence[bool], pad: int
 ) -> "LabelLoss | EncoderLoss":
-    from misstep.training import classifier
+    """What is trained, made of the model that was named."""
+    from misstep.training.classifier import keep_lower_layers, of_language_model
+    from misstep.training.encoder import load_encoder, of_encoder
 
+    settings = inputs.settings
     if is_encoder(inputs.model):
-        encoder = classifier.load_encoder(inputs.model.files, how.seed)
-        return classifier.of_encoder(encoder, pad, labels, how)
+        encoder = load_encoder(inputs.model.files, settings.seed)
+        return of_encoder(encoder, pad, labels, settings.rank, settings.seed)
     lm = load_weights(inputs.model)
-    classifier.keep_lower_layers(lm, inputs.settings.layers)
-    return classifier.of_language_model(lm, labels, how)
+    keep_lower_layers(lm, settings.layers)
+    return of_language_model(lm, labels, settings.rank, settings.seed)
 
 
 def _questions(cases: Sequence[Case]) -> int:

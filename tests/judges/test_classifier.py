@@ -423,8 +423,9 @@ def some_rows(reader: Reader) -> list[Labelled]:
     return [Labelled(reader.read(f"{i}", t, 40).ids, k) for i, (t, k) in enumerate(texts)]
 
 
-def label_loss(model: Path, rows: Sequence[Labelled], how: Fit) -> LabelLoss:
-    return of_language_model(load_weights(locate(str(model))), [row.label for row in rows], how)
+def label_loss(model: Path, rows: Sequence[Labelled]) -> LabelLoss:
+    lm = load_weights(locate(str(model)))
+    return of_language_model(lm, [row.label for row in rows], rank=4, seed=0)
 
 
 def test_the_loss_is_that_of_the_labels_alone(tiny_model: Path) -> None:
@@ -455,8 +456,8 @@ def test_the_model_is_left_as_it_was_best_and_written_so(
     rows = some_rows(reader)
     # The dev part says the contrary, so each step makes it worse.
     dev = [Labelled(row.ids, not row.label) for row in rows[:6]]
-    how = Fit(9, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
-    loss = label_loss(tiny_model, rows, how)
+    how = Fit(9, 0.01, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
+    loss = label_loss(tiny_model, rows)
     measured = fit(loss, rows, dev, how)
     model = finished(loss, reader.pad)
     losses = [at.loss for at in measured]
@@ -474,8 +475,8 @@ def test_a_judge_is_trained_on_one_gpu_of_several(
     tiny_model: Path, tmp_path: Path, two_gpus: None
 ) -> None:
     rows = some_rows(Reader.for_model(locate(str(tiny_model))))
-    how = Fit(1, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
-    assert fit(label_loss(tiny_model, rows, how), rows, rows[:6], how)
+    how = Fit(1, 0.01, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
+    assert fit(label_loss(tiny_model, rows), rows, rows[:6], how)
 
 
 def test_layers_are_made_fast_where_they_are_trained(
@@ -490,9 +491,9 @@ def test_layers_are_made_fast_where_they_are_trained(
     # Trainer would move the model there later, when what is for processors is in it.
     monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
     monkeypatch.setattr("misstep.training.classifier.fast_layers", look)
-    how = Fit(1, 0.01, 4, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
+    how = Fit(1, 0.01, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
-        fit(label_loss(tiny_model, rows, how), rows, rows[:6], how)
+        fit(label_loss(tiny_model, rows), rows, rows[:6], how)
     assert seen == [("meta", "meta", False)]
 
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 from test_classifier import answer, labelled
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from misstep.errors import ModelError, RecipeError
 from misstep.evidence.judge_card import read_card
@@ -23,10 +28,9 @@ from misstep.training.classifier import (
     finished,
     fit,
     load_classifier,
-    load_encoder,
-    of_encoder,
     save_classifier,
 )
+from misstep.training.encoder import load_encoder, of_encoder
 from misstep.training.label_loss import Labelled, balance
 from misstep.training.loss import mean_loss
 from misstep.training.scoring import Scorer
@@ -39,7 +43,7 @@ def reader_of(folder: Path) -> Reader:
 
 
 def how(folder: Path) -> Fit:
-    return Fit(6, 0.003, 4, 4, 0, 4096, folder / "checkpoints", lambda *_: None)
+    return Fit(6, 0.003, 4, 0, 4096, folder / "checkpoints", lambda *_: None)
 
 
 def rows_of(reader: Reader) -> list[Labelled]:
@@ -95,8 +99,6 @@ def test_a_tokenizer_that_reads_no_pairs_is_refused(tmp_path: Path, tiny_encoder
 
 
 def test_the_judge_learns_and_is_a_plain_classifier_of_transformers(trained: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
-
     card = read_card(trained)
     (found,) = card.data.values()
     assert found.accuracy is not None and found.accuracy.value == 1.0
@@ -125,7 +127,7 @@ def test_the_loss_is_that_of_the_labels_and_padding_is_unseen(
     reader = reader_of(tiny_encoder)
     rows = rows_of(reader)
     labels = [row.label for row in rows]
-    loss = of_encoder(load_encoder(tiny_encoder), reader.pad, labels, how(tmp_path)).eval()
+    loss = of_encoder(load_encoder(tiny_encoder), reader.pad, labels, 4, 0).eval()
     low, high = balance(labels)
     expected = 0.0
     for row in rows:
@@ -149,7 +151,7 @@ def test_the_body_learns_by_an_adapter_and_the_head_whole(
         for part in ("bert.pooler.dense", "classifier")
         for kind in ("weight", "bias")
     }
-    loss = of_encoder(encoder, reader.pad, [row.label for row in rows], how(tmp_path))
+    loss = of_encoder(encoder, reader.pad, [row.label for row in rows], 4, 0)
     before = {name: p.detach().clone() for name, p in loss.named_parameters()}
     fit(loss, rows, rows[:6], how(tmp_path))
     changed = {n for n, p in loss.named_parameters() if not torch.equal(p, before[n])}
@@ -199,7 +201,7 @@ def test_encoders_of_many_families_learn_and_are_written_as_they_were(
     reader = reader_of(tmp_path / "base")
     rows = rows_of(reader)
     loss = of_encoder(
-        load_encoder(tmp_path / "base"), reader.pad, [row.label for row in rows], how(tmp_path)
+        load_encoder(tmp_path / "base"), reader.pad, [row.label for row in rows], 4, 0
     )
     before = mean_loss(loss, [row.row for row in rows], 4096)
     fit(loss, rows, rows, how(tmp_path))
@@ -209,6 +211,20 @@ def test_encoders_of_many_families_learn_and_are_written_as_they_were(
     save_classifier(finished(loss, reader.pad), reader.tokenizer, tmp_path / "judge")
     written = Scorer(load_classifier(tmp_path / "judge"), reader.pad, 4096)(ids)
     assert written == pytest.approx(adapted, abs=1e-4)
+
+
+def test_the_head_of_a_classifier_of_other_labels_is_drawn_anew(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    other = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=6)
+    other.save_pretrained(tmp_path)
+    load_tokenizer(locate(str(tiny_encoder))).save_pretrained(tmp_path)
+    encoder = load_encoder(tmp_path)
+    assert is_encoder(locate(str(tmp_path)))
+    assert encoder.model.classifier.weight.shape == (1, 32)
+    # What it has learned of a text stays, and learns by an adapter.
+    assert encoder.head == {"classifier.weight", "classifier.bias"}
+    assert torch.equal(encoder.model.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
 
 
 def test_a_head_that_is_new_is_drawn_by_the_seed(tiny_encoder: Path) -> None:

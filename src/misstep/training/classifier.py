@@ -10,8 +10,8 @@ This module knows torch, transformers and tokens; it knows no record and no judg
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,17 +21,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.utils import logging
+from transformers import TrainerCallback, TrainingArguments
 
 from misstep.errors import ModelError, TrainingError
 from misstep.models.precision import device, fastest_dtype, weights_dtype
 from misstep.models.reading import is_encoder
 from misstep.models.weights import Model, no_progress_bars, share
+from misstep.training.encoder import load_encoder, read_classifier
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss, balance
 from misstep.training.loss import mean_loss
@@ -39,7 +35,7 @@ from misstep.training.processes import on_one_device, place
 from misstep.training.rows import Row, in_order
 from misstep.training.scoring import ScoreHead, classifier
 from misstep.training.trainer import CompletionTrainer, Steps, trained
-from misstep.training.weights import adapted, lora_config, with_peft
+from misstep.training.weights import adapted
 
 PATIENCE = 2
 """Measurements on the dev part without a gain, after which training stops."""
@@ -56,14 +52,6 @@ class Calibration(NamedTuple):
     shift: float
 
 
-class Encoder(NamedTuple):
-    """An encoder with a classifier's head, as transformers makes it."""
-
-    model: Any
-    head: frozenset[str]
-    """The parameters that are trained whole: those of the head, and what the files lacked."""
-
-
 class Measurement(NamedTuple):
     """The loss on the dev part, so many epochs into the training."""
 
@@ -78,7 +66,6 @@ class Fit:
     epochs: float
     learning_rate: float
     batch_size: int
-    rank: int
     seed: int
     micro_tokens: int
     """Tokens that are computed at once."""
@@ -107,24 +94,9 @@ def keep_lower_layers(lm: Any, share: float) -> None:
         config.layer_types = config.layer_types[:count]
 
 
-def of_language_model(lm: Any, labels: Sequence[bool], how: Fit) -> LabelLoss:
+def of_language_model(lm: Any, labels: Sequence[bool], rank: int, seed: int) -> LabelLoss:
     """The loss of a language model's body with an adapter and a head; consumes the model."""
-    return LabelLoss(adapted(lm, how.rank, 2 * how.rank, how.seed), lm, balance(labels))
-
-
-def of_encoder(encoder: Encoder, pad: int, labels: Sequence[bool], how: Fit) -> EncoderLoss:
-    """The loss of an encoder with an adapter, and its head; consumes the encoder."""
-    model = encoder.model
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" not in encoder.head
-    ]
-    config = lora_config(how.rank, 2 * how.rank, target_modules=layers)
-    adapted = with_peft(model, config, how.seed)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad or name in encoder.head)
-    return EncoderLoss(adapted, pad, balance(labels))
+    return LabelLoss(adapted(lm, rank, 2 * rank, seed), lm, balance(labels))
 
 
 def fit(
@@ -267,55 +239,10 @@ def load_classifier(folder: Path) -> Any:
     """
     if is_encoder(Model(str(folder), folder)):
         return load_encoder(folder).model.to(device()).eval()
-    model = _from_pretrained(folder, weights_dtype())[0]
+    model = read_classifier(folder, weights_dtype())[0]
     head = ScoreHead(model.score.in_features)
     head.load_state_dict(model.score.state_dict())
     model.score = head
     # Whole rows are scored, once.
     model.config.use_cache = False
     return model.to(device()).eval()
-
-
-def load_encoder(folder: Path, seed: int = 0) -> Encoder:
-    """An encoder as a classifier of one label, in fp32; what its files lack is drawn anew.
-
-    Raises:
-        ModelError: transformers cannot read it, or has no classifier of this kind.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, found = _from_pretrained(
-            folder, torch.float32, num_labels=1, ignore_mismatched_sizes=True
-        )
-    drawn = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
-    body = f"{model.base_model_prefix}."
-    outside = {n for n, _ in model.named_parameters() if not n.startswith(body)}
-    return Encoder(model, frozenset(drawn | outside))
-
-
-def _from_pretrained(folder: Path, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
-    """The classifier, and what transformers says of the loading."""
-    try:
-        with no_progress_bars(), quiet_loading():
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{folder}: transformers cannot load a classifier: {error}") from error
-    return model, found
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep transformers from warning of a head that the files lack: that it is new is known."""
-    shown = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(shown)
