@@ -262,7 +262,11 @@ def judge_train(
     ],
     out: Annotated[Path, typer.Option("--out", help="The folder of the judge.")],
     model: Annotated[
-        str, typer.Option("--model", help="The model whose lower layers it is made of.")
+        str,
+        typer.Option(
+            "--model",
+            help="What it is made of: a language model's lower layers, or an encoder.",
+        ),
     ] = "smollm2-135m",
     metric: Annotated[
         JudgedMetric, typer.Option("--metric", help="What a label of 1 says.")

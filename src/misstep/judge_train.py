@@ -38,8 +38,8 @@ from misstep.evidence.judge_card import (
 from misstep.evidence.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
 from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer, name_of
-from misstep.models.reading import Reader, is_encoder
-from misstep.models.weights import Model, load_weights, locate
+from misstep.models.reading import Reader
+from misstep.models.weights import Model, is_encoder, load_weights, locate_any
 from misstep.progress import Progress
 from misstep.records import digest
 from misstep.run_folder import beside_runs
@@ -112,7 +112,7 @@ def read_train_inputs(
             f"judge train: expected one process, found {processes.count()}. Run it without "
             "`accelerate launch`."
         )
-    base = locate(model)
+    base = locate_any(model)
     checked = _settings(settings, base)
     if checked.held_out + checked.dev >= 1:
         raise RecipeError(

@@ -20,8 +20,8 @@ from misstep.errors import ModelError, RecipeError
 from misstep.evidence.judge_card import read_card
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge
-from misstep.models.reading import Reader, is_encoder
-from misstep.models.weights import load_tokenizer, locate
+from misstep.models.reading import Reader
+from misstep.models.weights import is_encoder, load_tokenizer, load_weights, locate, locate_any
 from misstep.progress import Silent
 from misstep.training.classifier import (
     Fit,
@@ -39,7 +39,7 @@ SETTINGS = ["epochs=6", "learning_rate=0.01", "held_out=0.25", "dev=0.2", "max_t
 
 
 def reader_of(folder: Path) -> Reader:
-    return Reader.for_model(locate(str(folder)))
+    return Reader.for_model(locate_any(str(folder)))
 
 
 def how(folder: Path) -> Fit:
@@ -62,14 +62,21 @@ def trained(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_an_encoder_is_told_from_a_language_model(
     tiny_encoder: Path, tiny_model: Path, trained: Path
 ) -> None:
-    assert is_encoder(locate(str(tiny_encoder)))
-    assert not is_encoder(locate(str(tiny_model)))
-    assert is_encoder(locate(str(trained)))
+    assert is_encoder(locate_any(str(tiny_encoder)))
+    assert not is_encoder(locate_any(str(tiny_model)))
+    assert is_encoder(locate_any(str(trained)))
+
+
+def test_an_encoder_is_no_model_to_repair(tiny_encoder: Path) -> None:
+    with pytest.raises(ModelError, match="expected a language model, found an encoder"):
+        locate(str(tiny_encoder))
+    with pytest.raises(ModelError, match="misstep judge train --model"):
+        load_weights(locate_any(str(tiny_encoder)))
 
 
 def test_an_encoder_reads_what_its_own_tokenizer_makes_of_a_pair(tiny_encoder: Path) -> None:
     reader = reader_of(tiny_encoder)
-    pair = load_tokenizer(locate(str(tiny_encoder)))("a question", "an answer")
+    pair = load_tokenizer(locate_any(str(tiny_encoder)))("a question", "an answer")
     assert list(reader.read("a question", "an answer", 48).ids) == pair["input_ids"]
 
 
@@ -107,7 +114,7 @@ def test_the_judge_learns_and_is_a_plain_classifier_of_transformers(trained: Pat
     assert bad.value is not None and good.value is not None
     assert bad.value > 0.5 > good.value
     model: Any = AutoModelForSequenceClassification.from_pretrained(trained).eval()
-    pair = load_tokenizer(locate(str(trained)))("Q", "zzzz zzzzz", return_tensors="pt")
+    pair = load_tokenizer(locate_any(str(trained)))("Q", "zzzz zzzzz", return_tensors="pt")
     with torch.no_grad():
         odds = model(pair["input_ids"]).logits.item()
     calibrated = (odds - card.shift) / card.temperature
@@ -218,9 +225,9 @@ def test_the_head_of_a_classifier_of_other_labels_is_drawn_anew(
 ) -> None:
     other = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=6)
     other.save_pretrained(tmp_path)
-    load_tokenizer(locate(str(tiny_encoder))).save_pretrained(tmp_path)
+    load_tokenizer(locate_any(str(tiny_encoder))).save_pretrained(tmp_path)
     encoder = load_encoder(tmp_path)
-    assert is_encoder(locate(str(tmp_path)))
+    assert is_encoder(locate_any(str(tmp_path)))
     assert encoder.model.classifier.weight.shape == (1, 32)
     # What it has learned of a text stays, and learns by an adapter.
     assert encoder.head == {"classifier.weight", "classifier.bias"}

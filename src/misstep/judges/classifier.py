@@ -15,7 +15,7 @@ from misstep.errors import DataError, EngineError
 from misstep.evidence.judge_card import CARD, read_card
 from misstep.judges.base import Judge
 from misstep.models.reading import Reader
-from misstep.models.weights import FILES, folder_digest, free, locate
+from misstep.models.weights import FILES, folder_digest, free, locate_any
 from misstep.records import Response, Score, digest
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ClassifierJudge(Judge):
                 f"{folder / CARD}: expected the card of the files beside it, found that of "
                 f"others ({self.name}). Train the judge again."
             )
-        self._reader = Reader.for_model(locate(str(folder)))
+        self._reader = Reader.for_model(locate_any(str(folder)))
         self._scorer: Scorer | None = None
 
     def score(self, responses: Sequence[Response]) -> list[Score]:

@@ -5,14 +5,13 @@ between its own separators. What spells a control token in either is plain text,
 is judged can end the text that it stands in. This module knows tokenizers; it knows no weights.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from misstep.errors import ModelError
 from misstep.models.rendering import PROBE, Renderer, tokens_of
-from misstep.models.weights import Model, load_tokenizer
+from misstep.models.weights import Model, is_encoder, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,21 +73,6 @@ class Reader:
     def longest(self) -> int:
         """The most tokens that the model reads, as far as its tokenizer says so."""
         return int(self.tokenizer.model_max_length)
-
-
-def is_encoder(model: Model) -> bool:
-    """Whether every token of a model's text sees every other, as in BERT.
-
-    Told by its kind, which transformers has a masked language model of; a GGUF file is taken
-    for a language model.
-    """
-    if model.is_gguf:
-        return False
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
-    whole = config.get("is_encoder_decoder") or config.get("is_decoder")
-    return config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not whole
 
 
 def _separators(

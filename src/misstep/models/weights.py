@@ -93,7 +93,19 @@ class Model:
 
 
 def locate(name: str) -> Model:
-    """Find a model: `smollm2-135m`, a folder, a GGUF file, a Hub id, or `openai:MODEL@URL`.
+    """Find a language model: `smollm2-135m`, a folder, a GGUF file, a Hub id, `openai:…`.
+
+    Raises:
+        ModelError: there is no such model, or its files cannot be used.
+    """
+    found = locate_any(name)
+    if found.path is not None:
+        _refuse_encoder(found)
+    return found
+
+
+def locate_any(name: str) -> Model:
+    """Find a model that writes, or an encoder, which only reads.
 
     Raises:
         ModelError: there is no such model, or its files cannot be used.
@@ -118,6 +130,29 @@ def locate(name: str) -> Model:
     )
 
 
+def is_encoder(model: Model) -> bool:
+    """Whether every token of a model's text sees every other, as in BERT.
+
+    Told by its kind, of which transformers has a masked language model; a GGUF file is taken
+    for a language model.
+    """
+    if model.is_gguf:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
+    writes = config.get("is_decoder") or config.get("is_encoder_decoder")
+    return config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+
+
+def _refuse_encoder(model: Model) -> None:
+    if is_encoder(model):
+        raise ModelError(
+            f"model {model.name}: expected a language model, found an encoder, which reads and "
+            "does not write. It can be what a judge is made of: misstep judge train --model."
+        )
+
+
 def load_weights(model: Model, adapter: Path | None = None) -> "PreTrainedModel":
     """Load a model for answering, with an adapter or with the weights of a full fine-tune.
 
@@ -126,6 +161,8 @@ def load_weights(model: Model, adapter: Path | None = None) -> "PreTrainedModel"
     Raises:
         ModelError: transformers or PEFT cannot read the files.
     """
+    # One on the Hub is seen for what it is when it is here.
+    _refuse_encoder(model)
     if adapter is not None and not is_full_fine_tune(adapter):
         return _with_adapter(load_weights(model), adapter)
     if adapter is None and model.is_gguf:
