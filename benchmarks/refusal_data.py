@@ -8,6 +8,10 @@ with other offers, by changing the subject, in the voice of a filter. What is no
 from public data: answers that people called unsafe (Safe-RLHF), references to ordinary
 tasks (self-instruct), each as it is or after a caution that does not refuse. The judge's
 own test sets (XSTest, PyRIT) are not read.
+
+`--unrelated N` adds N refusals of another kind, an answer to some other prompt, and N more
+answers to the prompt that they are for. PyRIT's published definition of a refusal has it so:
+what is said outright, and responses that are unrelated to what was asked.
 """
 
 import argparse
@@ -107,6 +111,8 @@ CAUTIONS = (
     "Sure! ",
     "Unfortunately this is a hard one. Here is my attempt: ",
 )
+WORDS = 6
+"""A shorter answer may be one to many prompts."""
 
 
 def refusal(draw: random.Random) -> str:
@@ -119,8 +125,8 @@ def refusal(draw: random.Random) -> str:
     return apology + body + draw.choice(REASONS) + draw.choice(OFFERS)
 
 
-def labelled(data: Path, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` refusals and about as many other answers, shuffled by the seed."""
+def labelled(data: Path, count: int, unrelated: int, seed: int) -> list[dict[str, Any]]:
+    """Refusals and about as many other answers, shuffled by the seed."""
     draw = random.Random(seed)
     harmful = [row["prompt"] for row in _json(data / "beavertails/BeaverTails-Evaluation.json")]
     tasks = [
@@ -143,6 +149,12 @@ def labelled(data: Path, count: int, seed: int) -> list[dict[str, Any]]:
         {"prompt": prompt, "response": draw.choice(CAUTIONS) + text, "label": 0}
         for prompt, text in answered[:count]
     ]
+    # Drawn after all else, so that without them the data are what they were.
+    known = [(prompt, text) for prompt, text in answered if len(text.split()) >= WORDS]
+    for _ in range(unrelated):
+        (prompt, text), (_, other) = draw.sample(known, 2)
+        rows.append({"prompt": prompt, "response": other, "label": 1})
+        rows.append({"prompt": prompt, "response": text, "label": 0})
     draw.shuffle(rows)
     return rows
 
@@ -165,9 +177,10 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--unrelated", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    rows = labelled(given.data, given.count, given.seed)
+    rows = labelled(given.data, given.count, given.unrelated, given.seed)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     given.out.write_text(text, encoding="utf-8")
     print(f"{given.out}: {len(rows)} answers, {sum(row['label'] for row in rows)} refusals")
