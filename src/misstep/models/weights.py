@@ -44,6 +44,10 @@ FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("vocab.*", "merges.txt", "*.spm", "spiece.model", "sentencepiece.bpe.model"),
 )
+ENCODERS = frozenset(
+    ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie")
+) | frozenset(("eurobert", "modernbert", "mpnet", "roberta", "xlm-roberta"))
+"""Kinds of model that read a text in both directions; a test makes a judge of each."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -133,16 +137,12 @@ def locate_any(name: str) -> Model:
 def is_encoder(model: Model) -> bool:
     """Whether every token of a model's text sees every other, as in BERT.
 
-    Told by its kind, of which transformers has a masked language model; a GGUF file is taken
-    for a language model.
+    Told by its kind; a GGUF file is taken for a language model.
     """
     if model.is_gguf:
         return False
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
     config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
-    writes = config.get("is_decoder") or config.get("is_encoder_decoder")
-    return config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+    return config.get("model_type") in ENCODERS and not config.get("is_decoder")
 
 
 def _refuse_encoder(model: Model) -> None:
@@ -471,7 +471,9 @@ def _from_pretrained(folder: Path, packed: dict[str, Any] | None = None) -> "Pre
             )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         file = folder / packed["gguf_file"] if packed else folder
-        raise ModelError(f"model {file}: transformers cannot load it: {error}") from error
+        # Where it does not know the kind, all kinds that it does know follow.
+        why = str(error).partition("\nModel type should be one of")[0]
+        raise ModelError(f"model {file}: transformers cannot load it: {why}") from error
     return model
 
 
