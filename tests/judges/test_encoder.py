@@ -176,6 +176,29 @@ def test_the_body_learns_by_an_adapter_and_the_head_whole(
     assert any(name.endswith("classifier.weight") for name in changed)
 
 
+def test_products_in_bf16_leave_the_weights_in_fp32(
+    tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = reader_of(tiny_encoder)
+    rows = rows_of(reader)
+    seen = set()
+
+    def look(module: Any, given: Any, made: Any) -> None:
+        # Measured on the dev part it computes in the type that it will judge in.
+        if module.training:
+            seen.add(made.dtype)
+
+    monkeypatch.setattr("misstep.training.classifier.fastest_dtype", lambda: torch.bfloat16)
+    loss = of_encoder(load_encoder(tiny_encoder), reader.pad, [row.label for row in rows], 4, 0)
+    layer = loss.model.base_model.model.bert.encoder.layer[0].intermediate.dense
+    layer.register_forward_hook(look)
+    before = mean_loss(loss, [row.row for row in rows], 4096)
+    fit(loss, rows, rows, how(tmp_path))
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in loss.parameters()} == {torch.float32}
+    assert mean_loss(loss, [row.row for row in rows], 4096) < before
+
+
 ENDS = {f"{end}_token_id": i for end, i in (("cls", 1), ("sep", 2), ("bos", 1), ("eos", 2))}
 FAMILIES: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 16},
