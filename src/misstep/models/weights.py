@@ -44,9 +44,10 @@ FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("vocab.*", "merges.txt", "*.spm", "spiece.model", "sentencepiece.bpe.model"),
 )
-ENCODERS = frozenset(
-    ("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie")
-) | frozenset(("eurobert", "modernbert", "mpnet", "roberta", "xlm-roberta"))
+ENCODERS = (
+    *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra"),
+    *("ernie", "eurobert", "modernbert", "mpnet", "roberta", "xlm-roberta"),
+)
 """Kinds of model that read a text in both directions; a test makes a judge of each."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

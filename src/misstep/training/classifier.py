@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainingArguments
 from misstep.errors import ModelError, TrainingError
 from misstep.models.precision import device, fastest_dtype, weights_dtype
 from misstep.models.weights import Model, is_encoder, no_progress_bars, share
-from misstep.training.encoder import load_encoder, read_classifier
+from misstep.training.encoder import read_classifier
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss, balance
 from misstep.training.loss import mean_loss
@@ -237,8 +237,9 @@ def load_classifier(folder: Path) -> Any:
         ModelError: transformers cannot read it.
     """
     if is_encoder(Model(str(folder), folder)):
-        return load_encoder(folder).model.to(device()).eval()
-    model = read_classifier(folder, weights_dtype())[0]
+        model, _ = read_classifier(folder, torch.float32)
+        return model.to(device()).eval()
+    model, _ = read_classifier(folder, weights_dtype())
     head = ScoreHead(model.score.in_features)
     head.load_state_dict(model.score.state_dict())
     model.score = head
