@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_classifier import answer, labelled
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -266,6 +267,15 @@ def test_the_head_of_a_classifier_of_other_labels_is_drawn_anew(
     # What it has learned of a text stays, and learns by an adapter.
     assert encoder.head == {"classifier.weight", "classifier.bias"}
     assert torch.equal(encoder.model.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
+
+
+def test_no_body_is_drawn_at_random(tiny_encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_encoder, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 are missing.* bert\.encoder\.layer\.1"):
+        load_encoder(tmp_path)
 
 
 def test_a_head_that_is_new_is_drawn_by_the_seed(tiny_encoder: Path) -> None:

@@ -35,7 +35,8 @@ def load_encoder(folder: Path, seed: int = 0) -> Encoder:
     """An encoder as a classifier of one label, in fp32; what its files lack is drawn anew.
 
     Raises:
-        ModelError: transformers cannot read it, or has no classifier of this kind.
+        ModelError: transformers cannot read it, has no classifier of this kind, or the files
+            lack more than a head.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -44,6 +45,13 @@ def load_encoder(folder: Path, seed: int = 0) -> Encoder:
         )
     drawn = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     body = f"{model.base_model_prefix}."
+    lacking = sorted(n for n in drawn if n.startswith(body) and "pooler" not in n)
+    if lacking:
+        raise ModelError(
+            f"{folder}: expected the weights of {model.config.model_type} as transformers "
+            f"names them, {len(lacking)} are missing, the first is {lacking[0]}. Save it "
+            "again with model.save_pretrained(FOLDER)."
+        )
     outside = {n for n, _ in model.named_parameters() if not n.startswith(body)}
     return Encoder(model, frozenset(drawn | outside))
 
