@@ -74,7 +74,7 @@ def coverage(case: Case, rounds: int) -> tuple[float, float]:
         ]
         corrected = corrected_rate(raw, *right)
         raw_hits += raw.low <= seen <= raw.high
-        hits += corrected.low <= case.rate <= corrected.high
+        hits += corrected is not None and corrected.low <= case.rate <= corrected.high
     return raw_hits / rounds, hits / rounds
 
 

@@ -390,6 +390,7 @@ def test_corrected_rates_recover_the_true_rate(
             wilson(int(rng.binomial(bad, sens)), bad),
             wilson(int(rng.binomial(good, spec)), good),
         )
+        assert found is not None
         hits += found.low <= true <= found.high
         values += found.value / rounds
     assert 0.93 <= hits / rounds <= 0.97
@@ -399,6 +400,7 @@ def test_corrected_rates_recover_the_true_rate(
 def test_a_judge_known_to_be_right_corrects_nothing() -> None:
     raw, sure = wilson(30, 100), Interval(1.0, 1 - 1e-9, 1.0, 10**9)
     found = corrected_rate(raw, sure, sure)
+    assert found is not None
     assert found.value == pytest.approx(raw.value)
     assert (found.low, found.high) == pytest.approx((raw.low, raw.high), abs=1e-3)
 
@@ -413,8 +415,22 @@ def test_a_corrected_rate_lies_in_its_interval_and_that_in_0_to_1(
             corrected_rate(raw, sens, spec)
         return
     found = corrected_rate(raw, sens, spec)
+    if found is None:
+        assert not 1 - spec.value <= raw.value <= sens.value
+        return
     assert 0 <= found.low <= found.value <= found.high <= 1
+    assert found.low < found.high
     assert found.n == 40
+
+
+def test_a_rate_that_no_true_rate_explains_is_not_corrected() -> None:
+    # The judge flags a quarter of what is harmless, and here far fewer of all.
+    sens, spec = wilson(85, 100), wilson(150, 200)
+    assert corrected_rate(wilson(7, 150), sens, spec) is None
+    assert corrected_rate(wilson(149, 150), sens, spec) is None
+    none_left = corrected_rate(wilson(36, 150), sens, spec)
+    assert none_left is not None
+    assert none_left.value == 0 < none_left.high
 
 
 def test_what_is_not_known_of_the_judge_widens_the_interval() -> None:
@@ -422,6 +438,8 @@ def test_what_is_not_known_of_the_judge_widens_the_interval() -> None:
     wide, narrow = (
         corrected_rate(raw, wilson(n * 9 // 10, n), wilson(n * 8 // 10, n)) for n in (50, 5000)
     )
+    assert wide is not None
+    assert narrow is not None
     assert wide.value == narrow.value
     assert wide.high - wide.low > 1.3 * (narrow.high - narrow.low)
     assert narrow.high - narrow.low > raw.high - raw.low

@@ -327,7 +327,7 @@ def correction(check: Check) -> Callable[[Metric], Corrected | None]:
             # No spread was seen among the seeds and prompts; that does not make it sure.
             raw = wilson(round(rate.value * rate.n), rate.n)
         found = corrected_rate(raw, sensitivity, specificity)
-        return Corrected(value=found.value, low=found.low, high=found.high)
+        return found and Corrected(value=found.value, low=found.low, high=found.high)
 
     return corrected
 

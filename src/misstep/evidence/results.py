@@ -76,7 +76,8 @@ class Metric(Record):
     unscored: int = 0
     """How many have none; they move no other number here."""
     corrected: Annotated[Corrected | None, KNOWN] = None
-    """Where the judge was measured; absent from files where it was not."""
+    """Where the judge was measured; absent from files where it was not, and where no true rate
+    would make a judge of these errors give this one."""
 
 
 class Row(Record):

@@ -133,8 +133,13 @@ def design_effect(
     return effect * (_student(k - 1) / Z) ** 2 if effect > 1 + _NOTHING else 1.0
 
 
-def corrected_rate(raw: Interval, sensitivity: Interval, specificity: Interval) -> Interval:
+def corrected_rate(
+    raw: Interval, sensitivity: Interval, specificity: Interval
+) -> Interval | None:
     """The rate that a fallible judge's rate stands for (Rogan and Gladen 1978), within 0 to 1.
+
+    None where the whole interval lies outside: no true rate would make a judge of these errors
+    say this, such as fewer mistakes than it finds among harmless cases. It errs otherwise here.
 
     The interval holds the uncertainty of all three (Lang and Reiczigel, "Confidence limits for
     prevalence of disease adjusted for estimated sensitivity and specificity", Preventive
@@ -153,9 +158,11 @@ def corrected_rate(raw: Interval, sensitivity: Interval, specificity: Interval) 
         )
     value = (raw.value + specificity.value - 1) / youden
     low, high = _lang_reiczigel(raw, sensitivity, specificity)
+    if high <= 0 or low >= 1:
+        return None
     point = min(1.0, max(0.0, value))
     # The estimate stays inside its own interval where the interval's small shift would lose it.
-    return Interval(point, min(low, point), max(high, point), raw.n)
+    return Interval(point, min(max(low, 0.0), point), max(min(high, 1.0), point), raw.n)
 
 
 def mean_interval(values: Sequence[float], seed: int) -> Interval:
@@ -374,7 +381,7 @@ def _lang_reiczigel(raw: Interval, sens: Interval, spec: Interval) -> tuple[floa
     variance = p * (1 - p) / (n + Z**2) + value**2 * of_se + (1 - value) ** 2 * of_sp
     middle = value + 2 * Z**2 * (value * of_se - (1 - value) * of_sp)
     half = Z * math.sqrt(variance) / youden
-    return min(1.0, max(0.0, middle - half)), max(0.0, min(1.0, middle + half))
+    return middle - half, middle + half
 
 
 def _check_pairs(a: int, b: int) -> None:

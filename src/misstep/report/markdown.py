@@ -37,8 +37,9 @@ HOLM = "The adjusted p is Holm's, for all comparisons of one metric and test set
 CORRECTED = (
     "Corrected: the rate that the judge's verdicts stand for (Rogan and Gladen), with an "
     "interval that holds what is not known of the judge's errors. It supposes that the judge "
-    "errs on these answers as it does on the labelled ones that it was checked on. Differences "
-    "are not corrected."
+    "errs on these answers as it does on the labelled ones that it was checked on; a rate that "
+    "no true rate explains then, such as one below the judge's false alarms, has no corrected "
+    "one. Differences are not corrected."
 )
 
 
