@@ -371,6 +371,18 @@ def test_of_a_bad_answer_only_the_tag_is_learned() -> None:
     assert all(row.completion.endswith(tags.harmless) for row in found if row not in bad)
 
 
+def test_every_mistake_is_tagged_before_one_is_tagged_again() -> None:
+    found = [row for row in rows("self_guard", good_answers=19) if row.kind != "ordinary"]
+    once = found[: len(MISTAKES)]
+    shown = [" ".join((*(m.content for m in r.messages), r.prefill, r.completion)) for r in once]
+    for mistake in MISTAKES:
+        answers = (mistake.response, str(mistake.prompt.reference))
+        assert sum(any(answer in text for answer in answers) for text in shown) == 1
+    assert len({row.model_dump_json() for row in found[: 4 * len(MISTAKES)]}) == 4 * len(
+        MISTAKES
+    )
+
+
 def test_the_filter_replaces_what_the_model_tags_as_harmful() -> None:
     tags, read = POLICY.self_guard, METHODS["self_guard"].read
     assert read(POLICY, f"Robots. {tags.harmful}") == tags.replacement

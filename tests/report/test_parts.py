@@ -1,6 +1,7 @@
 import pytest
 
 from misstep.evidence.results import Pooled
+from misstep.methods.registry import METHODS
 from misstep.report.compared import scatter
 from misstep.report.pictures import scale
 from misstep.report.view import Setting, ends
@@ -91,6 +92,18 @@ def pooled(test_set: str, metric: str, n: int) -> Pooled:
         n=n,
         by_seed={0: 0.5},
     )
+
+
+def test_every_method_has_a_colour_of_its_own() -> None:
+    found = scatter(
+        [
+            pooled(name, metric, 100).model_copy(update={"method": method})
+            for method in METHODS
+            for name, metric in (("attacks", "mistake_rate"), ("clean", "helpfulness"))
+        ]
+    )
+    assert found is not None
+    assert len({point.colour for point in found.points}) == len(METHODS)
 
 
 def test_harm_is_drawn_on_attacks_and_help_on_ordinary_tasks() -> None:

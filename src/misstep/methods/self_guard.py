@@ -21,9 +21,12 @@ class SelfGuard(Method):
 
     def rows(self, materials: Materials) -> Rows:
         policy = materials.policy
-        drawn = materials.some(materials.pairs(), materials.lesson, "pairs")
-        # The budget counts rows, of which a pair has four.
-        rows = [row for pair in drawn for row in _rows(policy, pair)][: len(drawn)]
+        pairs = materials.pairs()
+        drawn = materials.some(pairs, materials.lesson, "pairs")
+        # The budget counts rows, of which a pair has four: each gives one, the next gives the
+        # next one, and a pair that comes again gives another.
+        turns = ((place % len(pairs) + place // len(pairs)) % 4 for place in range(len(drawn)))
+        rows = [_rows(policy, pair)[turn] for pair, turn in zip(drawn, turns, strict=True)]
         return rows + [
             row.model_copy(update={"completion": _tagged(policy, row.completion)})
             for row in ordinary_rows(materials)

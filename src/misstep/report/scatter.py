@@ -14,8 +14,9 @@ from misstep.report.template import write_page
 COLOURS = (
     *("#4c566a", "#9aa0ac", "#b58900", "#2a78b5", "#7a5195", "#bc5090"),
     *("#1b998b", "#8c6d46", "#d1495b", "#e4572e", "#2e8b57", "#5b6ee1"),
+    *("#00b3d7", "#9bc400", "#111111", "#ff9f1c"),
 )
-"""Of the methods or models, in the order of the table."""
+"""Of the methods or models, in the order of the table; more than there are methods."""
 RADIUS = 6.0
 LEAST_HEIGHT = 460
 LEGEND, LINE, LETTER = 730, 18, 7
