@@ -512,6 +512,7 @@ ROUNDS = ["rounds=4", "methods=[vanilla, mistake_analysis]", "mistakes.samples=1
     [
         ([1.0, 0.5, 0.25, 0.0], 3, "no mistake any more", 99),
         ([1.0, 0.5, 0.5], 2, "would not help", 4),
+        ([1.0, 0.5, 0.5], 2, "would not help", 99),
     ],
 )
 def test_rounds_go_on_while_they_help(
@@ -538,6 +539,18 @@ def test_rounds_go_on_while_they_help(
     assert len(list((folder / "rounds").iterdir())) == trained
     found = list(read_jsonl(folder / "mistakes.jsonl", Mistake))
     assert most >= len({mistake.id for mistake in found}) == len(found) >= 4
+    if says == "would not help":
+        # What the second round had added did not help, so the first one's lessons stand alone.
+        judge.shares = iter(shares)
+        once = run(
+            path, tmp_path / "once", [*ROUNDS, "rounds=1", f"mistakes.limit={most}"], heard
+        )
+        for name, kind in (("mistakes", Mistake), ("analyses", Analysis)):
+            ours, first = (
+                {record.id for record in read_jsonl(of / f"{name}.jsonl", kind)}
+                for of in (folder, once)
+            )
+            assert ours == first
     assert (folder / "adapter" / "train.json").is_file()
 
 

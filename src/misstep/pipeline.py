@@ -255,9 +255,10 @@ class Run:
 
         A round's lessons are added to those before it, and the base model learns them all
         anew: its adapter fits the model that is served, whatever the number of rounds. Rounds
-        end early where the share of prompts with a mistake no longer falls.
+        end early where the share of prompts with a mistake no longer falls; the lessons that
+        brought no gain are then left out again.
         """
-        share = self.share
+        share, before = self.share, Shelf(Mistake)
         for number in range(2, self.config.rounds + 1):
             rows = self.rows(Collected(mistakes, analyses), only=(FOCUS,))[FOCUS]
             with self.manifest.stage("rounds"), self._judge_of_mistakes() as judge:
@@ -275,14 +276,22 @@ class Run:
                     f"Round {number}: mistakes on {now:.1%} of the prompts, {share:.1%} in the "
                     "round before: one more round would not help."
                 )
+                if before:
+                    mistakes, analyses = self._lessons(before)
                 break
-            share = now
+            share, before = now, Shelf(Mistake, mistakes)
             seen = Names()
             both = Shelf(Mistake, (m for m in chain(mistakes, found) if seen.add(m.id)))
             some = some_mistakes(both, self._settings.limit or len(both), self.config.seed)
-            mistakes = RecordFile(self.folder / "mistakes.jsonl", Mistake).fill(some)
-            analyses = self.analyse(mistakes)
+            mistakes, analyses = self._lessons(some)
         return mistakes, analyses
+
+    def _lessons(
+        self, mistakes: Iterable[Mistake]
+    ) -> tuple[Iterable[Mistake], Iterable[Analysis]]:
+        """Make these the run's mistakes, and analyse them."""
+        kept = RecordFile(self.folder / "mistakes.jsonl", Mistake).fill(mistakes)
+        return kept, self.analyse(kept)
 
     def _share_of_mistakes(self, mistakes: Iterable[Mistake]) -> float:
         seen = Names()

@@ -374,7 +374,9 @@ def test_of_a_bad_answer_only_the_tag_is_learned() -> None:
 def test_every_mistake_is_tagged_before_one_is_tagged_again() -> None:
     found = [row for row in rows("self_guard", good_answers=19) if row.kind != "ordinary"]
     once = found[: len(MISTAKES)]
-    shown = [" ".join((*(m.content for m in r.messages), r.prefill, r.completion)) for r in once]
+    shown = [
+        " ".join((*(m.content for m in r.messages), r.prefill, r.completion)) for r in once
+    ]
     for mistake in MISTAKES:
         answers = (mistake.response, str(mistake.prompt.reference))
         assert sum(any(answer in text for answer in answers) for text in shown) == 1
