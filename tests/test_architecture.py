@@ -43,6 +43,7 @@ LAYERS = [
     "misstep.data.sources",
     "misstep.data.held_out",
     "misstep.data.preferred",
+    "misstep.data.labelled",
     "misstep.data*",
     "misstep.evidence.stats",
     "misstep.evidence.agreement",

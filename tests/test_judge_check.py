@@ -333,6 +333,26 @@ def test_obedience_is_checked_on_attacks_with_their_targets(tmp_path: Path) -> N
     assert accuracy is not None and accuracy > 0.9
 
 
+def test_with_decoys_each_set_is_judged_twice_and_rates_are_corrected_by_the_plain_one(
+    tmp_path: Path,
+) -> None:
+    labels = Path(__file__).parent / "judges/obedience_labels.jsonl"
+    given = ("obedience", [str(labels)], tmp_path / "out", None, ["label=obeyed"], Silent())
+    plain = read_check(check_judge(*given) / "check.json")
+    both = read_check(check_judge(*given, decoys=True) / "check.json")
+    assert [data.name for data in both.data] == [
+        "obedience_labels",
+        "obedience_labels with decoys",
+    ]
+    assert both.data[0] == plain.data[0]
+    assert both.data[1].whole.n == plain.data[0].whole.n
+    assert both.pooled == plain.pooled
+    judged = (tmp_path / "out/judged.jsonl").read_text().splitlines()
+    assert len(judged) == 2 * plain.data[0].whole.n
+    with pytest.raises(InputError, match="--decoys: expected a judge of mistakes"):
+        check_judge("refusal", [refusals(tmp_path)], *given[2:4], [], Silent(), decoys=True)
+
+
 @pytest.mark.parametrize(
     ("judge", "model", "fields", "why"),
     [

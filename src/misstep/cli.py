@@ -243,6 +243,14 @@ def judge_check(
         list[str],
         typer.Option("--field", metavar="FIELD=COLUMN", help="Map a column, as label=is_bad."),
     ] = [],  # noqa: B006
+    decoys: Annotated[
+        bool,
+        typer.Option(
+            "--decoys",
+            help="Judge each answer once more, with a refusal, a harmless answer or a claim to "
+            "be safe beside it. Of judges of mistakes.",
+        ),
+    ] = False,
 ) -> None:
     """Measure a judge on people's labels: agreement and errors with intervals, a page."""
     from misstep.judge_check import check_judge
@@ -250,7 +258,7 @@ def judge_check(
     from misstep.summary import print_check
 
     with progress() as shown:
-        folder = check_judge(judge, data, out, model, field, shown)
+        folder = check_judge(judge, data, out, model, field, shown, decoys)
     print_check(folder)
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from misstep.claims import claimed
 from misstep.data.columns import LAYOUT
-from misstep.data.labelled import Case, DataSet, load_labelled
+from misstep.data.decoys import NAME, beside
+from misstep.data.labelled import MISTAKES, Case, DataSet, load_labelled
 from misstep.data.sources import Source, check_source, rows
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
@@ -53,9 +54,15 @@ class CheckInputs(NamedTuple):
 
 
 def read_check_inputs(
-    judge: str, data: Sequence[str], model: str | None, fields: Sequence[str]
+    judge: str,
+    data: Sequence[str],
+    model: str | None,
+    fields: Sequence[str],
+    decoys: bool = False,
 ) -> CheckInputs:
     """Read and check everything that a check depends on.
+
+    With `decoys` each set stands there once more, with harmless text beside its answers.
 
     Raises:
         InputError: what is wrong with the judge, its model, or the data.
@@ -68,7 +75,24 @@ def read_check_inputs(
         sets = {name: unseen(found, folder) for name, found in sets.items()}
     for given, found in sets.items():
         _check_applies(probe, given, found)
+    if decoys:
+        sets, data = _beside(probe.metric, sets, data)
     return CheckInputs(read, sets, data)
+
+
+def _beside(
+    metric: str, sets: dict[str, DataSet], given: Sequence[str]
+) -> tuple[dict[str, DataSet], list[str]]:
+    """Each set and then the same one with decoys, and their names as they are given."""
+    if metric != MISTAKES or any(found.pairs for found in sets.values()):
+        raise DataError(
+            "--decoys: expected a judge of mistakes and single answers: only a mistake stays "
+            "one whatever stands beside it. Leave it out."
+        )
+    both = dict[str, DataSet]()
+    for name, found in sets.items():
+        both |= {name: found, NAME.format(name): beside(found)}
+    return both, [n for name in given for n in (name, NAME.format(name))]
 
 
 def labelled_sets(
@@ -164,6 +188,7 @@ def check_judge(
     model: str | None,
     fields: Sequence[str],
     progress: Progress,
+    decoys: bool = False,
 ) -> Path:
     """Measure a judge on labelled data and give the directory of the numbers.
 
@@ -171,7 +196,7 @@ def check_judge(
         InputError: judge, model, data or folder; before any model loads.
         RunError: the judging failed; the same command goes on from there.
     """
-    inputs = read_check_inputs(judge, data, model, fields)
+    inputs = read_check_inputs(judge, data, model, fields, decoys)
     trained = inputs.judge.config.classifier
     if trained is not None:
         writable(Path(trained))
@@ -254,7 +279,9 @@ def _said(judge: AnyJudge, cases: Sequence[Case], pairs: bool) -> list[dict[str,
 
 
 def _counted(inputs: CheckInputs, judge: AnyJudge, cases: dict[str, list[JudgedCase]]) -> Check:
-    single = [case for name, of in cases.items() if not inputs.data[name].pairs for case in of]
+    # What stands beside answers was put there by us: rates are corrected by people's labels.
+    plain = {n: of for n, of in cases.items() if not inputs.data[n].decoys}
+    single = [case for name, of in plain.items() if not inputs.data[name].pairs for case in of]
     return Check(
         judge=judge.name,
         title=inputs.judge.title,

@@ -9,6 +9,7 @@ seed and settings give the same parts; on the same machine and versions the same
 
 import os
 import platform
+import random
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,13 +21,15 @@ from pydantic import Field
 from misstep import __version__
 from misstep.claims import claimed
 from misstep.config import parse_override, put
-from misstep.data.labelled import Case, DataSet, Part, part_of
+from misstep.data.decoys import LEARNED, beside, with_decoys
+from misstep.data.labelled import MISTAKES, Case, DataSet, Part, part_of
 from misstep.data.sources import question_of
 from misstep.documents import check
 from misstep.errors import DataError, RecipeError
 from misstep.evidence.check_results import JudgedCase, measure_data
 from misstep.evidence.judge_card import (
     CARD,
+    READS,
     JudgeCard,
     Parts,
     Tested,
@@ -37,7 +40,13 @@ from misstep.evidence.judge_card import (
 )
 from misstep.evidence.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
-from misstep.judges.classifier import ClassifierJudge, asked, classifier_scorer, name_of
+from misstep.judges.classifier import (
+    ClassifierJudge,
+    asked,
+    classifier_scorer,
+    name_of,
+    parts_of,
+)
 from misstep.models.reading import Reader
 from misstep.models.weights import Model, is_encoder, load_weights, locate_any
 from misstep.progress import Progress
@@ -67,7 +76,7 @@ class JudgeTraining(Settings):
     """The share that decides when to stop, and the temperature."""
     seed: Annotated[int, Field(ge=0)] = 0
     """The seed that parts the questions, and of training."""
-    epochs: Annotated[float, Field(gt=0)] = 2
+    epochs: Annotated[float, Field(gt=0)] = 1.5
     """Passes over the data at most; training stops where the dev part no longer gains."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """The adapter's and the head's; 5e-4 for an encoder."""
@@ -80,10 +89,15 @@ class JudgeTraining(Settings):
     whole."""
     rank: Annotated[int, Field(ge=1)] = 16
     """The rank of the adapter that is trained."""
+    decoys: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """The share of the training answers that a refusal, a harmless answer or a claim to be safe
+    is put beside, labels kept, so that none of it passes a mistake off. Of mistakes only."""
 
 
 FOR_ENCODERS = {"layers": 1.0, "learning_rate": 5e-4}
 """What differs where an encoder is trained and nothing else is said."""
+NOT_OF_MISTAKES = {"decoys": 0.0}
+"""The same of other labels than mistakes: a refusal before an answer may well make one."""
 
 
 class TrainInputs(NamedTuple):
@@ -113,7 +127,7 @@ def read_train_inputs(
             "`accelerate launch`."
         )
     base = locate_any(model)
-    checked = _settings(settings, base)
+    checked = _settings(settings, base, metric)
     if checked.held_out + checked.dev >= 1:
         raise RecipeError(
             "judge train: expected questions to train on, found none: held_out "
@@ -135,11 +149,17 @@ def read_train_inputs(
     return inputs
 
 
-def _settings(overrides: Sequence[str], model: Model) -> JudgeTraining:
+def _settings(overrides: Sequence[str], model: Model, metric: str) -> JudgeTraining:
     given: dict[str, Any] = dict(FOR_ENCODERS) if is_encoder(model) else {}
+    given |= {} if metric == MISTAKES else NOT_OF_MISTAKES
     for override in overrides:
         put(given, *parse_override(override), f"--set {override}")
     settings = check(JudgeTraining, given, RecipeError, "judge train")
+    if settings.decoys and metric != MISTAKES:
+        raise RecipeError(
+            f"judge train: expected no `decoys` for {metric}, found {settings.decoys:g}. Only "
+            "a mistake stays one whatever stands beside it: leave the key out."
+        )
     if is_encoder(model):
         _refuse_unfit(settings, model)
     return settings
@@ -192,9 +212,12 @@ def _train_into(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
     for name, of in cases.items():
         counts = ", ".join(f"{part} {len(of[part])}" for part in PARTS)
         progress.say(f"{name}: {counts}")
-    train, dev = _rows(inputs, cases, "train"), _rows(inputs, cases, "dev")
+    learned, decided_by = (
+        [case for of in cases.values() for case in of[part]] for part in ("train", "dev")
+    )
+    train, dev = _rows(inputs, _beside(inputs, learned)), _rows(inputs, decided_by)
     training = _trained(inputs, cases, (train, dev), folder, progress)
-    card = _card(inputs, training, dev, folder)
+    card = _card(inputs, training, decided_by, folder)
     write_seen(
         folder,
         {
@@ -217,11 +240,28 @@ class Rows(NamedTuple):
     """Those that were too long."""
 
 
-def _rows(inputs: TrainInputs, cases: Parted, part: Part) -> Rows:
+def _beside(inputs: TrainInputs, cases: Sequence[Case]) -> list[Case]:
+    """The cases, a share of them with decoys; one that would then be cut stays as it is."""
+    settings, reader = inputs.settings, Reader.for_model(inputs.model)
+    draw = random.Random(f"beside {settings.seed}")
+    chosen = [draw.random() < settings.decoys for _ in cases]
+    with_them = with_decoys(cases, cases, LEARNED, settings.seed)
+
+    def fits(case: Case) -> bool:
+        answer = case.response
+        return not reader.read(asked(answer), answer.text, settings.max_tokens).cut
+
+    return [
+        other if wanted and fits(other) else case
+        for case, other, wanted in zip(cases, with_them, chosen, strict=True)
+    ]
+
+
+def _rows(inputs: TrainInputs, cases: Sequence[Case]) -> Rows:
     from misstep.training.label_loss import Labelled
 
     reader, rows, cut = Reader.for_model(inputs.model), [], 0
-    for case in (case for of in cases.values() for case in of[part]):
+    for case in cases:
         answer = case.response
         read = reader.read(asked(answer), answer.text, inputs.settings.max_tokens)
         rows.append(Labelled(read.ids, case.label))
@@ -229,18 +269,24 @@ def _rows(inputs: TrainInputs, cases: Parted, part: Part) -> Rows:
     return Rows(rows, cut)
 
 
-def _card(inputs: TrainInputs, training: Training, dev: Rows, folder: Path) -> JudgeCard:
+def _card(
+    inputs: TrainInputs, training: Training, dev: Sequence[Case], folder: Path
+) -> JudgeCard:
     """The card of a judge that was written, calibrated on the dev part as it was written."""
     from misstep.training.classifier import calibration
 
-    scorer = classifier_scorer(folder, Reader.for_model(inputs.model))
-    odds = scorer([row.ids for row in dev.rows])
-    found = calibration(odds, [row.label for row in dev.rows])
-    heat, shift, most = round(found.temperature, 4), round(found.shift, 4), inputs.settings
+    reader, most = Reader.for_model(inputs.model), inputs.settings.max_tokens
+    scorer = classifier_scorer(folder, reader)
+    parts = [parts_of(reader, case.response, most, inputs.metric) for case in dev]
+    odds = iter(scorer([part.ids for of in parts for part in of]))
+    worst = [max(next(odds) for _ in of) for of in parts]
+    found = calibration(worst, [case.label for case in dev])
+    heat, shift = round(found.temperature, 4), round(found.shift, 4)
     return JudgeCard(
-        judge=name_of(folder, heat, shift, most.max_tokens),
+        judge=name_of(folder, heat, shift, most),
         metric=inputs.metric,
-        max_tokens=most.max_tokens,
+        reads=READS,
+        max_tokens=most,
         temperature=heat,
         shift=shift,
         training=training,
@@ -335,7 +381,12 @@ def _tested(
         checked = measure_data(name, left.digest, False, left.left_out, judged)
         found[name] = Tested.of(checked)
         together += judged
-    if len(found) > 1:
-        whole = digest([of.digest for of in found.values()])
+        if inputs.metric == MISTAKES:
+            other = beside(left)
+            hard = judge_cases(judge, other.name, other, progress)
+            checked = measure_data(other.name, other.digest, False, other.left_out, hard)
+            found[other.name] = Tested.of(checked)
+    if len(inputs.data) > 1:
+        whole = digest([found[name].digest for name in inputs.data if name in found])
         found[TOGETHER] = Tested.of(measure_data(TOGETHER, whole, False, {}, together))
     return found

@@ -134,6 +134,8 @@ def print_check(folder: Path) -> None:
 
 def print_ratings(path: Path, ratings: Ratings) -> None:
     """Print what raters found, how far they agree, and the judge with them."""
+    for rater, count in ratings.raters.items():
+        print(f"{rater}: {count} of {ratings.items} items rated")
     alphas = {name: of.alpha for name, of in ratings.agreement.items()}
     for name, alpha in alphas.items():
         said = "not defined" if alpha is None else f"{alpha:.3f}"

@@ -23,6 +23,7 @@ from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
+from misstep.judges.refusal import EMPTY
 from misstep.judging import opened, read_judge
 from misstep.models.reading import Reader
 from misstep.models.weights import load_weights, locate
@@ -76,7 +77,8 @@ def answer(text: str, prompt: str = "Q") -> Response:
 
 def test_a_judge_learns_what_its_labels_say(trained: Path) -> None:
     card = read_card(trained)
-    (found,) = card.data.values()
+    found, hard = card.data["data"], card.data["data with decoys"]
+    assert hard.n == found.n and hard.digest != found.digest
     assert found.n > 10 and found.unscored == 0
     assert found.accuracy is not None and found.accuracy.value == 1.0
     assert found.auc is not None and found.auc.value == 1.0
@@ -312,32 +314,78 @@ def test_answers_are_judged_alike_in_any_company_and_order(trained: Path) -> Non
     assert together == pytest.approx(alone, abs=0.02)
 
 
-def test_a_long_answer_loses_its_end_and_the_score_says_so(trained: Path) -> None:
+def test_of_a_long_answer_the_worst_part_counts(trained: Path) -> None:
     judge = ClassifierJudge(trained)
-    (short,), (long,) = judge.score([answer("well")]), judge.score([answer("well " * 50)])
-    assert (short.reason, long.reason) == ("", "read in its first 48 tokens")
-    assert long.value is not None
+    texts = ("well", "all is well " * 20, "all is well " * 19 + "zzzzz zzzz")
+    short, long, bad = judge.score([answer(text) for text in texts])
+    assert (short.reason, long.reason) == ("", "read in 7 parts")
+    assert short.value is not None and long.value is not None and bad.value is not None
+    assert max(short.value, long.value) < 0.5 < bad.value
+    (asked_long,) = judge.score([answer("well", prompt="Q" * 90)])
+    assert asked_long.reason == "cut to 48 tokens"
+
+
+def test_of_a_long_refusal_the_beginning_counts(trained: Path) -> None:
+    judge = ClassifierJudge(trained)
+    judge.metric = "over_refusal"
+    (score,) = judge.score([answer("all is well " * 19 + "zzzzz zzzz")])
+    assert score.reason == "cut to 48 tokens"
+    assert score.value is not None and score.value < 0.5
+
+
+def test_an_empty_answer_is_unscored_and_moves_no_other(trained: Path) -> None:
+    judge = ClassifierJudge(trained)
+    scores = judge.score([answer(text) for text in ("zzzz zzzz", "", " \n", "all is well")])
+    assert [score.reason for score in scores[1:3]] == [EMPTY] * 2
+    bad, *nothing, good = [score.value for score in scores]
+    assert nothing == [None, None]
+    assert bad is not None and good is not None and bad > 0.5 > good
+
+
+def test_a_long_answer_is_read_whole_and_every_part_after_the_prompt(tiny_model: Path) -> None:
+    reader = Reader.for_model(locate(str(tiny_model)))
+    letters = " ".join(map(str, range(10, 45)))
+    parts = reader.read_whole("hm?", letters, 40)
+    texts = [reader.tokenizer.decode(part.ids[:-1]).split("<|im_end|>") for part in parts]
+    assert {asked for asked, _ in texts} == {"hm?"}
+    assert not any(part.cut for part in parts)
+    said = [answered for _, answered in texts]
+    whole = said[0]
+    for text in said[1:]:
+        shared = next(n for n in range(len(text), 0, -1) if whole.endswith(text[:n]))
+        assert shared >= 8, "a quarter of the part"
+        whole += text[shared:]
+    assert whole == letters
+    assert reader.read("hm?", letters, 40) == parts[0]._replace(cut=True)
+
+
+def test_a_judge_that_read_otherwise_is_refused(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "judge")
+    card = json.loads((folder / "card.json").read_text())
+    del card["reads"]
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(InputError, match=r"of an earlier version.*Train the judge again"):
+        ClassifierJudge(folder)
 
 
 def test_prompts_keep_their_place_when_texts_are_cut(tiny_model: Path) -> None:
     reader = Reader.for_model(locate(str(tiny_model)))
 
-    def read(prompt: str, text: str, most: int) -> tuple[str, int]:
+    def read(prompt: str, text: str, most: int) -> tuple[str, bool]:
         found = reader.read(prompt, text, most)
         assert found.ids[-1] == 2 and len(found.ids) <= most
         return reader.tokenizer.decode(found.ids[:-1]), found.cut
 
-    assert read("hm?", "yes", 99) == ("Question: hm?\n\nAnswer: yes", False)
-    assert read("hm?", "y" * 90, 33) == ("Question: hm?\n\nAnswer: " + "y" * 9, True)
-    cut, _ = read("h" * 90, "y" * 90, 41)
-    assert cut == "Question: " + "h" * 10 + "\n\nAnswer: " + "y" * 10
-    assert read("h" * 90, "yes", 41)[0] == "Question: " + "h" * 17 + "\n\nAnswer: yes"
+    assert read("hm?", "yes", 99) == ("hm?<|im_end|>yes", False)
+    assert read("hm?", "y" * 90, 14) == ("hm?<|im_end|>" + "y" * 9, True)
+    assert read("h" * 90, "y" * 90, 22)[0] == "h" * 10 + "<|im_end|>" + "y" * 10
+    assert read("h" * 90, "yes", 22)[0] == "h" * 17 + "<|im_end|>yes"
 
 
 def test_a_text_cannot_spell_control_tokens(tiny_model: Path) -> None:
     reader = Reader.for_model(locate(str(tiny_model)))
     found = reader.read("<|im_start|>", "<|im_end|>\n<|pad|>", 200)
-    assert not {0, 1, 2} & set(found.ids[:-1])
+    assert [i for i in found.ids if i < 3] == [2, 2]
 
 
 def test_calibration_undoes_a_scaling_and_a_shift() -> None:
@@ -510,6 +558,6 @@ def test_the_embedded_model_makes_a_judge_by_the_command(tmp_path: Path) -> None
     options = ["--out", str(tmp_path / "judge"), "--set", "epochs=2", "--set", "layers=0.2"]
     shown: Any = subprocess.run([*command, *options], capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
-    (found,) = read_card(tmp_path / "judge").data.values()
+    found = read_card(tmp_path / "judge").data["data"]
     assert found.accuracy is not None and found.accuracy.value is not None
     assert found.accuracy.value > 0.9

@@ -115,7 +115,7 @@ def test_a_tokenizer_that_reads_no_pairs_is_refused(tmp_path: Path, tiny_encoder
 
 def test_the_judge_learns_and_is_a_plain_classifier_of_transformers(trained: Path) -> None:
     card = read_card(trained)
-    (found,) = card.data.values()
+    found = card.data["data"]
     assert found.accuracy is not None and found.accuracy.value == 1.0
     assert card.training.settings["layers"] == 1.0
     bad, good = ClassifierJudge(trained).score([answer("zzzz zzzzz"), answer("all is well")])

@@ -87,6 +87,8 @@ class DataSet(NamedTuple):
     """Rows that could not be used, by the reason."""
     pairs: bool
     """Whether each case holds two answers."""
+    decoys: bool = False
+    """Whether text stands beside the answers that nobody has labelled; see data/decoys.py."""
 
 
 Part = Literal["train", "dev", "held_out"]

@@ -19,6 +19,8 @@ from misstep.evidence.results import Metric
 from misstep.records import Prompt, Record, digest, read_json, write_json, write_text
 
 CARD = "card.json"
+READS = 2
+"""How today's judges read; 1 was a question and an answer as one text, of a language model."""
 SEEN = "seen.txt"
 """Names of the questions that the judge was trained or tuned on, one a line."""
 
@@ -105,8 +107,10 @@ class JudgeCard(Record):
     judge: str
     """As its scores name it: by all that they depend on."""
     metric: str
+    reads: int = 1
+    """How the judge reads; see `READS`."""
     max_tokens: int
-    """Of prompt and answer together; what is longer is cut."""
+    """Of prompt and answer together, in one row."""
     temperature: float
     shift: float
     """Of the log-odds: the shift is taken off, the rest divided by the temperature. Both were

@@ -186,17 +186,24 @@ def _rated_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     # Spreadsheets of some countries write semicolons.
     separator = ";" if text.partition("\n")[0].count(";") > 1 else ","
     csv.field_size_limit(LONGEST_CELL)
-    reader = csv.DictReader(StringIO(text), delimiter=separator)
+    reader = csv.DictReader(StringIO(text), delimiter=separator, strict=True)
     columns = ("item", *QUESTIONS)
     if absent := [name for name in columns if name not in (reader.fieldnames or [])]:
         raise DataError(
             f"{path}: expected the columns of the sheet, found none named "
             f"{', '.join(absent)}. Rate a copy of sheet.csv and keep its first line."
         )
-    for row in reader:
-        found = {name: (row[name] or "").strip() for name in columns}
-        if any(found.values()):
-            yield f"{path}, line {reader.line_num}", found
+    try:
+        for row in reader:
+            found = {name: (row[name] or "").strip() for name in columns}
+            if any(found.values()):
+                yield f"{path}, line {reader.line_num}", found
+    except csv.Error as error:
+        raise DataError(
+            f"{path}, line {reader.line_num}: expected the cells of a CSV file, found one that "
+            f"does not end as it began ({error}). See to the quotation marks there; no rating "
+            "is taken from the file as it is."
+        ) from error
 
 
 def count_ratings(

@@ -1,8 +1,10 @@
 """A judge that is a trained classifier: its score is the calibrated probability of yes.
 
 It reads the answer and what was asked, as tokens that no text can turn into instructions: it
-follows none. What is too long is cut, and the score says so. A text on which the model fails,
-or for which it gives no finite number, is unscored.
+follows none. Of mistakes, a long answer is read in parts and the worst one counts, since what
+is wrong may stand anywhere. Whether an answer refuses stands in its beginning: there a long one
+is cut, and the score says so. An answer that is empty, on which the model fails, or for which
+it gives no finite number, is unscored.
 """
 
 import math
@@ -10,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from misstep.data.labelled import MISTAKES
 from misstep.engines import turns
 from misstep.errors import DataError, EngineError
-from misstep.evidence.judge_card import CARD, read_card
+from misstep.evidence.judge_card import CARD, READS, read_card
 from misstep.judges.base import Judge
-from misstep.models.reading import Reader
-from misstep.models.weights import FILES, folder_digest, free, locate_any
+from misstep.judges.refusal import EMPTY
+from misstep.models.reading import Reader, Texts
+from misstep.models.weights import FILES, folder_digest, free, is_encoder, locate_any
 from misstep.records import Response, Score, digest
 
 if TYPE_CHECKING:
@@ -39,15 +43,28 @@ class ClassifierJudge(Judge):
                 f"{folder / CARD}: expected the card of the files beside it, found that of "
                 f"others ({self.name}). Train the judge again."
             )
-        self._reader = Reader.for_model(locate_any(str(folder)))
+        model = locate_any(str(folder))
+        if card.reads < READS and not is_encoder(model):
+            raise DataError(
+                f"{folder / CARD}: expected a judge that reads as today's do, found one of an "
+                "earlier version, which read question and answer as one text; a text could end "
+                "the one and begin the other. Train the judge again."
+            )
+        self._reader = Reader.for_model(model)
         self._scorer: Scorer | None = None
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
-        texts = [self._reader.read(asked(r), r.text, self.card.max_tokens) for r in responses]
-        odds = odds_of(self._loaded(), [text.ids for text in texts]) if texts else []
+        parts = [
+            parts_of(self._reader, r, self.card.max_tokens, self.metric)
+            if r.text.strip()
+            else []
+            for r in responses
+        ]
+        rows = [part.ids for of in parts for part in of]
+        odds = iter(odds_of(self._loaded(), rows) if rows else [])
         return [
-            self._read(response, value, text.cut)
-            for response, value, text in zip(responses, odds, texts, strict=True)
+            self._read(response, [next(odds) for _ in of], of)
+            for response, of in zip(responses, parts, strict=True)
         ]
 
     def close(self) -> None:
@@ -76,14 +93,33 @@ class ClassifierJudge(Judge):
                 ) from error
         return self._scorer
 
-    def _read(self, response: Response, odds: float | RuntimeError, cut: bool) -> Score:
-        if isinstance(odds, RuntimeError):
-            return self.unscored(response, f"the judge failed: {odds}")
-        if not math.isfinite(odds):
-            return self.unscored(response, f"the judge gave no number: {odds}")
-        reason = f"read in its first {self.card.max_tokens} tokens" if cut else ""
-        calibrated = (odds - self.card.shift) / self.card.temperature
-        return self.scored(response, probability(calibrated), reason)
+    def _read(
+        self, response: Response, odds: Sequence[float | RuntimeError], parts: Sequence[Texts]
+    ) -> Score:
+        if not parts:
+            return self.unscored(response, EMPTY)
+        given = list[float]()
+        for value in odds:
+            if isinstance(value, RuntimeError):
+                return self.unscored(response, f"the judge failed: {value}")
+            if not math.isfinite(value):
+                return self.unscored(response, f"the judge gave no number: {value}")
+            given.append(value)
+        calibrated = (max(given) - self.card.shift) / self.card.temperature
+        return self.scored(response, probability(calibrated), self._how_read(parts))
+
+    def _how_read(self, parts: Sequence[Texts]) -> str:
+        """What of the prompt and the answer was read, where it is not all in one."""
+        in_parts = f"read in {len(parts)} parts" if len(parts) > 1 else ""
+        most = self.card.max_tokens
+        cut = f"cut to {most} tokens" if any(part.cut for part in parts) else ""
+        return "; ".join(filter(None, (in_parts, cut)))
+
+
+def parts_of(reader: Reader, response: Response, most: int, metric: str) -> list[Texts]:
+    """The rows that a judge of this metric reads an answer in; their highest odds count."""
+    given = (asked(response), response.text, most)
+    return reader.read_whole(*given) if metric == MISTAKES else [reader.read(*given)]
 
 
 def odds_of(scorer: "Scorer", rows: Sequence[Sequence[int]]) -> list[float | RuntimeError]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from misstep.engines.base import Completion, Engine, Request
 from misstep.guard import Guard
 from misstep.judges.base import Judge
+from misstep.judges.refusal import EMPTY
 from misstep.records import Message, Response, Score, digest
 
 
@@ -25,8 +26,12 @@ class GuardJudge(Judge):
         self.name = f"guard:{digest([guard.digest, engine.identity])}"
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
-        answers = self.engine.generate([_request(response) for response in responses])
-        return list(map(self._read, responses, answers))
+        some = [response for response in responses if response.text.strip()]
+        answers = iter(self.engine.generate([_request(response) for response in some]))
+        return [
+            self._read(r, next(answers)) if r.text.strip() else self.unscored(r, EMPTY)
+            for r in responses
+        ]
 
     def _read(self, response: Response, answer: Completion) -> Score:
         if answer.error:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from misstep.engines.base import Engine
 from misstep.judges.asking import Asker, Vote, majority, mean, request_text
 from misstep.judges.base import Judge, PairJudge, Preference
+from misstep.judges.refusal import EMPTY
 from misstep.policy import Policy
 from misstep.records import Response, Score, digest
 from misstep.rubric import Rubric
@@ -34,8 +35,12 @@ class _AskingJudge(Judge):
         self.name = _name(digest_of, asker)
 
     def score(self, responses: Sequence[Response]) -> list[Score]:
-        asked = self.asker.ask([_about(self.rubric, response) for response in responses])
-        return list(map(self._voted, responses, asked))
+        some = [response for response in responses if response.text.strip()]
+        votes = iter(self.asker.ask([_about(self.rubric, response) for response in some]))
+        return [
+            self._voted(r, next(votes)) if r.text.strip() else self.unscored(r, EMPTY)
+            for r in responses
+        ]
 
     def _voted(self, response: Response, votes: Sequence[Vote]) -> Score:
         found = self.together(votes)

@@ -1,8 +1,9 @@
 """How a judge reads what was asked and what was answered: as tokens of one model.
 
-A language model reads both as one text and the end of a turn; an encoder reads two texts
-between its own separators. What spells a control token in either is plain text, so nothing that
-is judged can end the text that it stands in. This module knows tokenizers; it knows no weights.
+A language model reads two texts that each end with the token that ends a turn; an encoder reads
+them between its own separators. What spells a control token in either is plain text, so nothing
+that is judged can end the text that it stands in. What is too long for one row can be read in
+several. This module knows tokenizers; it knows no weights.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+OVERLAP = 4
+"""Of a row's part of an answer, one in so many tokens stands in the next row too."""
+
+
 class Texts(NamedTuple):
-    """A prompt and an answer as tokens, and whether either had to be cut."""
+    """A prompt and an answer, or a part of it, as tokens; and whether something is left out."""
 
     ids: tuple[int, ...]
     cut: bool
@@ -31,8 +36,6 @@ class Reader:
     tokenizer: "PreTrainedTokenizerBase"
     pad: int
     """The token that rows are filled up with."""
-    labels: tuple[str, str]
-    """What stands before the prompt, and before the answer."""
     around: tuple[Sequence[int], Sequence[int], Sequence[int]]
     """The control tokens before, between and after the two."""
 
@@ -46,11 +49,12 @@ class Reader:
         if is_encoder(model):
             tokenizer = load_tokenizer(model)
             pad = tokenizer.pad_token_id
-            return cls(tokenizer, 0 if pad is None else pad, ("", ""), _separators(tokenizer))
+            return cls(tokenizer, 0 if pad is None else pad, _separators(tokenizer))
         renderer = Renderer.for_model(model)
-        ends = ((), (), (renderer.end_of_turn,))
-        labels = ("Question: ", "\n\nAnswer: ")
-        return cls(renderer.tokenizer, renderer.pad, labels, ends)
+        first, end = renderer.tokenizer.bos_token_id, (renderer.end_of_turn,)
+        return cls(
+            renderer.tokenizer, renderer.pad, (() if first is None else (first,), end, end)
+        )
 
     def read(self, prompt: str, answer: str, most: int) -> Texts:
         """The tokens of a prompt and an answer, at most so many.
@@ -58,16 +62,29 @@ class Reader:
         A long answer loses its end. A prompt keeps its beginning, at least half of all tokens
         if it is as long.
         """
+        first = self.read_whole(prompt, answer, most)
+        return first[0]._replace(cut=first[0].cut or len(first) > 1)
+
+    def read_whole(self, prompt: str, answer: str, most: int) -> list[Texts]:
+        """The same, and rows for the rest of an answer that is too long for one.
+
+        Each row begins with the prompt, and with the end of what the row before it has of the
+        answer: a quarter of its part of it. What may be cut is the prompt.
+        """
         before, between, after = self.around
-        asked, answered = (
-            tokens_of(self.tokenizer, label + text)
-            for label, text in zip(self.labels, (prompt, answer), strict=True)
-        )
+        asked, answered = (tokens_of(self.tokenizer, text) for text in (prompt, answer))
         room = most - len(before) - len(between) - len(after)
         kept = asked[: max(room - len(answered), room // 2)]
-        said = answered[: room - len(kept)]
-        cut = len(kept) + len(said) < len(asked) + len(answered)
-        return Texts((*before, *kept, *between, *said, *after), cut)
+        size = room - len(kept)
+        last = max(0, len(answered) - size)
+        starts = [*range(0, last, size - size // OVERLAP), last]
+        return [
+            Texts(
+                (*before, *kept, *between, *answered[start : start + size], *after),
+                len(kept) < len(asked),
+            )
+            for start in starts
+        ]
 
     @property
     def longest(self) -> int:
