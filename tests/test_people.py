@@ -318,6 +318,19 @@ def test_wrong_sheets_are_named_by_line_and_column(run: Path) -> None:
         import_sheets(run, [run.parent / "ann.csv"] * 2)
 
 
+def test_a_sheet_whose_cells_do_not_end_is_refused_whole(run: Path) -> None:
+    filled = list(csv.DictReader(rate(write_sheet(run, None, None, 100, 0), "ann").open()))
+    whole = "".join(
+        ",".join(f'"{cell}"' for cell in row) + "\n"
+        for row in (list(filled[0]), *(list(row.values()) for row in filled))
+    )
+    damaged = run.parent / "torn.csv"
+    for text in (whole[: whole.rindex('"')], whole.replace('","', '"x","', 9)):
+        damaged.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=r"line \d+: .*quotation marks"):
+            import_sheets(run, [damaged])
+
+
 def test_without_a_sheet_there_is_nothing_to_import(run: Path) -> None:
     with pytest.raises(DataError, match="Make a sheet first"):
         import_sheets(run, [run / "ann.csv"])
@@ -372,6 +385,7 @@ def test_the_commands(run: Path) -> None:
     command = [*whole, "import", str(run), str(ann)]
     shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
+    assert f"ann: {N} of {N} items rated" in shown.stdout
     assert "alpha not defined" in shown.stdout and "BAD" not in shown.stdout
     absent = subprocess.run([*command[:-1], "no.csv"], capture_output=True, text=True)
     assert (absent.returncode, "Traceback" in absent.stderr) == (2, False)

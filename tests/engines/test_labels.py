@@ -86,9 +86,12 @@ def test_lines_before_the_last_are_filled_with_the_likeliest_label(tiny_model: P
 def test_a_text_longer_than_the_guard_reads_is_unscored_and_alone_so(tiny_model: Path) -> None:
     with LabelEngine(locate(str(tiny_model)), guard()) as engine:
         judge = GuardJudge(guard(), engine)
-        responses = [Response(prompt=Prompt.of("Q"), text=t) for t in ("short", "long" * 1200)]
-        one, other = judge.score(responses)
+        texts = ("short", "\n", "long" * 1200)
+        one, nothing, other = judge.score(
+            [Response(prompt=Prompt.of("Q"), text=t) for t in texts]
+        )
     assert one.value is not None and 0 < one.value < 1
+    assert nothing.value is None and "empty" in nothing.reason
     assert other.value is None and "the guard reads 4096" in other.reason
 
 

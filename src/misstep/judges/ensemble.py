@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from misstep.judges.base import Judge
-from misstep.records import Prompt, Response, Score, digest
+from misstep.records import VERDICT_FROM, Prompt, Response, Score, digest
 
 Needs = Literal["majority", "all", "mean"]
 
@@ -49,7 +49,8 @@ class EnsembleJudge(Judge):
         )
         value = _mean(scores) if self.mean else self._verdict(votes)
         if value is None:
-            lack = "not all judges give a score" if self.mean else "the judges do not agree"
+            silent = self.mean and None in votes
+            lack = "not all judges give a score" if silent else "the judges do not agree"
             found = self.unscored(response, f"{lack}: {told}")
         else:
             found = self.scored(response, value, told)
@@ -61,4 +62,8 @@ class EnsembleJudge(Judge):
 
 def _mean(scores: Sequence[Score]) -> float | None:
     values = [score.value for score in scores if score.value is not None]
-    return sum(values) / len(values) if len(values) == len(scores) else None
+    if len(values) < len(scores):
+        return None
+    mean = sum(values) / len(values)
+    # As many verdicts for as against are no verdict; probabilities do not balance by chance.
+    return None if mean == VERDICT_FROM and set(values) <= {0.0, 1.0} else mean
