@@ -188,12 +188,12 @@ def _rated_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.DictReader(StringIO(text), delimiter=separator, strict=True)
     columns = ("item", *QUESTIONS)
-    if absent := [name for name in columns if name not in (reader.fieldnames or [])]:
-        raise DataError(
-            f"{path}: expected the columns of the sheet, found none named "
-            f"{', '.join(absent)}. Rate a copy of sheet.csv and keep its first line."
-        )
     try:
+        if absent := [name for name in columns if name not in (reader.fieldnames or [])]:
+            raise DataError(
+                f"{path}: expected the columns of the sheet, found none named "
+                f"{', '.join(absent)}. Rate a copy of sheet.csv and keep its first line."
+            )
         for row in reader:
             found = {name: (row[name] or "").strip() for name in columns}
             if any(found.values()):
