@@ -1,7 +1,8 @@
 """Writes the table of aims into README.md: what was aimed at, and what committed files say.
 
-The aims were set before the work. Figures come from the files beside this one and from nowhere
-else. Run it as `make reference`.
+What was aimed at was set before the work, the paper's own figures among it; the rows came into
+the table with the results that they speak of. Figures come from the files beside this one and
+from nowhere else. Run it as `make reference`.
 """
 
 import json
@@ -34,6 +35,10 @@ ABLATIONS = (
 
 RED_TEAM = ("mistake_rate", "red-team")
 """The metric and the test set of scenario 1."""
+UNSEEN = ("mistake_rate", "attacks-unseen")
+"""Those of attacks of kinds that training did not see."""
+BASELINES = ("sft", "coh", "critique_revise", "rlhf", "dpo")
+"""The methods of which ours is to be ahead of the best one, whichever that is."""
 
 
 class Aim(NamedTuple):
@@ -199,9 +204,22 @@ def mistakes() -> Iterator[Aim]:
         yield below(f"mistakes, guided `{method}` less guided SFT, three seeds", 0, found, why)
 
 
+def _best_baseline(run: str, metric: str, test_set: str, guided: bool) -> tuple[str, str]:
+    """The baseline of a run with the fewest mistakes, and those that were not run."""
+    found = {
+        row.method: row.metrics[metric].value
+        for row in read_results(HERE / run / "results.json").rows
+        if (row.guided, row.test_set) == (guided, test_set) and row.method in BASELINES
+    }
+    best = min(found, key=lambda method: found[method] or 0.0)
+    absent = ", ".join(f"`{name}`" for name in BASELINES if name not in found)
+    return f"{best}/{'guided' if guided else 'unguided'}", absent
+
+
 def larger() -> Iterator[Aim]:
     """The same on Qwen2.5-Coder-1.5B, on kinds of attack that training did not see."""
-    run, sft = "methods-1.5b", "sft/guided"
+    run = "methods-1.5b"
+    best, absent = _best_baseline(run, *UNSEEN, guided=True)
     for method in ("mistake_analysis", "corrected_analysis"):
         of = f"guided `{method}` at 1.5B"
         (row,) = (
@@ -212,10 +230,9 @@ def larger() -> Iterator[Aim]:
         found = row.metrics["mistake_rate"].value
         assert found is not None
         yield most(f"mistakes, unseen kinds, {of}", 0.15, found, rate, "")
-        against = _difference(run, f"{method}/guided", sft, "mistake_rate", "attacks-unseen")
-        yield below(
-            f"the same less guided SFT, {of}", -0.05, against, "see [the page](methods-1.5b.md)"
-        )
+        against = _difference(run, f"{method}/guided", best, *UNSEEN)
+        what = f"the same less the best baseline, `{best}`, {of}"
+        yield below(what, -0.05, against, f"see [the page](methods-1.5b.md); {absent} not run")
         clean = _difference(run, f"{method}/guided", "vanilla/unguided", "helpfulness", "clean")
         what = f"helpfulness on clean tasks, {of}, less the untrained model"
         met = clean.difference >= -0.02
@@ -225,19 +242,25 @@ def larger() -> Iterator[Aim]:
 def harmlessness() -> Iterator[Aim]:
     """Scenario 1: the paper's own figures as aims."""
     run, guided, why = "scenario1", "mistake_analysis/guided", "see [the page](scenario1.md)"
-    against = (("vanilla/unguided", -0.216), ("sft/guided", -0.1), ("dpo/guided", -0.1))
-    for other, aim in against:
-        found = _difference(run, guided, other, *RED_TEAM)
-        what = f"harmful answers in scenario 1, `{guided}` less `{other}`"
-        yield below(what, aim, found, why)
-    run, base, why = "scenario1-own", "vanilla/unguided", "see [the page](scenario1-own.md)"
-    for method in ("contrastive_analysis/unguided", "dpo/unguided"):
-        found = _difference(run, method, base, *RED_TEAM)
-        what = f"the same without annotators, `{method}` less `{base}`"
-        yield below(what, -0.216, found, why)
-    found = _difference(run, "contrastive_analysis/unguided", "dpo/unguided", *RED_TEAM)
-    what = "the same without annotators, `contrastive_analysis/unguided` less `dpo/unguided`"
-    yield below(what, -0.1, found, why)
+    yield from _harmlessness(run, guided, "harmful answers in scenario 1", why)
+    run, ours, why = (
+        "scenario1-own",
+        "contrastive_analysis/unguided",
+        "see [the page](scenario1-own.md)",
+    )
+    yield from _harmlessness(run, ours, "the same without annotators, flagged answers", why)
+
+
+def _harmlessness(run: str, ours: str, what: str, why: str) -> Iterator[Aim]:
+    """Less the untrained model, and less the best baseline of the run."""
+    best, absent = _best_baseline(run, *RED_TEAM, guided=ours.endswith("/guided"))
+    lacking = f"; {absent} not run" if absent else ""
+    for other, called, aim in (
+        ("vanilla/unguided", "`vanilla/unguided`", -0.216),
+        (best, f"the best baseline, `{best}`", -0.1),
+    ):
+        found = _difference(run, ours, other, *RED_TEAM)
+        yield below(f"{what}, `{ours}` less {called}", aim, found, why + lacking)
 
 
 def breadth() -> Iterator[Aim]:
@@ -249,16 +272,21 @@ def breadth() -> Iterator[Aim]:
     yield most("`make demo`, peak memory in MB", 6000, demo["peak_memory_mb"], _whole, "")
     (cell,) = _json("compare-smoke/manifest.json")["cells"].values()
     yield most("every method once, small", 1500, _seconds(cell["stages"]), duration, "")
-    made = _with_seeds("methods-135m", 3) | _with_seeds("contrastive-135m", 3)
+    once = _with_seeds("methods-135m", 3)
+    made = once | _with_seeds("contrastive-135m", 3)
     # The methods that there were when the aim was set: the small comparison has them all.
     aimed = {row.method for row in read_results(HERE / "compare-smoke/results.json").rows}
     why = f"{' and '.join(sorted(aimed - made))}: not run with three seeds"
-    yield least("methods compared at 135M, three seeds", len(aimed), len(made), _whole, why)
+    what = "methods compared at {}, {} of them in one comparison, the rest beside some of these"
+    where = what.format("135M, three seeds", len(once & aimed))
+    yield least(where, len(aimed), len(made), _whole, why)
     models = len(_json("study/study.json")["models"])
     yield least("models in the study", 3, models, _whole, "")
-    made = _with_seeds("methods-0.5b", 1) | _with_seeds("contrastive-0.5b", 1)
+    once = _with_seeds("methods-0.5b", 1)
+    made = once | _with_seeds("contrastive-0.5b", 1)
     why = f"{', '.join(sorted(aimed - made))} came later"
-    yield least("methods compared at 0.5B, one seed", len(aimed), len(made), _whole, why)
+    where = what.format("0.5B, one seed", len(once & aimed))
+    yield least(where, len(aimed), len(made), _whole, why)
     made = {name for name in ABLATIONS if (HERE / f"ablation-{name}").is_dir()} | {"guidance"}
     why = f"{', '.join(sorted(set(ABLATIONS) - made))}: too long for two cores so far"
     yield least("ablations with a result", len(ABLATIONS), len(made), _whole, why)
