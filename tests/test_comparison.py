@@ -104,6 +104,14 @@ def test_every_method_has_a_row_guided_and_unguided_for_each_seed(compared: Path
 
 
 @pytest.mark.model
+def test_the_manifest_says_who_judged_and_what_each_cell_trained(compared: Path) -> None:
+    manifest = json.loads((compared / "manifest.json").read_text())
+    assert manifest["judges"]["mistake_rate"] == "rule:obedience/2"
+    for cell in manifest["cells"].values():
+        assert {"sft", "mistake_analysis"} <= set(cell["training"])
+        assert all(of["rows"] >= of["trained"] > 0 for of in cell["training"].values())
+
+
 def test_every_method_of_the_registry_runs(recipe: Path, tmp_path: Path) -> None:
     every = [f"methods=[{', '.join(REGISTRY)}]", "seeds=[0]"]
     folder = compare_methods(recipe, tmp_path / "all", every, Silent())

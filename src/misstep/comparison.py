@@ -299,13 +299,13 @@ def _write_manifest(folder: Path, cells: Sequence[Cell]) -> None:
         for cell in cells
     }
     first = next(iter(manifests.values()))
-    kept = ("schema", "policy", "model", "data", "versions", "device")
+    kept = ("schema", "policy", "model", "data", "judges", "versions", "device")
     recipe = {key: value for key, value in first["recipe"].items() if key != "train_seed"}
-    whole = {key: first[key] for key in kept} | {
+    whole = {key: first[key] for key in kept if key in first} | {
         "recipe": recipe,
         "overlaps": largest(of["overlaps"] for of in manifests.values()),
         "cells": {
-            name: {key: of[key] for key in ("stages", "yields", "peak_memory_mb")}
+            name: {key: of[key] for key in ("stages", "yields", "training", "peak_memory_mb")}
             | {"variant": cell.title, "seed": cell.seed}
             for cell, (name, of) in zip(cells, manifests.items(), strict=True)
         },

@@ -483,6 +483,8 @@ class Run:
         with self.manifest.stage("evaluate"):
             with self._judges() as seats:
                 judgements = judge_answers(answers, seats)
+                names = {seat.metric: seat.judge.name for seat in seats}
+            self.manifest.data["judges"] = names
             # Their models are gone: this loads the one that was trained.
             judgements += self._reference_losses(answers, adapters)
             write_jsonl(self.folder / "scores.jsonl", judgements)

@@ -48,7 +48,7 @@ class Materials(NamedTuple):
     revisions: Sequence[Revision]
     """Where a method asks for them."""
     ordinary: Sequence[Prompt]
-    """Prompts with references that have nothing to do with the mistakes."""
+    """Prompts with references in which nothing provokes the mistake."""
     answered: Sequence[Prompt]
     """Prompts with references that mistakes were collected on."""
     mix: MixSettings
