@@ -10,7 +10,7 @@ import pytest
 from misstep.comparison import _comparisons, compare_methods, load_cells
 from misstep.errors import InputError, RecipeError
 from misstep.evidence.check_results import correction, read_check
-from misstep.evidence.results import Comparison, Setting, Values, read_results
+from misstep.evidence.results import Comparison, OfKind, Setting, Values, read_results
 from misstep.evidence.stats import holm
 from misstep.judge_check import check_judge
 from misstep.methods.registry import METHODS as REGISTRY
@@ -42,7 +42,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
         {"prompt": q, "reference": a, "accept": [a.split()[-1].strip(".")]}
         for q, a in zip(QUESTIONS, ANSWERS, strict=True)
     ]
-    attacks = [{"prompt": f"Now: {p}", "target": "Soup"} for p in attacked]
+    attacks = [
+        {"prompt": f"Now: {p}", "target": "Soup", "kind": "first" if i else "other"}
+        for i, p in enumerate(attacked)
+    ]
     data: dict[str, Any] = {
         "policy": "goal-hijacking",
         "model": str(tiny_model),
@@ -104,6 +107,23 @@ def test_every_method_has_a_row_guided_and_unguided_for_each_seed(compared: Path
 
 
 @pytest.mark.model
+def test_mistakes_are_told_by_kind_and_add_up(compared: Path) -> None:
+    results = read_results(compared / "results.json")
+    pooled = {(p.setting, p.test_set): p for p in results.pooled if p.metric == "mistake_rate"}
+    by_kind: dict[tuple[Setting, str], list[OfKind]] = {}
+    for found in results.kinds:
+        by_kind.setdefault((found.setting, found.test_set), []).append(found)
+    assert by_kind
+    for where, kinds in by_kind.items():
+        assert len({found.kind for found in kinds}) == len(kinds) > 1
+        assert sum(found.n for found in kinds) == pooled[where].n
+        mean = sum(found.n * (found.value or 0.0) for found in kinds) / pooled[where].n
+        assert mean == pytest.approx(pooled[where].value)
+    page = markdown_page(compared)
+    assert "## Mistakes by kind of prompt" in page
+    assert all(f"| {found.kind} (" in page for found in results.kinds)
+
+
 def test_the_manifest_says_who_judged_and_what_each_cell_trained(compared: Path) -> None:
     manifest = json.loads((compared / "manifest.json").read_text())
     assert manifest["judges"]["mistake_rate"] == "rule:obedience/2"

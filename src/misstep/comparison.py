@@ -11,7 +11,7 @@ This module knows runs and their files; it trains and generates nothing itself.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import combinations, product
 from pathlib import Path
@@ -22,10 +22,12 @@ from pydantic import Field
 from misstep.claims import claimed
 from misstep.config import RunConfig, overridden, put, read_recipe
 from misstep.data.held_out import largest
+from misstep.data.labelled import MISTAKES
 from misstep.documents import Places, check
 from misstep.errors import InputError, RecipeError
 from misstep.evidence.results import (
     Comparison,
+    OfKind,
     Pooled,
     Results,
     Setting,
@@ -193,6 +195,7 @@ def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> No
         model=config.model,
         rows=tuple(rows),
         pooled=tuple(_pooled(values, corrections, config.seed)),
+        kinds=tuple(_of_kinds(values, answers, config)),
         comparisons=tuple(_comparisons(values, cells, config.seed)),
         agreements=tuple(agreements(answers, judgements)),
     )
@@ -222,6 +225,22 @@ def _pooled(values: Values, corrections: Corrections, seed: int) -> Iterator[Poo
         found = pool(setting, test_set, metric, by_seed, seed)
         correct = corrections.get((setting.variant, metric))
         yield found.model_copy(update={"corrected": correct(found)}) if correct else found
+
+
+def _of_kinds(values: Values, answers: Iterable[Answer], config: RunConfig) -> Iterator[OfKind]:
+    """Mistakes by kind of prompt; of a pool its test sets say more."""
+    kind_of = {a.response.prompt.id: a.response.prompt.kind for a in answers}
+    for (setting, test_set, metric), by_seed in values.items():
+        kinds = sorted({kind_of[prompt] for scores in by_seed.values() for prompt in scores})
+        if metric != MISTAKES or test_set in config.evaluate.pools or len(kinds) == 1:
+            continue
+        for kind in kinds:
+            some = {
+                seed: {prompt: s for prompt, s in scores.items() if kind_of[prompt] == kind}
+                for seed, scores in by_seed.items()
+            }
+            found = pool(setting, test_set, metric, some, config.seed)
+            yield OfKind(**found.model_dump(), kind=kind)
 
 
 def _comparisons(values: Values, cells: Sequence[Cell], seed: int) -> list[Comparison]:

@@ -113,6 +113,12 @@ class Pooled(Metric):
         return Setting(self.method, self.guided, self.variant)
 
 
+class OfKind(Pooled):
+    """The same on those of a test set's prompts that are of one kind."""
+
+    kind: str
+
+
 class Comparison(Record):
     """Two settings over the same prompts of one test set; the difference is a minus b."""
 
@@ -163,6 +169,8 @@ class Results(Record):
     rows: tuple[Row, ...] = ()
     pooled: tuple[Pooled, ...] = ()
     """Of a comparison: the rows' metrics over all seeds."""
+    kinds: tuple[OfKind, ...] = ()
+    """Of a comparison: mistakes by kind of prompt, on test sets that have several."""
     comparisons: tuple[Comparison, ...] = ()
     agreements: tuple[Agreement, ...] = ()
     """Where several judges gave one metric."""
@@ -335,7 +343,7 @@ def _tabled(sides: Sequence[BySeed]) -> tuple[list[str], list[list[list[float]]]
 def write_results(path: Path, results: Results) -> None:
     """Write results.json so that equal results are equal bytes."""
     data = results.model_dump(mode="json", by_alias=True)
-    for section in ("pooled", "agreements"):
+    for section in ("pooled", "kinds", "agreements"):
         if not data[section]:
             del data[section]
     for item in (*data["rows"], *data["comparisons"]):

@@ -113,6 +113,7 @@ def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
         "## Rates with 95 % intervals",
         pooled_table(results),
         *([CORRECTED] if is_corrected(results) else []),
+        *_kinds(results),
         "## Paired differences (a minus b)",
         f"{HOLM}, which `results.json` holds; shown are those with the untrained model and "
         "with guided SFT.",
@@ -134,6 +135,23 @@ def pooled_table(results: Results, only: Sequence[str] = ()) -> str:
                 cells = [cell(of.get(metric)) for metric in metrics]
                 lines.append(line([test_set, setting.name, *cells]))
     return "\n".join(lines)
+
+
+def _kinds(results: Results) -> list[str]:
+    """Mistakes by kind of prompt, a table for each test set that has several."""
+    parts = []
+    for test_set in dict.fromkeys(found.test_set for found in results.kinds):
+        of = {(k.setting, k.kind): k for k in results.kinds if k.test_set == test_set}
+        kinds = list(dict.fromkeys(kind for _, kind in of))
+        most = {kind: max(k.n for (_, name), k in of.items() if name == kind) for kind in kinds}
+        lines = table([test_set, *(f"{kind} ({most[kind]})" for kind in kinds)])
+        lines += [
+            line([setting.name, *(rate(of[setting, kind].value) for kind in kinds)])
+            for setting in dict.fromkeys(setting for setting, _ in of)
+        ]
+        parts.append("\n".join(lines))
+    about = "In brackets the prompts of a kind; intervals stand in `results.json`."
+    return ["## Mistakes by kind of prompt", about, *parts] if parts else []
 
 
 def _shown(comparisons: Iterable[Comparison]) -> list[Comparison]:
