@@ -191,6 +191,15 @@ def test_differences_in_prose_are_those_of_committed_results(page: Path) -> None
     assert len(said) == len(CLAIM.findall(text))
 
 
+@pytest.mark.parametrize("page", [p for p in PROSE if p.stem != "README"], ids=lambda p: p.stem)
+def test_rates_in_prose_stand_in_the_page_s_tables(page: Path) -> None:
+    tables, _, prose = page.read_text(encoding="utf-8").partition("## What it means")
+    # How often a judge is right stands where it was measured.
+    tables += (ROOT / "docs/results/judges.md").read_text(encoding="utf-8")
+    known = set(re.findall(r"\d+\.\d(?=\s%)", tables))
+    assert set(re.findall(r"\d+\.\d(?=\s%)", prose)) <= known
+
+
 def _both_ways(c: Comparison) -> list[tuple[str, ...]]:
     """A comparison as prose writes it, a minus b and b minus a."""
     assert c.p_adjusted is not None
