@@ -32,8 +32,8 @@ from misstep.engines.threads import as_done
 from misstep.errors import EngineError, MissingExtra
 from misstep.models.endpoint import OPENAI, Endpoint, refused_key
 
-MOST_AT_ONCE = 64
-"""Requests under way at most, whatever the endpoint bears."""
+MOST_AT_ONCE = 512
+"""Requests under way at most, whatever the endpoint bears: it may stand before a fleet."""
 SECONDS = 300.0
 """For one try, waiting in the server's own queue included."""
 HEADERS = frozenset(

@@ -60,7 +60,8 @@ class Pace:
         """Give a turn back."""
         with self._changed:
             self._running -= 1
-            self._changed.notify_all()
+            # One turn for one of those that wait: hundreds would wake for nothing.
+            self._changed.notify()
 
     def wake(self) -> None:
         """Wake those that wait, so that they see that it is over."""
