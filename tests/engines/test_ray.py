@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from misstep.engines.base import AT_ONCE, Completion, Engine, Request
-from misstep.engines.choose import Chosen, choose
+from misstep.engines.base import AT_ONCE, Completion, Engine, Request, in_order
+from misstep.engines.choose import ON_GPU, Chosen, choose
 from misstep.engines.ray import COMPLETIONS, RayEngine, Share, Worker
 from misstep.engines.ray import REQUESTS as REQUEST_LIST
 from misstep.engines.scripted import ScriptedEngine
@@ -34,7 +34,7 @@ class Given(RayEngine):
         super().__init__(lambda: pytest.fail("not asked"), "name", Share(2, 1, 0))
         self.twice, self.lost, self.cut = twice, lost, cut
 
-    def _answered(self, batches: Mapping[int, Sequence[Request]]) -> Iterator[Part]:
+    def _answered(self, batches: Mapping[int, Sequence[Request]], batch: int) -> Iterator[Part]:
         parts = [(s, ScriptedEngine().generate(b)) for s, b in batches.items()][::-1]
         if self.twice:
             parts.insert(2, parts[0])
@@ -56,7 +56,7 @@ def test_answers_are_in_order_and_each_comes_once() -> None:
 
 @pytest.mark.parametrize(
     ("engine", "said"),
-    [(Given(lost=True), "left 1 batches"), (Given(cut=True), "0 answers to 1 requests")],
+    [(Given(lost=True), "left 1 parts"), (Given(cut=True), "0 answers to 1 requests")],
 )
 def test_answers_that_are_missing_are_an_error(engine: Given, said: str) -> None:
     with pytest.raises(EngineError, match=said):
@@ -73,7 +73,7 @@ def fails(request: Request) -> str:
 
 def answered_by(engine: Engine, identity: str) -> dict[str, Any]:
     worker = Worker(lambda: chosen(engine), identity)
-    return worker({"start": [3], "requests": [REQUEST_LIST.dump_json(REQUESTS)]})
+    return worker({"start": [3], "batch": [4], "requests": [REQUEST_LIST.dump_json(REQUESTS)]})
 
 
 def test_what_goes_wrong_on_a_machine_comes_back_as_words() -> None:
@@ -107,7 +107,27 @@ def test_workers_get_whole_paths_and_each_a_large_part_of_a_call(
     assert kind == "transformers"
     assert model.path == tiny_model.resolve()
     assert adapter == tmp_path / "adapter"
-    assert found.at_once == 64 * AT_ONCE and found.alone
+    assert found.at_once == 64 * ON_GPU and found.alone
+    monkeypatch.setattr("misstep.engines.ray.share", lambda _: Share(64, 8, 0))
+    assert choose("ray:transformers", locate("./model")).at_once == 64 * AT_ONCE
+
+
+def test_an_engine_on_a_gpu_gets_several_batches_together_and_in_the_same_batches() -> None:
+    parts: list[int] = []
+
+    class Kept(RayEngine):
+        def _answered(
+            self, given: Mapping[int, Sequence[Request]], batch: int
+        ) -> Iterator[Part]:
+            parts.extend(len(part) for part in given.values())
+            for start, part in list(given.items()):
+                yield start, [Completion(text=f"{start} {batch}", tokens=1)] * len(part)
+
+    engine = Kept(lambda: pytest.fail("not here"), "name", Share(2, 1, 1))
+
+    answers = in_order(engine.stream([Request(messages=())] * 1500, 100))
+    assert parts == [800, 700]
+    assert [answer.text for answer in answers] == ["0 100"] * 800 + ["800 100"] * 700
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is installed")

@@ -168,8 +168,8 @@ def _on_ray(inner: str, model: Model, adapter: Path | None) -> Chosen:
         identity,
         f"ray, {share.actors} times {why}",
         lambda: ray.RayEngine(local, identity, share),
-        # So that each engine has as much of a call as a single one would.
-        at_once=AT_ONCE * share.actors,
+        # So that each engine has as much of a call as a single one would: it starts with it.
+        at_once=(ON_GPU if share.gpus else AT_ONCE) * share.actors,
         # This machine's GPUs may be of the cluster.
         alone=share.gpus > 0,
     )

@@ -1,7 +1,9 @@
 """Ray: many machines, a local engine on each of them.
 
-Requests go out in the batches in which a single machine would get them, so the answers are
-those of the local engine, and so is the name under which they are cached. Ray Data runs one
+Engines get requests in the batches in which a single machine's would, so the answers are those
+of the local engine, and so is the name under which they are cached. To a GPU several such
+batches go out together, so that an engine which begins one answer as another ends is not left
+waiting at the end of each. Ray Data runs one
 engine in each of its actors, hands batches to whoever is free, and those of a machine that is
 lost to others; here each is counted in once. Engines start with a call and end with it: calls
 should be long. This module knows Ray; which engine is inside, it is told.
@@ -20,6 +22,8 @@ from misstep.errors import EngineError, MissingExtra, MisstepError
 
 BATCH = 128
 """Requests that an engine gets together where the caller does not say."""
+ON_GPU = 8
+"""Batches that go out together to an engine on a GPU."""
 REQUESTS = TypeAdapter(list[Request])
 COMPLETIONS = TypeAdapter(list[Completion])
 
@@ -76,10 +80,11 @@ class RayEngine(Engine):
         Raises:
             EngineError: an engine could not answer, or an answer is missing.
         """
+        size = batch * ON_GPU if self._share.gpus else batch
         waiting = {
-            start: requests[start : start + batch] for start in range(0, len(requests), batch)
+            start: requests[start : start + size] for start in range(0, len(requests), size)
         }
-        for start, answers in self._answered(waiting) if waiting else ():
+        for start, answers in self._answered(waiting, batch) if waiting else ():
             asked = waiting.pop(start, None)
             if asked is None:
                 continue  # A lost machine had answered it already.
@@ -87,15 +92,15 @@ class RayEngine(Engine):
                 raise EngineError(f"Ray gave {len(answers)} answers to {len(asked)} requests.")
             yield list(enumerate(answers, start))
         if waiting:
-            raise EngineError(f"Ray ended and left {len(waiting)} batches unanswered.")
+            raise EngineError(f"Ray ended and left {len(waiting)} parts unanswered.")
 
     def _answered(
-        self, batches: Mapping[int, Sequence[Request]]
+        self, parts: Mapping[int, Sequence[Request]], batch: int
     ) -> Iterator[tuple[int, list[Completion]]]:
         ray = connect()
         rows = [
-            {"start": start, "requests": REQUESTS.dump_json(list(batch))}
-            for start, batch in batches.items()
+            {"start": start, "batch": batch, "requests": REQUESTS.dump_json(list(part))}
+            for start, part in parts.items()
         ]
         actors = min(self._share.actors, len(rows))
         work = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -140,11 +145,12 @@ class Worker:
             self.failure = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Answer one row: a batch of requests."""
+        """Answer one row: the requests of one batch or of several."""
         answers: list[Completion] = []
         if self.engine is not None:
             try:
-                answers = self.engine.generate(REQUESTS.validate_json(batch["requests"][0]))
+                asked = REQUESTS.validate_json(batch["requests"][0])
+                answers = in_order(self.engine.stream(asked, int(batch["batch"][0])))
             except MisstepError as error:
                 self.failure = str(error)
         return {
