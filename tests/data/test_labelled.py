@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from misstep.data.labelled import HELPFULNESS, MISTAKES, REFUSALS, DataSet, load_labelled
-from misstep.data.sources import Source, load_mistakes
+from misstep.data.sources import Source, load_mistakes, load_prompts
 from misstep.errors import DataError
 from misstep.records import Prompt
 
@@ -378,3 +378,14 @@ def test_published_data_are_read_unmapped(
 def test_prompts_without_answers_are_no_labelled_data() -> None:
     with pytest.raises(DataError, match="expected a column with labels"):
         load_labelled(Source(path=shared("beavertails/BeaverTails-Evaluation.json")), MISTAKES)
+
+
+def test_the_index_that_pandas_writes_is_no_field(tmp_path: Path) -> None:
+    path = tmp_path / "indexed.csv"
+    path.write_text(",prompt,response,label\n1,P,R,1\n0,Q,S,0\n")
+    source = Source(path=str(path))
+    assert labels(load_labelled(source, MISTAKES)) == [True, False]
+    (mistake,) = load_mistakes(source, "origin", 0)
+    for prompt in (mistake.prompt, *load_prompts(source, 0)):
+        assert (prompt.reference, prompt.target, prompt.accept) == (None, None, ())
+        assert (prompt.kind, prompt.topic, prompt.unsafe) == ("plain", "", None)

@@ -155,7 +155,8 @@ def instances_of(reading: Reading, row: Row) -> Iterator[dict[str, Any]]:
 
 def column_of(reading: Reading, row: Row, field: str) -> Any:
     """A field's value: by the recipe's mapping, else by the first column name that is known."""
-    return row.get(_name_of(reading, row, field) or "")
+    name = _name_of(reading, row, field)
+    return None if name is None else row.get(name)
 
 
 def _name_of(reading: Reading, row: Row, field: str) -> str | None:
