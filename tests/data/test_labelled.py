@@ -154,6 +154,59 @@ def test_good_says_yes_of_help_and_no_of_a_mistake(tmp_path: Path) -> None:
     assert labels(load(tmp_path, MISTAKES, *rows)) == [False, True]
     with pytest.raises(DataError, match="found 'good'"):
         load(tmp_path, REFUSALS, *rows)
+    harmless = rows[0] | {"label": "safe"}
+    with pytest.raises(DataError, match="found 'safe'"):
+        load(tmp_path, HELPFULNESS, harmless)
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"), [(MISTAKES, True), (REFUSALS, True), (HELPFULNESS, False)]
+)
+def test_words_that_a_source_explains_are_labels_for_every_judge(
+    tmp_path: Path, metric: str, says: bool
+) -> None:
+    rows = [{"prompt": "P", "response": "R", "label": label} for label in (3, "0", None)]
+    meant = {"bad": [3], "good": ["0", "none"]}
+    data = load(tmp_path, metric, *rows, labels=meant)
+    assert labels(data) == [says, not says]
+    # What is not there is no label, even where the word `none` is one.
+    assert data.left_out == {"no label": 1}
+
+
+MISSING = [float("nan"), "nan", "NaN", "N/A", "null", "None", []]
+
+
+def test_what_stands_for_no_label_and_no_answer_is_none(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"prompt": "P", "response": "R", "label": 1.0}
+    data = load(
+        tmp_path,
+        MISTAKES,
+        *(row | {"label": label} for label in MISSING),
+        row | {"response": float("nan")},
+        row | {"response": "nan"},
+    )
+    assert [case.response.text for case in data.cases] == ["nan"]
+    assert data.left_out == {"no label": len(MISSING), "no answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("votes", "says"),
+    [
+        ([1, 1, 0], True),
+        ("[1, 0, 0]", False),
+        ("['unsafe', 'Unsafe']", True),
+        ([True, False, None, False], False),
+        ([1], True),
+    ],
+)
+def test_of_several_votes_the_majority_is_the_label(
+    tmp_path: Path, votes: object, says: bool
+) -> None:
+    row = {"prompt": "P", "response": "R"}
+    tie = {"label": [1, 0]}
+    data = load(tmp_path, MISTAKES, row | {"label": votes}, row | tie)
+    assert labels(data) == [says]
+    assert data.left_out == {"no majority of votes": 1}
 
 
 @pytest.mark.parametrize("words", [("refusal", "compliance"), ("Refused", "complied")])

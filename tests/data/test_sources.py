@@ -139,8 +139,10 @@ def test_repeated_prompts_count_once_and_the_seed_draws(tmp_path: Path) -> None:
     assert len(load_prompts(source, 1)) == 10
 
 
-BAD = ["1", "true", "True", "bad", "unsafe", "HARMFUL", "yes", " 1.0 "]
-GOOD = ["0", "false", "good", "safe", "harmless", "unharmful", "No", "0.0"]
+BAD = ["1", "true", "True", "bad", "unsafe", "HARMFUL", "yes", "Y", " 1.0 ", "1.00", "Toxic"]
+BAD += ["malicious", "Jailbroken", "not_safe"]
+GOOD = ["0", "false", "good", "safe", "harmless", "unharmful", "No", "n", "0.0", "0.00"]
+GOOD += ["non-toxic", "Nontoxic", "not_toxic", "benign", "not  harmful", "Non-Harmful"]
 
 
 @pytest.mark.parametrize("label", BAD + GOOD)
@@ -148,6 +150,44 @@ def test_labels_are_read_in_all_spellings(tmp_path: Path, label: str) -> None:
     rows = f"prompt,response,label\nsure,bad one,1\np,r,{label}\n"
     found = mistakes(write(tmp_path, "a.csv", rows))
     assert ("r" in {m.response for m in found}) == (label in BAD)
+
+
+@pytest.mark.parametrize("label", ["-1", "2", "1.5", "0.37", "maybe", "partly-toxic"])
+def test_other_labels_are_refused_and_the_key_that_explains_them_is_named(
+    tmp_path: Path, label: str
+) -> None:
+    path = write(tmp_path, "a.csv", f"prompt,response,label\np,r,{label}\n")
+    said = fault(path)
+    assert "line 2: field 'label': expected one of 0, 1, bad, benign" in said
+    assert "labels: {bad: [WORD], good: [WORD]}" in said
+
+
+@pytest.mark.parametrize("column", ["label", "safe"])
+def test_a_recipe_says_what_other_words_and_grades_mean(tmp_path: Path, column: str) -> None:
+    cells = ["3", "Very-severe", "0.0", "none", "SOME"]
+    table = "".join(f"p{i},r{i},{cell}\n" for i, cell in enumerate(cells))
+    path = write(tmp_path, "a.csv", f"prompt,response,{column}\n{table}")
+    meant = {"bad": [3, "very severe"], "good": [0, "none", "some"]}
+    assert [m.response for m in mistakes(path, labels=meant)] == ["r0", "r1"]
+    # Of grades 1 is none that is known, and calls nothing bad.
+    more = write(tmp_path, "b.csv", f"prompt,response,{column}\n{table}q,r,1\n")
+    said = fault(more, labels=meant)
+    assert "expected one of 0, 3, none, some, very severe, found '1'" in said
+    assert "labels: {bad:" in said
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        ({"bad": ["Non-Toxic"], "good": ["non toxic", "x"]}, r"found \['non toxic'\] as bad"),
+        ({"bad": [1], "good": []}, "at least 1"),
+        ({"bad": [1]}, "good"),
+        ({"bad": [1], "good": [0], "ugly": [2]}, "ugly"),
+    ],
+)
+def test_words_that_part_no_labels_are_refused(labels: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        Source(path="a.csv", labels=labels)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +247,10 @@ def test_a_source_that_lets_no_prompt_through_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
+        (
+            {"suite": "goal-hijacking", "split": "test", "labels": {"bad": [1], "good": [0]}},
+            "are of a path",
+        ),
         ({"path": "a.csv", "kinds": "unseen"}, "part, kinds and topics are of a suite"),
         ({"suite": "goal-hijacking", "split": "test", "header": False}, "are of a path"),
         ({"path": "a.csv", "encoding": "hex"}, "expected an encoding"),

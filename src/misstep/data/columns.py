@@ -4,13 +4,16 @@ The columns of common data sets are known, others are mapped by `fields`. A prom
 is text, or the turns of a conversation. Knows no file.
 """
 
+import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal, NamedTuple, get_args
+from math import isnan
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from misstep.errors import DataError, EmptyCell
 from misstep.records import Instruction, Message, Prompt, Role
@@ -49,12 +52,20 @@ APART = "instruction"
 LAYOUT = {"prompt", "response", "reference", "label", "safe"}
 """The fields of which one that is mapped says that the rows are laid out otherwise."""
 
-YES, NO = {"1", "true", "yes"}, {"0", "false", "no"}
-BAD, GOOD = {"bad", "unsafe", "harmful"}, {"good", "safe", "harmless", "unharmful"}
+YES, NO = {"1", "true", "yes", "y"}, {"0", "false", "no", "n"}
+BAD = {"bad", "unsafe", "not safe", "harmful", "toxic", "malicious", "jailbroken"}
+GOOD = {
+    *("good", "safe", "harmless", "unharmful", "benign"),
+    *("nontoxic", "nonmalicious", "not jailbroken"),
+    *(f"{no} {word}" for no in ("not", "non") for word in ("harmful", "toxic", "malicious")),
+}
+"""Words of a label, as `word_of` writes them."""
+MISSING = {"", "nan", "n/a", "na", "null", "none"}
+"""How a label is written that was left out."""
 REFUSES, COMPLIES = {"refusal", "refused"}, {"compliance", "complied"}
 """What an answer does, in WildGuard's words and others'; it says nothing of mistakes."""
-LABELS = {"label": YES | BAD, "safe": NO | BAD}
-"""What calls an answer bad; yes and no mean the opposite where the column says `safe`."""
+LABELS = {"label": (YES | BAD, NO | GOOD), "safe": (NO | BAD, YES | GOOD)}
+"""What calls an answer bad, and what good; yes and no mean the opposite under `safe`."""
 
 PKU = tuple({"response": f"response_{n}", "safe": f"is_response_{n}_safe"} for n in (0, 1))
 """PKU-SafeRLHF's columns: two answers to one prompt, each with its label."""
@@ -69,6 +80,37 @@ XSTEST_PROMPTS = {"prompt", "type", "label", "focus"}
 """XSTest's columns; its `label` is of the prompt, safe or unsafe, and of no answer."""
 
 
+def word_of(value: Any) -> str:
+    """A word of a label, however it is written: `Non-Toxic` is `non toxic`, `1.00` is `1`."""
+    word = re.sub(r"(?<=[a-z])[-_\s]+(?=[a-z])", " ", str(value).strip().lower())
+    return re.sub(r"^(\d+)\.0+$", r"\1", word)
+
+
+Words = Annotated[tuple[str | int | float | bool, ...], Field(min_length=1)]
+
+
+class LabelWords(BaseModel):
+    """Words or grades of the data's labels, in any case; given, no others are known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bad: Words
+    """What calls an answer bad; of refusals, a refusal."""
+    good: Words
+    """What calls it good."""
+
+    @model_validator(mode="after")
+    def _parted(self) -> "LabelWords":
+        if both := set.intersection(*self.meant):
+            raise ValueError(f"expected each word once, found {sorted(both)} as bad and good")
+        return self
+
+    @property
+    def meant(self) -> tuple[set[str], set[str]]:
+        """The words that say bad and those that say good, as `word_of` writes them."""
+        return {word_of(word) for word in self.bad}, {word_of(word) for word in self.good}
+
+
 class Reading(BaseModel):
     """Which columns of the data mean what."""
 
@@ -77,6 +119,8 @@ class Reading(BaseModel):
     fields: dict[str, str] = {}
     """Our field names, such as `prompt`, `response`, `reference` or `label`, mapped to the
     columns of the data; common names of columns need no mapping."""
+    labels: LabelWords | None = None
+    """What the words of the label column mean, where they are none of the known ones."""
     target_pattern: str | None = None
     """A regular expression whose first group finds an attack's target text in the prompt."""
 
@@ -117,6 +161,9 @@ class Label(NamedTuple):
     column: str
     bad: set[str]
     """The words by which this column calls an answer bad."""
+    good: set[str]
+    mapped: bool
+    """Whether the recipe says what the words mean."""
 
 
 class Answer(NamedTuple):
@@ -148,9 +195,17 @@ def instances_of(reading: Reading, row: Row) -> Iterator[dict[str, Any]]:
     instances = row.get("instances") or ()
     nested = _is_list(instances) and all(isinstance(each, Mapping) for each in instances)
     if nested and APART in row and reading.as_published:
-        yield from ({**row, **each} for each in instances)
+        yield from (_without_nan({**row, **each}) for each in instances)
     else:
-        yield dict(row)
+        yield _without_nan(row)
+
+
+def _without_nan(row: Row) -> dict[str, Any]:
+    """The row with nothing where pandas has written NaN for it."""
+    return {
+        name: None if isinstance(value, float) and isnan(value) else value
+        for name, value in row.items()
+    }
 
 
 def column_of(reading: Reading, row: Row, field: str) -> Any:
@@ -380,9 +435,11 @@ def _unsafe(reading: Reading, row: Row, where: str) -> bool | None:
     value = column_of(reading, row, "prompt_label")
     if value is None and set(row) >= XSTEST_PROMPTS:
         value = row["label"]
-    if value is None or value == "":
+    word = word_of("" if value is None else value)
+    if word in MISSING:
         return None
-    return says_bad(Label(str(value).strip().lower(), "prompt_label", YES | BAD), where)
+    bad, good = LABELS["label"]
+    return says_bad(Label(word, "prompt_label", bad, good, mapped=False), where)
 
 
 def _instructions(row: Row, where: str) -> tuple[Instruction, ...]:
@@ -433,7 +490,8 @@ def label_of(reading: Reading, row: Row, where: str) -> Label | None:
     """What a row's answer is labelled; a mapped column comes first, and no column is no label.
 
     Raises:
-        EmptyCell: the label was left out, and so says neither good nor bad.
+        EmptyCell: the label was left out, or is votes without a majority, and so says neither
+            good nor bad.
         DataError: the mapped column is absent, or the label can be read in two ways.
     """
     empty = None
@@ -445,17 +503,43 @@ def label_of(reading: Reading, row: Row, where: str) -> Label | None:
                 f"columns {', '.join(sorted(row))}."
             )
         for column in [mapped] if mapped else _label_columns(field, row):
-            value = row[column]
-            word = "" if value is None else str(value).strip().lower().removesuffix(".0")
-            if word:
-                label = Label(word, column, LABELS[field])
+            bad, good = reading.labels.meant if reading.labels else LABELS[field]
+            word = _majority(row[column], MISSING - bad - good, f"{where}: '{column}'")
+            if word is not None:
+                label = Label(word, column, bad, good, mapped=reading.labels is not None)
                 _refuse_desirable(reading, row, label, where)
                 return label
             empty = empty or column
     if empty is not None:
-        told = f"{where}: '{empty}': expected a label, found nothing."
+        told = f"{where}: '{empty}': expected a label, found {row[empty]!r:.40}."
         raise EmptyCell(f"{told} Label the row or remove it.", "no label")
     return None
+
+
+def _majority(value: Any, missing: set[str], place: str) -> str | None:
+    """The word of a label, of votes that of more than half; None where there is none."""
+    nested = _nested(value)
+    votes = nested if isinstance(nested, (list, tuple)) else [value]
+    words = [word for v in votes if v is not None and (word := word_of(v)) not in missing]
+    if not words:
+        return None
+    word, count = Counter(words).most_common(1)[0]
+    if 2 * count <= len(words):
+        raise EmptyCell(
+            f"{place}: expected votes more than half of which are the same, found "
+            f"{value!r:.60}. Label the row or remove it.",
+            "no majority of votes",
+        )
+    return word
+
+
+def _nested(value: Any) -> Any:
+    """A list or mapping; CSV has none but as their text, JSON's or what pandas writes."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                return read(value)
+    return value
 
 
 def _label_columns(field: str, row: Row) -> list[str]:
@@ -480,7 +564,7 @@ def refuse_prompt_label(row: Row, where: str) -> None:
 
 
 def _refuse_desirable(reading: Reading, row: Row, label: Label, where: str) -> None:
-    unmapped = not set(LABELS) & set(reading.fields)
+    unmapped = not label.mapped and not set(LABELS) & set(reading.fields)
     true_or_false = label.column == "label" and label.word in ("true", "false")
     if unmapped and true_or_false and "completion" in row:
         raise DataError(
@@ -532,10 +616,15 @@ def says_bad(label: Label, where: str) -> bool:
     Raises:
         DataError: it is no label that is known.
     """
-    known = YES | NO | BAD | GOOD
-    if label.word not in known:
-        raise DataError(
-            f"{where}: field '{label.column}': expected one of {', '.join(sorted(known))}, "
-            f"found {label.word!r:.40}."
-        )
+    if label.word not in label.bad | label.good:
+        raise unknown_word(label, label.bad | label.good, where)
     return label.word in label.bad
+
+
+def unknown_word(label: Label, known: set[str], where: str) -> DataError:
+    """What is wrong with a label that is none of these words."""
+    return DataError(
+        f"{where}: field '{label.column}': expected one of {', '.join(sorted(known))}, found "
+        f"{label.word!r:.40}. Say in the recipe, or in a YAML file that names the data, what "
+        "the words mean: labels: {bad: [WORD], good: [WORD]}."
+    )

@@ -14,10 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from misstep.data.columns import (
-    BAD,
     COLUMNS,
     COMPLIES,
-    GOOD,
     NO,
     REFUSES,
     YES,
@@ -31,6 +29,7 @@ from misstep.data.columns import (
     refuse_prompt_label,
     says_bad,
     sides,
+    unknown_word,
 )
 from misstep.data.sources import Source, place_of, rows, source_digest, wanted
 from misstep.data.tables import file_stem
@@ -55,7 +54,10 @@ ASKED = {
     REFUSALS: "whether the answer refuses",
     HELPFULNESS: "whether the answer helps",
 }
-WORDS = {HELPFULNESS: (GOOD, BAD), REFUSALS: (REFUSES, COMPLIES)}
+WORDS = {
+    HELPFULNESS: ({"good", "helpful"}, {"bad", "unhelpful", "not helpful"}),
+    REFUSALS: (REFUSES, COMPLIES),
+}
 """Words of a label that say yes and no, by the metric that they are labels for."""
 SAID = {MISTAKES: "harm", REFUSALS: "refusal"}
 """What the labels of known sets are of, by the metric that they are labels for."""
@@ -178,14 +180,11 @@ def _check_said(said: str, metric: str, found: str, where: str) -> None:
 
 def _says(label: Label, metric: str, where: str) -> bool:
     """Whether a label says yes: by a word of the metric's own, or by yes itself."""
-    if metric == MISTAKES:
-        return says_bad(label, where)
+    if metric == MISTAKES or label.mapped:
+        return says_bad(label, where) != (metric == HELPFULNESS)
     yes, no = WORDS.get(metric, (set(), set()))
     if label.word not in YES | NO | yes | no:
-        expected = ", ".join(sorted(YES | NO | yes | no))
-        raise DataError(
-            f"{where}: '{label.column}': expected one of {expected}, found {label.word!r:.40}."
-        )
+        raise unknown_word(label, YES | NO | yes | no, where)
     return label.word in YES | yes
 
 
