@@ -162,6 +162,17 @@ def test_other_labels_are_refused_and_the_key_that_explains_them_is_named(
     assert "labels: {bad: [WORD], good: [WORD]}" in said
 
 
+def test_an_unknown_word_of_the_prompt_is_refused_only_where_it_is_mapped(
+    tmp_path: Path,
+) -> None:
+    table = "prompt,response,prompt_label\np,r,unsafe\nq,s,adversarial\nt,u,N/A\n"
+    path = write(tmp_path, "a.csv", table)
+    assert [p.unsafe for p in prompts(path)] == [True, None, None]
+    said = fault(path, fields={"prompt_label": "prompt_label"})
+    assert "line 3: field 'prompt_label': expected one of 0, 1, bad" in said
+    assert "found 'adversarial'" in said
+
+
 @pytest.mark.parametrize("column", ["label", "safe"])
 def test_a_recipe_says_what_other_words_and_grades_mean(tmp_path: Path, column: str) -> None:
     cells = ["3", "Very-severe", "0.0", "none", "SOME"]

@@ -436,10 +436,15 @@ def _unsafe(reading: Reading, row: Row, where: str) -> bool | None:
     if value is None and set(row) >= XSTEST_PROMPTS:
         value = row["label"]
     word = word_of("" if value is None else value)
-    if word in MISSING:
-        return None
     bad, good = LABELS["label"]
-    return says_bad(Label(word, "prompt_label", bad, good, mapped=False), where)
+    if word in bad | good:
+        return word in bad
+    if word not in MISSING and "prompt_label" in reading.fields:
+        raise DataError(
+            f"{where}: field 'prompt_label': expected one of {', '.join(sorted(bad | good))}, "
+            f"found {word!r:.40}. Leave the row or the mapping out."
+        )
+    return None
 
 
 def _instructions(row: Row, where: str) -> tuple[Instruction, ...]:
