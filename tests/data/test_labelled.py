@@ -140,6 +140,25 @@ def test_beavertails_labels_safety_and_says_which_categories_apply(tmp_path: Pat
     assert [case.categories for case in data.cases] == [("violence", "drugs"), ()]
 
 
+def test_categories_are_names_in_csv_too(tmp_path: Path) -> None:
+    path = tmp_path / "beavertails.csv"
+    rows = [("{'violence': True, 'privacy': False}", 0), ("{'violence': False}", 1), ("{x", 1)]
+    cells = "".join(f'P,R{i},"{text}",{safe}\n' for i, (text, safe) in enumerate(rows))
+    path.write_text(f"prompt,response,category,is_safe\n{cells}")
+    data = load_labelled(Source(path=str(path)), MISTAKES)
+    assert [case.categories for case in data.cases] == [("violence",), (), ("{x",)]
+
+
+def test_each_answer_of_pku_has_categories_of_its_own(tmp_path: Path) -> None:
+    harms = {"response_0_harm_category": {"fraud": False, "drugs": False}}
+    harms |= {"response_1_harm_category": {"fraud": True, "drugs": False}}
+    rows = [PKU_ROW | harms, PKU_ROW | {"category": "c"}]
+    found = [case.categories for case in load(tmp_path, MISTAKES, *rows).cases]
+    assert found == [(), ("fraud",), ("c",), ("c",)]
+    mapped = load(tmp_path, MISTAKES, rows[0] | {"t": "mine"}, fields={"topic": "t"})
+    assert {case.categories for case in mapped.cases} == {("mine",)}
+
+
 def test_labels_of_harm_are_none_of_refusal(tmp_path: Path) -> None:
     row = {"prompt": "P", "response": "R", "is_safe": False}
     with pytest.raises(DataError, match=r"found columns \(is_safe\) that say whether"):

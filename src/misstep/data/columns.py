@@ -69,6 +69,8 @@ LABELS = {"label": (YES | BAD, NO | GOOD), "safe": (NO | BAD, YES | GOOD)}
 
 PKU = tuple({"response": f"response_{n}", "safe": f"is_response_{n}_safe"} for n in (0, 1))
 """PKU-SafeRLHF's columns: two answers to one prompt, each with its label."""
+PKU_TOPIC = "{response}_harm_category"
+"""The column that says what harm one of them does, which not all of its versions have."""
 SAFE = {*COLUMNS["safe"], *(side["safe"] for side in PKU)}
 """Columns that call an answer good where they say yes."""
 HARM = {*SAFE, "unsafe", "harmful"}
@@ -403,6 +405,7 @@ def _good_answers(reading: Reading, row: Row, where: str) -> Iterator[Answer]:
 
 def names_of(value: Any) -> tuple[str, ...]:
     """The names that a cell holds; BeaverTails says of each category whether it applies."""
+    value = _nested(value)
     if not value:
         return ()
     if isinstance(value, Mapping):
@@ -469,7 +472,12 @@ def sides(reading: Reading, row: Row) -> Sequence[Reading]:
     """How a row is read for each of its answers: once, or twice where it is PKU-SafeRLHF's."""
     if not reading.as_published or not set(PKU[0].values()) <= set(row):
         return (reading,)
-    return [reading.model_copy(update={"fields": reading.fields | side}) for side in PKU]
+    found = []
+    for side in PKU:
+        topic = PKU_TOPIC.format(**side)
+        about = {"topic": topic} if topic in row else {}
+        found.append(reading.model_copy(update={"fields": about | reading.fields | side}))
+    return found
 
 
 def labelled_answers(reading: Reading, row: Row, where: str) -> Iterator[Labelled]:

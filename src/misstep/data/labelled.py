@@ -165,7 +165,7 @@ def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
         else:
             prompt = prompt_for(side, row, answer, where)
             says = _says(label, metric, where)
-            yield Case(where, _response(prompt, answer.text), says, _about(source, row))
+            yield Case(where, _response(prompt, answer.text), says, _about(side, row))
 
 
 def _check_said(said: str, metric: str, found: str, where: str) -> None:
