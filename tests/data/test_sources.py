@@ -223,6 +223,26 @@ def test_label_columns_that_ask_for_good_or_for_bad(
     assert ("p" in {m.prompt.text for m in mistakes(path)}) == bad
 
 
+@pytest.mark.parametrize(("label", "safe", "agree"), [(1, False, True), (1, True, False)])
+@pytest.mark.parametrize("column", ["label", "is_bad", "unsafe"])
+def test_labels_that_contradict_each_other_are_refused(
+    tmp_path: Path, column: str, label: int, safe: bool, agree: bool
+) -> None:
+    row = {"prompt": "p", "response": "r", column: label, "is_safe": safe}
+    # What nobody reads, since it is no label, contradicts nothing.
+    other = {"prompt": "q", "response": "s", column: 1, "harmful": "0.37", "safe": None}
+    path = write(tmp_path, "a.jsonl", f"{json.dumps(other)}\n{json.dumps(row)}")
+    if agree:
+        assert [m.response for m in mistakes(path)] == ["r", "s"]
+        return
+    said = fault(path)
+    assert f"line 2: expected labels that agree, found '{column}': 1 beside 'is_safe'" in said
+    with pytest.raises(DataError, match="expected labels that agree"):
+        load_labelled(Source(path=path), "mistake_rate")
+    lone = write(tmp_path, "b.jsonl", json.dumps(row))
+    assert len(mistakes(lone, fields={"label": column})) == 1
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_row_without_the_label_that_others_have_is_no_mistake(
     tmp_path: Path, order: int

@@ -505,28 +505,60 @@ def label_of(reading: Reading, row: Row, where: str) -> Label | None:
     Raises:
         EmptyCell: the label was left out, or is votes without a majority, and so says neither
             good nor bad.
-        DataError: the mapped column is absent, or the label can be read in two ways.
+        DataError: the mapped column is absent, the label can be read in two ways, or another
+            column says the opposite.
     """
-    empty = None
-    for field in [f for f in LABELS if f in reading.fields] or LABELS:
+    columns = list(_label_columns(reading, row, where))
+    found = [label for of in columns if (label := _label(reading, row, *of, where))]
+    if found:
+        _refuse_desirable(reading, row, found[0], where)
+        _refuse_contradiction(found, where)
+        return found[0]
+    if columns:
+        _, empty = columns[0]
+        told = f"{where}: '{empty}': expected a label, found {row[empty]!r:.40}."
+        raise EmptyCell(f"{told} Label the row or remove it.", "no label")
+    return None
+
+
+def _label_columns(reading: Reading, row: Row, where: str) -> Iterator[tuple[str, str]]:
+    """The fields and columns that label an answer: mapped ones, or all that are known."""
+    if not set(LABELS) & set(reading.fields):
+        of_prompt = {"label"} if set(row) >= XSTEST_PROMPTS else set()
+        for field in LABELS:
+            yield from ((field, c) for c in COLUMNS[field] if c in row and c not in of_prompt)
+        return
+    for field in LABELS:
         mapped = reading.fields.get(field)
         if mapped is not None and mapped not in row:
             raise DataError(
                 f"{where}: field '{field}' is missing: expected column '{mapped}', found "
                 f"columns {', '.join(sorted(row))}."
             )
-        for column in [mapped] if mapped else _label_columns(field, row):
-            bad, good = reading.labels.meant if reading.labels else LABELS[field]
-            word = _majority(row[column], MISSING - bad - good, f"{where}: '{column}'")
-            if word is not None:
-                label = Label(word, column, bad, good, mapped=reading.labels is not None)
-                _refuse_desirable(reading, row, label, where)
-                return label
-            empty = empty or column
-    if empty is not None:
-        told = f"{where}: '{empty}': expected a label, found {row[empty]!r:.40}."
-        raise EmptyCell(f"{told} Label the row or remove it.", "no label")
-    return None
+        if mapped is not None:
+            yield field, mapped
+
+
+def _label(reading: Reading, row: Row, field: str, column: str, where: str) -> Label | None:
+    """What a column says of an answer, if anything."""
+    bad, good = reading.labels.meant if reading.labels else LABELS[field]
+    word = _majority(row[column], MISSING - bad - good, f"{where}: '{column}'")
+    mapped = reading.labels is not None
+    return None if word is None else Label(word, column, bad, good, mapped)
+
+
+def _refuse_contradiction(labels: Sequence[Label], where: str) -> None:
+    """Refuse an answer that one column calls bad and one of harm calls good, or the reverse."""
+    first, *others = labels
+    for other in others if first.word in first.bad | first.good else ():
+        opposite = other.good if first.word in first.bad else other.bad
+        if other.column in HARM and other.word in opposite:
+            raise DataError(
+                f"{where}: expected labels that agree, found '{first.column}': {first.word} "
+                f"beside '{other.column}': {other.word}, of which one calls the answer bad and "
+                "one good. Correct the row, or map the column that counts with fields: "
+                "{label: COLUMN} where 1 is bad, {safe: COLUMN} where 1 is good."
+            )
 
 
 def _majority(value: Any, missing: set[str], place: str) -> str | None:
@@ -553,12 +585,6 @@ def _nested(value: Any) -> Any:
             with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 return read(value)
     return value
-
-
-def _label_columns(field: str, row: Row) -> list[str]:
-    """The unmapped columns that label an answer."""
-    of_prompt = {"label"} if set(row) >= XSTEST_PROMPTS else set()
-    return [column for column in COLUMNS[field] if column in row and column not in of_prompt]
 
 
 def refuse_prompt_label(row: Row, where: str) -> None:

@@ -20,6 +20,7 @@ from misstep.data.columns import (
     REFUSES,
     YES,
     Label,
+    Reading,
     answer_of,
     label_of,
     labels_say,
@@ -273,9 +274,9 @@ def _response(prompt: Prompt, text: str) -> Response:
     return Response(prompt=known, text=text)
 
 
-def _about(source: Source, row: Row, known: Sequence[str] = CATEGORIES) -> tuple[str, ...]:
+def _about(reading: Reading, row: Row, known: Sequence[str] = CATEGORIES) -> tuple[str, ...]:
     """The categories of a row."""
-    mapped = [source.fields["topic"]] if "topic" in source.fields else []
+    mapped = [reading.fields["topic"]] if "topic" in reading.fields else []
     return names_of(next((row[name] for name in (*mapped, *known) if row.get(name)), None))
 
 
