@@ -100,7 +100,16 @@ Found = Iterator[Case | LeftOut]
 
 
 def load_labelled(source: Source, metric: str) -> DataSet:
-    """The cases of a source for judges of this metric.
+    """The cases of a source for judges of this metric, of which `n` are drawn.
+
+    Raises:
+        DataError: as `read_labelled`.
+    """
+    return drawn(read_labelled(source, metric), source.n)
+
+
+def read_labelled(source: Source, metric: str) -> DataSet:
+    """All the cases of a source, whatever its `n`.
 
     Raises:
         DataError: names file, line and field; or there is nothing that could be judged.
@@ -109,7 +118,7 @@ def load_labelled(source: Source, metric: str) -> DataSet:
     found = [item for where, row in rows(source) for item in _cases(source, row, metric, where)]
     left_out = Counter(item.because for item in found if isinstance(item, LeftOut))
     cases = [item for item in found if isinstance(item, Case)]
-    cases = _drawn([c for c in cases if wanted(source, c.response.prompt)], source.n)
+    cases = [case for case in cases if wanted(source, case.response.prompt)]
     if not cases:
         why = "; ".join(f"{number} left out: {reason}" for reason, number in left_out.items())
         raise DataError(
@@ -122,12 +131,12 @@ def load_labelled(source: Source, metric: str) -> DataSet:
     return DataSet(short, source_digest(source), cases, dict(left_out), pairs.pop())
 
 
-def _drawn(cases: list[Case], n: int | None) -> list[Case]:
-    """At most so many, the same ones each time, in their order."""
-    if n is None or n >= len(cases):
-        return cases
-    chosen = random.Random("labelled").sample(range(len(cases)), n)
-    return [cases[place] for place in sorted(chosen)]
+def drawn(data: DataSet, n: int | None) -> DataSet:
+    """The set with at most so many cases, the same ones each time, in their order."""
+    if n is None or n >= len(data.cases):
+        return data
+    chosen = random.Random("labelled").sample(range(len(data.cases)), n)
+    return data._replace(cases=[data.cases[place] for place in sorted(chosen)])
 
 
 def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
