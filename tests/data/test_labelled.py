@@ -92,6 +92,10 @@ def test_a_pair_of_llmbar_says_which_answer_is_better(tmp_path: Path) -> None:
     assert [(c.response.text, c.other and c.other.text) for c in data.cases] == [("A", "B")] * 2
     with pytest.raises(DataError, match="expected 1 or 2, found '0'"):
         load(tmp_path, HELPFULNESS, row | {"label": 0})
+    assert labels(load(tmp_path, "win_rate", row | {"label": 1})) == [True]
+    for metric in (MISTAKES, REFUSALS):
+        with pytest.raises(DataError, match=r"line 1: expected labels that say .*LLMBar's"):
+            load(tmp_path, metric, row | {"label": 1})
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
@@ -259,8 +263,9 @@ LAYOUTS = {
 def test_a_mapped_topic_leaves_a_known_layout_as_it_is(
     tmp_path: Path, row: dict[str, Any]
 ) -> None:
-    plain = load(tmp_path, MISTAKES, row).cases
-    mapped = load(tmp_path, MISTAKES, row | {"about": "t"}, fields={"topic": "about"}).cases
+    metric = HELPFULNESS if "output_1" in row else MISTAKES
+    plain = load(tmp_path, metric, row).cases
+    mapped = load(tmp_path, metric, row | {"about": "t"}, fields={"topic": "about"}).cases
     assert [case._replace(categories=()) for case in mapped] == [
         case._replace(categories=()) for case in plain
     ]

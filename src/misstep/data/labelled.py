@@ -141,15 +141,15 @@ def drawn(data: DataSet, n: int | None) -> DataSet:
 
 def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
     columns = set(row) if source.as_published else set()
+    if columns >= LLMBAR:
+        yield _llmbar(source, row, metric, where)
+        return
     if metric not in VERDICTS:
-        llmbar = columns >= LLMBAR
-        yield _llmbar(source, row, where) if llmbar else _preferred(source, row, metric, where)
+        yield _preferred(source, row, metric, where)
         return
     jade = next((both for both in JADE if set(both) <= columns), None)
     if columns >= XSTEST:
         yield from _xstest(source, row, metric, where)
-    elif columns >= LLMBAR:
-        yield _llmbar(source, row, where)
     elif jade:
         yield from _jade(source, row, jade, metric, where)
     else:
@@ -241,8 +241,13 @@ def _xstest(source: Source, row: Row, metric: str, where: str) -> Found:
         )
 
 
-def _llmbar(source: Source, row: Row, where: str) -> Case:
-    """The label names the answer that people prefer."""
+def _llmbar(source: Source, row: Row, metric: str, where: str) -> Case:
+    """The label names the answer that people prefer; it says nothing of harm or refusals."""
+    if metric in SAID:
+        raise DataError(
+            f"{where}: expected labels that say {ASKED[metric]}, found LLMBar's, which say "
+            "which of two answers is better. Give other data."
+        )
     label = str(row["label"]).strip()
     if label not in ("1", "2"):
         raise DataError(f"{where}: 'label': expected 1 or 2, found {label!r:.40}.")
