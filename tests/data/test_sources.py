@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from misstep.data.labelled import load_labelled, part_of
+from misstep.data.preferred import load_preferred
 from misstep.data.sources import (
     Source,
     check_source,
@@ -241,6 +242,28 @@ def test_labels_that_contradict_each_other_are_refused(
         load_labelled(Source(path=path), "mistake_rate")
     lone = write(tmp_path, "b.jsonl", json.dumps(row))
     assert len(mistakes(lone, fields={"label": column})) == 1
+
+
+def test_json_lines_under_another_name_are_told_theirs(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "p", "response": "r"})
+    said = fault(write(tmp_path, "a.json", f"{line}\n{line}\n"))
+    assert (
+        "line 2: no valid JSON (Extra data). It looks like JSON Lines: call it .jsonl." in said
+    )
+    assert "JSON Lines" not in fault(write(tmp_path, "b.json", '[{"prompt": }]'))
+
+
+def test_a_dialogue_as_one_text_is_to_become_turns(tmp_path: Path) -> None:
+    texts = [f"\n\nHuman: Hi\n\nAssistant: {answer}" for answer in ("Hello.", "Go.")]
+    row = dict(zip(("chosen", "rejected"), texts, strict=True))
+    path = write(tmp_path, "a.jsonl", json.dumps(row))
+    told = "expected an answer or turns, found a dialogue as one text .* Make turns of it"
+    for load in (load_prompts, load_preferred, lambda s, _: load_mistakes(s, "origin", 0)):
+        with pytest.raises(DataError, match=rf"line 1: field 're\w+': {told}"):
+            load(Source(path=path), 0)
+    # Beside a prompt it is an answer like any other.
+    whole = write(tmp_path, "b.jsonl", json.dumps(row | {"prompt": "p"}))
+    assert [m.response for m in mistakes(whole)] == [texts[1].strip()]
 
 
 @pytest.mark.parametrize("order", [1, -1])

@@ -49,6 +49,9 @@ WORDS = {"response": "answer"}
 APART = "instruction"
 """The column whose prompt goes on in another one: Alpaca's in `input`, Dolly's in `context`."""
 
+DIALOGUE = re.compile(r"\s*Human:")
+"""How hh-rlhf's dialogues open, each of them one text."""
+
 LAYOUT = {"prompt", "response", "reference", "label", "safe"}
 """The fields of which one that is mapped says that the rows are laid out otherwise."""
 
@@ -311,6 +314,12 @@ def _answer(
     whole = bool(turns) and turns[0].role != "assistant"
     messages = turns if whole else (*asked, *turns)
     if not any(turn.role == "user" for turn in messages):
+        if DIALOGUE.match(str(value)):
+            raise DataError(
+                f"{where}: field '{field}': expected an answer or turns, found a dialogue as "
+                "one text ('Human: …'), which is not taken apart. Make turns of it: a list of "
+                "objects with 'role' (user, assistant) and 'content'."
+            )
         raise _refused(reading, row, "prompt", where)
     return Answer(messages, str(value).strip())
 
