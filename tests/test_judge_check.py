@@ -317,6 +317,7 @@ def test_what_a_trained_judge_has_seen_is_left_out_before_cases_are_drawn(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     described = tmp_path / "described.yaml"
     described.write_text(f"path: {path}\nn: 10\n")
+    (tmp_path / "other").mkdir()
     known = {f"q {i}" for i in range(85)}
     write_seen(tmp_path, known)
     (plain,) = labelled_sets([str(described)], [], "mistake_rate").values()
@@ -324,6 +325,11 @@ def test_what_a_trained_judge_has_seen_is_left_out_before_cases_are_drawn(
     asked = [case.response.prompt.text for case in found.cases]
     assert len(asked) == 10 and not known & set(asked)
     assert found.left_out == {"a question that the judge was trained on": 85}
+    # Of an ensemble each judge may have seen others.
+    write_seen(tmp_path / "other", {"q 85", "q 84"})
+    both = [tmp_path, tmp_path / "other"]
+    (fewer,) = labelled_sets([str(described)], [], "mistake_rate", both).values()
+    assert fewer.left_out == {"a question that the judge was trained on": 86}
     # A judge that has seen nothing of the data is measured on what any other is.
     write_seen(tmp_path, {"another question"})
     (again,) = labelled_sets([str(described)], [], "mistake_rate", [tmp_path]).values()
