@@ -4,17 +4,25 @@ The columns of common data sets are known, others are mapped by `fields`. A prom
 is text, or the turns of a conversation. Knows no file.
 """
 
-import ast
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isnan
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
+from misstep.data.labels import (
+    LABELS,
+    MISSING,
+    Label,
+    LabelWords,
+    majority,
+    nested,
+    says_bad,
+    word_of,
+)
 from misstep.errors import DataError, EmptyCell
 from misstep.records import Instruction, Message, Prompt, Role
 
@@ -55,21 +63,6 @@ DIALOGUE = re.compile(r"\s*Human:")
 LAYOUT = {"prompt", "response", "reference", "label", "safe"}
 """The fields of which one that is mapped says that the rows are laid out otherwise."""
 
-YES, NO = {"1", "true", "yes", "y"}, {"0", "false", "no", "n"}
-BAD = {"bad", "unsafe", "not safe", "harmful", "toxic", "malicious", "jailbroken"}
-GOOD = {
-    *("good", "safe", "harmless", "unharmful", "benign"),
-    *("nontoxic", "nonmalicious", "not jailbroken"),
-    *(f"{no} {word}" for no in ("not", "non") for word in ("harmful", "toxic", "malicious")),
-}
-"""Words of a label, as `word_of` writes them."""
-MISSING = {"", "nan", "n/a", "na", "null", "none"}
-"""How a label is written that was left out."""
-REFUSES, COMPLIES = {"refusal", "refused"}, {"compliance", "complied"}
-"""What an answer does, in WildGuard's words and others'; it says nothing of mistakes."""
-LABELS = {"label": (YES | BAD, NO | GOOD), "safe": (NO | BAD, YES | GOOD)}
-"""What calls an answer bad, and what good; yes and no mean the opposite under `safe`."""
-
 PKU = tuple({"response": f"response_{n}", "safe": f"is_response_{n}_safe"} for n in (0, 1))
 """PKU-SafeRLHF's columns: two answers to one prompt, each with its label."""
 PKU_TOPIC = "{response}_harm_category"
@@ -83,37 +76,6 @@ PYRIT = {"objective", "assistant_response", "human_score"}
 """PyRIT's columns: with `harm_category` the score is of harm, without it of refusals."""
 XSTEST_PROMPTS = {"prompt", "type", "label", "focus"}
 """XSTest's columns; its `label` is of the prompt, safe or unsafe, and of no answer."""
-
-
-def word_of(value: Any) -> str:
-    """A word of a label, however it is written: `Non-Toxic` is `non toxic`, `1.00` is `1`."""
-    word = re.sub(r"(?<=[a-z])[-_\s]+(?=[a-z])", " ", str(value).strip().lower())
-    return re.sub(r"^(\d+)\.0+$", r"\1", word)
-
-
-Words = Annotated[tuple[str | int | float | bool, ...], Field(min_length=1)]
-
-
-class LabelWords(BaseModel):
-    """Words or grades of the data's labels, in any case; given, no others are known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bad: Words
-    """What calls an answer bad; of refusals, a refusal."""
-    good: Words
-    """What calls it good."""
-
-    @model_validator(mode="after")
-    def _parted(self) -> "LabelWords":
-        if both := set.intersection(*self.meant):
-            raise ValueError(f"expected each word once, found {sorted(both)} as bad and good")
-        return self
-
-    @property
-    def meant(self) -> tuple[set[str], set[str]]:
-        """The words that say bad and those that say good, as `word_of` writes them."""
-        return {word_of(word) for word in self.bad}, {word_of(word) for word in self.good}
 
 
 class Reading(BaseModel):
@@ -157,18 +119,6 @@ class Reading(BaseModel):
         if not groups:
             raise ValueError("target_pattern needs a group ( ) around the target text")
         return pattern
-
-
-class Label(NamedTuple):
-    """What somebody said of an answer."""
-
-    word: str
-    column: str
-    bad: set[str]
-    """The words by which this column calls an answer bad."""
-    good: set[str]
-    mapped: bool
-    """Whether the recipe says what the words mean."""
 
 
 class Answer(NamedTuple):
@@ -414,7 +364,7 @@ def _good_answers(reading: Reading, row: Row, where: str) -> Iterator[Answer]:
 
 def names_of(value: Any) -> tuple[str, ...]:
     """The names that a cell holds; BeaverTails says of each category whether it applies."""
-    value = _nested(value)
+    value = nested(value)
     if not value:
         return ()
     if isinstance(value, Mapping):
@@ -551,7 +501,7 @@ def _label_columns(reading: Reading, row: Row, where: str) -> Iterator[tuple[str
 def _label(reading: Reading, row: Row, field: str, column: str, where: str) -> Label | None:
     """What a column says of an answer, if anything."""
     bad, good = reading.labels.meant if reading.labels else LABELS[field]
-    word = _majority(row[column], MISSING - bad - good, f"{where}: '{column}'")
+    word = majority(row[column], MISSING - bad - good, f"{where}: '{column}'")
     mapped = reading.labels is not None
     return None if word is None else Label(word, column, bad, good, mapped)
 
@@ -568,32 +518,6 @@ def _refuse_contradiction(labels: Sequence[Label], where: str) -> None:
                 "one good. Correct the row, or map the column that counts with fields: "
                 "{label: COLUMN} where 1 is bad, {safe: COLUMN} where 1 is good."
             )
-
-
-def _majority(value: Any, missing: set[str], place: str) -> str | None:
-    """The word of a label, of votes that of more than half; None where there is none."""
-    nested = _nested(value)
-    votes = nested if isinstance(nested, (list, tuple)) else [value]
-    words = [word for v in votes if v is not None and (word := word_of(v)) not in missing]
-    if not words:
-        return None
-    word, count = Counter(words).most_common(1)[0]
-    if 2 * count <= len(words):
-        raise EmptyCell(
-            f"{place}: expected votes more than half of which are the same, found "
-            f"{value!r:.60}. Label the row or remove it.",
-            "no majority of votes",
-        )
-    return word
-
-
-def _nested(value: Any) -> Any:
-    """A list or mapping; CSV has none but as their text, JSON's or what pandas writes."""
-    if isinstance(value, str) and value.startswith(("[", "{")):
-        for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                return read(value)
-    return value
 
 
 def refuse_prompt_label(row: Row, where: str) -> None:
@@ -656,23 +580,3 @@ def is_bad(reading: Reading, row: Row, where: str) -> bool:
         refuse_prompt_label(row, where)
         return True
     return says_bad(label, where)
-
-
-def says_bad(label: Label, where: str) -> bool:
-    """Whether a label calls an answer bad.
-
-    Raises:
-        DataError: it is no label that is known.
-    """
-    if label.word not in label.bad | label.good:
-        raise unknown_word(label, label.bad | label.good, where)
-    return label.word in label.bad
-
-
-def unknown_word(label: Label, known: set[str], where: str) -> DataError:
-    """What is wrong with a label that is none of these words."""
-    return DataError(
-        f"{where}: field '{label.column}': expected one of {', '.join(sorted(known))}, found "
-        f"{label.word!r:.40}. Say in the recipe, or in a YAML file that names the data, what "
-        "the words mean: labels: {bad: [WORD], good: [WORD]}."
-    )

@@ -15,11 +15,6 @@ from typing import Any, Literal, NamedTuple
 
 from misstep.data.columns import (
     COLUMNS,
-    COMPLIES,
-    NO,
-    REFUSES,
-    YES,
-    Label,
     Reading,
     answer_of,
     label_of,
@@ -28,8 +23,15 @@ from misstep.data.columns import (
     prompt_for,
     prompt_of,
     refuse_prompt_label,
-    says_bad,
     sides,
+)
+from misstep.data.labels import (
+    COMPLIES,
+    NO,
+    REFUSES,
+    YES,
+    Label,
+    says_bad,
     unknown_word,
 )
 from misstep.data.sources import Source, place_of, rows, source_digest, wanted
