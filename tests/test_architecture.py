@@ -39,6 +39,7 @@ LAYERS = [
     "misstep.data.shelf",
     "misstep.data.suites",
     "misstep.data.tables",
+    "misstep.data.labels",
     "misstep.data.columns",
     "misstep.data.sources",
     "misstep.data.held_out",

@@ -18,8 +18,9 @@ from misstep.evidence.check_results import (
     pair_score,
     read_check,
 )
+from misstep.evidence.judge_card import write_seen
 from misstep.evidence.results import Metric, metric_from_scores
-from misstep.judge_check import check_judge, judge_cases, read_check_inputs
+from misstep.judge_check import check_judge, judge_cases, labelled_sets, read_check_inputs
 from misstep.judge_config import load_judge
 from misstep.judges.base import PairJudge, Preference
 from misstep.judges.seats import Seat
@@ -308,6 +309,33 @@ def test_a_yaml_file_says_how_data_are_read(tmp_path: Path) -> None:
     assert [len(data.cases) for data in inputs.data.values()] == [4]
 
 
+def test_what_a_trained_judge_has_seen_is_left_out_before_cases_are_drawn(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"q {i}", "response": "No", "label": i % 2} for i in range(100)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    described = tmp_path / "described.yaml"
+    described.write_text(f"path: {path}\nn: 10\n")
+    (tmp_path / "other").mkdir()
+    known = {f"q {i}" for i in range(85)}
+    write_seen(tmp_path, known)
+    (plain,) = labelled_sets([str(described)], [], "mistake_rate").values()
+    (found,) = labelled_sets([str(described)], [], "mistake_rate", [tmp_path]).values()
+    asked = [case.response.prompt.text for case in found.cases]
+    assert len(asked) == 10 and not known & set(asked)
+    assert found.left_out == {"a question that the judge was trained on": 85}
+    # Of an ensemble each judge may have seen others.
+    write_seen(tmp_path / "other", {"q 85", "q 84"})
+    both = [tmp_path, tmp_path / "other"]
+    (fewer,) = labelled_sets([str(described)], [], "mistake_rate", both).values()
+    assert fewer.left_out == {"a question that the judge was trained on": 86}
+    # A judge that has seen nothing of the data is measured on what any other is.
+    write_seen(tmp_path, {"another question"})
+    (again,) = labelled_sets([str(described)], [], "mistake_rate", [tmp_path]).values()
+    assert len(plain.cases) == 10 and again == plain
+
+
 def test_a_column_that_one_of_several_sets_has_is_mapped_there(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{i}", "response": "No", "refused": i % 2} for i in range(4)]
     paths = []
@@ -357,6 +385,7 @@ def test_with_decoys_each_set_is_judged_twice_and_rates_are_corrected_by_the_pla
     ("judge", "model", "fields", "why"),
     [
         ("refusl", None, [], "Did you mean 'refusal'"),
+        ("judges/harm", None, [], "misstep judge train DATA --out judges/harm"),
         ("refusal", "smollm2-135m", [], "a rule asks no model"),
         ("policy:harmlessness", None, [], "expected a model"),
         ("policy:goal-hijacking", "smollm2-135m", [], "expected no model"),

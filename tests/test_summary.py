@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from misstep.evidence.check_results import Check, JudgedCase, measure_data, write_check
 from misstep.evidence.results import Metric, Pooled, Results, Row, write_results
-from misstep.summary import print_comparison, print_summary
+from misstep.records import Prompt, Response
+from misstep.summary import print_check, print_comparison, print_summary
 
 NOTHING = Metric(value=None, low=None, high=None, n=0, unscored=6)
 SOME = Metric(value=0.5, low=0.2, high=0.8, n=4, unscored=2)
@@ -27,6 +29,37 @@ def test_a_metric_without_any_score_is_said_to_have_none(
     assert "mistake_rate: no answer has a score" in shown
     assert "(judge)" in shown
     assert "helpfulness: no answer" not in shown
+
+
+def test_the_terminal_shows_all_numbers_of_a_check_and_what_was_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def judged(name: str, values: list[float | None]) -> list[JudgedCase]:
+        answer = Response(prompt=Prompt.of("Q"), text="A")
+        return [
+            JudgedCase(data=name, where="row", response=answer, label=i % 2 == 0, value=value)
+            for i, value in enumerate(values)
+        ]
+
+    verdicts, graded = judged("verdicts", [1.0, 0.0] * 9), judged("n" * 60, [0.9, 0.2] * 9)
+    graded += judged("n" * 60, [None] * 4)
+    sets = [
+        measure_data(of[0].data, "0", False, left_out, of)
+        for of, left_out in ((verdicts, {}), (graded, {"no label": 30, "no answer": 7}))
+    ]
+    check = Check(judge="j", title="t", metric="mistake_rate", data=tuple(sets), pooled=None)
+    write_check(tmp_path / "check.json", check)
+    print_check(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 110
+    rows = [[cell.strip() for cell in line.split("│")[2:4]] for line in lines if "│" in line]
+    _, second = (place for place, (title, _) in enumerate(rows) if title == "Accuracy")
+    plain, found = dict(rows[:second]), dict(rows[second:])
+    calibration = sets[1].whole.metrics["calibration_error"].value
+    assert found["AUC"].startswith("1.000 (")
+    assert found["Calibration error"].startswith(f"{calibration:.3f} (")
+    assert (found["Scored"], found["Unscored"], found["Left out"]) == ("18", "4", "37")
+    assert not {"AUC", "Calibration error"} & set(plain) and plain["Left out"] == "0"
 
 
 def test_the_terminal_tells_variants_apart(

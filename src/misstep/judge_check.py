@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from misstep.claims import claimed
 from misstep.data.columns import LAYOUT
 from misstep.data.decoys import NAME, beside
-from misstep.data.labelled import MISTAKES, Case, DataSet, load_labelled
+from misstep.data.labelled import MISTAKES, Case, DataSet, drawn, read_labelled
 from misstep.data.sources import Source, check_source, rows
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
@@ -70,9 +70,7 @@ def read_check_inputs(
     read = read_judge(judge, model)
     # A judge says before it has a model which answers it can score, and by what metric.
     probe = read.probe()
-    sets = labelled_sets(data, fields, probe.metric)
-    for folder in read.trained():
-        sets = {name: unseen(found, folder) for name, found in sets.items()}
+    sets = labelled_sets(data, fields, probe.metric, read.trained())
     for given, found in sets.items():
         _check_applies(probe, given, found)
     if decoys:
@@ -96,9 +94,12 @@ def _beside(
 
 
 def labelled_sets(
-    data: Sequence[str], fields: Sequence[str], metric: str
+    data: Sequence[str], fields: Sequence[str], metric: str, trained: Sequence[Path] = ()
 ) -> dict[str, DataSet]:
     """Labelled data of a command's arguments, by the names that stand in results.
+
+    What the `trained` judges have seen is left out before `n` cases are drawn, so that `n` are
+    judged.
 
     Raises:
         DataError: what is wrong with a file, a line or a mapping.
@@ -110,7 +111,14 @@ def labelled_sets(
             "'fields'."
         )
     sources = _with_own([_source(name, mapped) for name in data])
-    return _named(data, [load_labelled(source, metric) for source in sources])
+    return _named(data, [_drawn_unseen(source, metric, trained) for source in sources])
+
+
+def _drawn_unseen(source: Source, metric: str, trained: Sequence[Path]) -> DataSet:
+    found = read_labelled(source, metric)
+    for folder in trained:
+        found = unseen(found, folder)
+    return drawn(found, source.n)
 
 
 def _says_itself(name: str) -> bool:

@@ -100,6 +100,13 @@ def _is_classifier(name: str) -> bool:
     )
 
 
+def how_to_train(name: str) -> str | None:
+    """What makes a trained judge that is absent; all in a folder `judges` are meant as one."""
+    if Path(name).parent.name != "judges":
+        return None
+    return f"Train the judge first: misstep judge train DATA --out {name}"
+
+
 def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     """The judge of a command's argument; `model` is that of `--model`.
 
@@ -116,5 +123,7 @@ def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     if _is_classifier(name):
         return check(JudgeConfig, {"classifier": name} | given, RecipeError, f"judge {name}")
     if name not in RULES:
-        raise RecipeError(f"judge '{name}': expected {FORMS}.{suggestion(name, list(RULES))}")
+        hint = how_to_train(name)
+        found = f" Found none of these. {hint}" if hint else suggestion(name, list(RULES))
+        raise RecipeError(f"judge '{name}': expected {FORMS}.{found}")
     return check(JudgeConfig, {"rule": name} | given, RecipeError, f"judge {name}")

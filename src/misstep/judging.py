@@ -15,7 +15,7 @@ from misstep.engines.choose import Chosen, choose, choose_labels
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import ModelError, RecipeError
 from misstep.guard import Guard, load_guard
-from misstep.judge_config import FORMS, JudgeConfig, load_judge
+from misstep.judge_config import FORMS, JudgeConfig, how_to_train, load_judge
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
 from misstep.judges.classifier import ClassifierJudge
@@ -128,8 +128,10 @@ def locate_judging(config: RunConfig) -> Model:
     except ModelError as error:
         if config.judge != config.asked_by_judges or config.judge.startswith(PREFIX):
             raise
+        train = how_to_train(config.judge)
+        found = f"Found none of these. {train}" if train else f"As a model: {error}"
         raise RecipeError(
-            f"judge: {config.judge}: expected {FORMS}; or a model. As a model: {error}"
+            f"judge: {config.judge}: expected {FORMS}; or a model. {found}"
         ) from error
 
 

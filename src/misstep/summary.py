@@ -1,6 +1,6 @@
 """What the terminal shows of a directory: of a run, a study or a check of a judge."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,20 +9,15 @@ from misstep.evidence.judge_card import CARD, read_card
 from misstep.evidence.ratings import Ratings
 from misstep.evidence.results import Metric, Results, read_results
 from misstep.evidence.study_results import Study, Task, read_study
+from misstep.report.check_words import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 TITLES = {"mistake_rate": "mistakes", "helpfulness": "helpful", "over_refusal": "refuses"}
 
-CHECKED = {
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced",
-    "kappa": "kappa",
-    "false_safe": "false-safe",
-    "false_unsafe": "false-unsafe",
-}
-"""Of a check: numbers, and their titles."""
+WIDTH = 110
+"""Columns of a table that goes into a file."""
 
 STUDIED: tuple[tuple[str, Task, str], ...] = (
     ("answers that are right", "answering", "accuracy"),
@@ -119,17 +114,32 @@ def print_check(folder: Path) -> None:
 
     check = read_check(folder / "check.json")
     table = Table(title=f"{check.title} against labels: 95 % intervals")
-    table.add_column("data")
-    for name in ("n", "unscored", *CHECKED.values()):
-        table.add_column(name, justify="right")
-    found: list[tuple[str, Measured]] = [(data.name, data.whole) for data in check.data]
-    if check.pooled is not None and len(found) > 1:
-        found.append(("all together", check.pooled))
-    for title, measured in found:
-        metrics = [measured.metrics.get(name) for name in CHECKED]
-        cells = [_text(m and m.model_copy(update={"unscored": 0})) for m in metrics]
-        table.add_row(title, str(measured.n), str(measured.unscored), *cells)
-    _show(table, f"{folder / 'check.html'}\n{folder / 'check.json'}", width=140)
+    # Numbers below each other, so that all of them fit beside the names of the data sets.
+    table.add_column("data", overflow="fold")
+    table.add_column("")
+    table.add_column("", justify="right")
+    titles = shown(check)
+    for data in check.data:
+        left_out = [("Left out", str(sum(data.left_out.values())))]
+        _add_measured(table, data.name, [*_measured(data.whole, titles), *left_out])
+    if check.pooled is not None and len(check.data) > 1:
+        _add_measured(table, "all together", _measured(check.pooled, titles))
+    _show(table, f"{folder / 'check.html'}\n{folder / 'check.json'}")
+
+
+def _measured(found: Measured, titles: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """The numbers of a judge on some data, each with its title; those that there are."""
+    for name, title in titles.items():
+        if name in found.metrics:
+            yield title, _text(found.metrics[name].model_copy(update={"unscored": 0}))
+    yield "Scored", str(found.n)
+    yield "Unscored", str(found.unscored)
+
+
+def _add_measured(table: "Table", name: str, numbers: Iterable[tuple[str, str]]) -> None:
+    for place, (title, number) in enumerate(numbers):
+        table.add_row("" if place else name, title, number)
+    table.add_section()
 
 
 def print_ratings(path: Path, ratings: Ratings) -> None:
@@ -163,12 +173,12 @@ def _study_cells(study: Study) -> Iterator[list[str]]:
             yield ["" if place else model.model, title, *cells]
 
 
-def _show(table: "Table", where: str, width: int = 110) -> None:
+def _show(table: "Table", where: str) -> None:
     """Print a table, as wide as the terminal if there is one, and where the files lie."""
     from rich.console import Console
 
     # Brackets are part of a name, as of a variant's, and no markup of rich's.
-    console = Console(width=None if Console().is_terminal else width, markup=False)
+    console = Console(width=None if Console().is_terminal else WIDTH, markup=False)
     console.print(table)
     console.print(where)
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from misstep.data.labelled import HELPFULNESS, MISTAKES, REFUSALS, DataSet, load_labelled
-from misstep.data.sources import Source, load_mistakes
+from misstep.data.sources import Source, load_mistakes, load_prompts
 from misstep.errors import DataError
 from misstep.records import Prompt
 
@@ -92,6 +92,10 @@ def test_a_pair_of_llmbar_says_which_answer_is_better(tmp_path: Path) -> None:
     assert [(c.response.text, c.other and c.other.text) for c in data.cases] == [("A", "B")] * 2
     with pytest.raises(DataError, match="expected 1 or 2, found '0'"):
         load(tmp_path, HELPFULNESS, row | {"label": 0})
+    assert labels(load(tmp_path, "win_rate", row | {"label": 1})) == [True]
+    for metric in (MISTAKES, REFUSALS):
+        with pytest.raises(DataError, match=r"line 1: expected labels that say .*LLMBar's"):
+            load(tmp_path, metric, row | {"label": 1})
 
 
 def chat(*turns: str) -> list[dict[str, str]]:
@@ -140,6 +144,25 @@ def test_beavertails_labels_safety_and_says_which_categories_apply(tmp_path: Pat
     assert [case.categories for case in data.cases] == [("violence", "drugs"), ()]
 
 
+def test_categories_are_names_in_csv_too(tmp_path: Path) -> None:
+    path = tmp_path / "beavertails.csv"
+    rows = [("{'violence': True, 'privacy': False}", 0), ("{'violence': False}", 1), ("{x", 1)]
+    cells = "".join(f'P,R{i},"{text}",{safe}\n' for i, (text, safe) in enumerate(rows))
+    path.write_text(f"prompt,response,category,is_safe\n{cells}")
+    data = load_labelled(Source(path=str(path)), MISTAKES)
+    assert [case.categories for case in data.cases] == [("violence",), (), ("{x",)]
+
+
+def test_each_answer_of_pku_has_categories_of_its_own(tmp_path: Path) -> None:
+    harms = {"response_0_harm_category": {"fraud": False, "drugs": False}}
+    harms |= {"response_1_harm_category": {"fraud": True, "drugs": False}}
+    rows = [PKU_ROW | harms, PKU_ROW | {"category": "c"}]
+    found = [case.categories for case in load(tmp_path, MISTAKES, *rows).cases]
+    assert found == [(), ("fraud",), ("c",), ("c",)]
+    mapped = load(tmp_path, MISTAKES, rows[0] | {"t": "mine"}, fields={"topic": "t"})
+    assert {case.categories for case in mapped.cases} == {("mine",)}
+
+
 def test_labels_of_harm_are_none_of_refusal(tmp_path: Path) -> None:
     row = {"prompt": "P", "response": "R", "is_safe": False}
     with pytest.raises(DataError, match=r"found columns \(is_safe\) that say whether"):
@@ -154,6 +177,59 @@ def test_good_says_yes_of_help_and_no_of_a_mistake(tmp_path: Path) -> None:
     assert labels(load(tmp_path, MISTAKES, *rows)) == [False, True]
     with pytest.raises(DataError, match="found 'good'"):
         load(tmp_path, REFUSALS, *rows)
+    harmless = rows[0] | {"label": "safe"}
+    with pytest.raises(DataError, match="found 'safe'"):
+        load(tmp_path, HELPFULNESS, harmless)
+
+
+@pytest.mark.parametrize(
+    ("metric", "says"), [(MISTAKES, True), (REFUSALS, True), (HELPFULNESS, False)]
+)
+def test_words_that_a_source_explains_are_labels_for_every_judge(
+    tmp_path: Path, metric: str, says: bool
+) -> None:
+    rows = [{"prompt": "P", "response": "R", "label": label} for label in (3, "0", None)]
+    meant = {"bad": [3], "good": ["0", "none"]}
+    data = load(tmp_path, metric, *rows, labels=meant)
+    assert labels(data) == [says, not says]
+    # What is not there is no label, even where the word `none` is one.
+    assert data.left_out == {"no label": 1}
+
+
+MISSING = [float("nan"), "nan", "NaN", "N/A", "null", "None", []]
+
+
+def test_what_stands_for_no_label_and_no_answer_is_none(tmp_path: Path) -> None:
+    row: dict[str, Any] = {"prompt": "P", "response": "R", "label": 1.0}
+    data = load(
+        tmp_path,
+        MISTAKES,
+        *(row | {"label": label} for label in MISSING),
+        row | {"response": float("nan")},
+        row | {"response": "nan"},
+    )
+    assert [case.response.text for case in data.cases] == ["nan"]
+    assert data.left_out == {"no label": len(MISSING), "no answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("votes", "says"),
+    [
+        ([1, 1, 0], True),
+        ("[1, 0, 0]", False),
+        ("['unsafe', 'Unsafe']", True),
+        ([True, False, None, False], False),
+        ([1], True),
+    ],
+)
+def test_of_several_votes_the_majority_is_the_label(
+    tmp_path: Path, votes: object, says: bool
+) -> None:
+    row = {"prompt": "P", "response": "R"}
+    tie = {"label": [1, 0]}
+    data = load(tmp_path, MISTAKES, row | {"label": votes}, row | tie)
+    assert labels(data) == [says]
+    assert data.left_out == {"no majority of votes": 1}
 
 
 @pytest.mark.parametrize("words", [("refusal", "compliance"), ("Refused", "complied")])
@@ -187,8 +263,9 @@ LAYOUTS = {
 def test_a_mapped_topic_leaves_a_known_layout_as_it_is(
     tmp_path: Path, row: dict[str, Any]
 ) -> None:
-    plain = load(tmp_path, MISTAKES, row).cases
-    mapped = load(tmp_path, MISTAKES, row | {"about": "t"}, fields={"topic": "about"}).cases
+    metric = HELPFULNESS if "output_1" in row else MISTAKES
+    plain = load(tmp_path, metric, row).cases
+    mapped = load(tmp_path, metric, row | {"about": "t"}, fields={"topic": "about"}).cases
     assert [case._replace(categories=()) for case in mapped] == [
         case._replace(categories=()) for case in plain
     ]
@@ -378,3 +455,14 @@ def test_published_data_are_read_unmapped(
 def test_prompts_without_answers_are_no_labelled_data() -> None:
     with pytest.raises(DataError, match="expected a column with labels"):
         load_labelled(Source(path=shared("beavertails/BeaverTails-Evaluation.json")), MISTAKES)
+
+
+def test_the_index_that_pandas_writes_is_no_field(tmp_path: Path) -> None:
+    path = tmp_path / "indexed.csv"
+    path.write_text(",prompt,response,label\n1,P,R,1\n0,Q,S,0\n")
+    source = Source(path=str(path))
+    assert labels(load_labelled(source, MISTAKES)) == [True, False]
+    (mistake,) = load_mistakes(source, "origin", 0)
+    for prompt in (mistake.prompt, *load_prompts(source, 0)):
+        assert (prompt.reference, prompt.target, prompt.accept) == (None, None, ())
+        assert (prompt.kind, prompt.topic, prompt.unsafe) == ("plain", "", None)

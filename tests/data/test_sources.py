@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from misstep.data.labelled import load_labelled, part_of
+from misstep.data.preferred import load_preferred
 from misstep.data.sources import (
     Source,
     check_source,
@@ -139,8 +140,10 @@ def test_repeated_prompts_count_once_and_the_seed_draws(tmp_path: Path) -> None:
     assert len(load_prompts(source, 1)) == 10
 
 
-BAD = ["1", "true", "True", "bad", "unsafe", "HARMFUL", "yes", " 1.0 "]
-GOOD = ["0", "false", "good", "safe", "harmless", "unharmful", "No", "0.0"]
+BAD = ["1", "true", "True", "bad", "unsafe", "HARMFUL", "yes", "Y", " 1.0 ", "1.00", "Toxic"]
+BAD += ["malicious", "Jailbroken", "not_safe"]
+GOOD = ["0", "false", "good", "safe", "harmless", "unharmful", "No", "n", "0.0", "0.00"]
+GOOD += ["non-toxic", "Nontoxic", "not_toxic", "benign", "not  harmful", "Non-Harmful"]
 
 
 @pytest.mark.parametrize("label", BAD + GOOD)
@@ -148,6 +151,55 @@ def test_labels_are_read_in_all_spellings(tmp_path: Path, label: str) -> None:
     rows = f"prompt,response,label\nsure,bad one,1\np,r,{label}\n"
     found = mistakes(write(tmp_path, "a.csv", rows))
     assert ("r" in {m.response for m in found}) == (label in BAD)
+
+
+@pytest.mark.parametrize("label", ["-1", "2", "1.5", "0.37", "maybe", "partly-toxic"])
+def test_other_labels_are_refused_and_the_key_that_explains_them_is_named(
+    tmp_path: Path, label: str
+) -> None:
+    path = write(tmp_path, "a.csv", f"prompt,response,label\np,r,{label}\n")
+    said = fault(path)
+    assert "line 2: field 'label': expected one of 0, 1, bad, benign" in said
+    assert "labels: {bad: [WORD], good: [WORD]}" in said
+
+
+def test_an_unknown_word_of_the_prompt_is_refused_only_where_it_is_mapped(
+    tmp_path: Path,
+) -> None:
+    table = "prompt,response,prompt_label\np,r,unsafe\nq,s,adversarial\nt,u,N/A\n"
+    path = write(tmp_path, "a.csv", table)
+    assert [p.unsafe for p in prompts(path)] == [True, None, None]
+    said = fault(path, fields={"prompt_label": "prompt_label"})
+    assert "line 3: field 'prompt_label': expected one of 0, 1, bad" in said
+    assert "found 'adversarial'" in said
+
+
+@pytest.mark.parametrize("column", ["label", "safe"])
+def test_a_recipe_says_what_other_words_and_grades_mean(tmp_path: Path, column: str) -> None:
+    cells = ["3", "Very-severe", "0.0", "none", "SOME"]
+    table = "".join(f"p{i},r{i},{cell}\n" for i, cell in enumerate(cells))
+    path = write(tmp_path, "a.csv", f"prompt,response,{column}\n{table}")
+    meant = {"bad": [3, "very severe"], "good": [0, "none", "some"]}
+    assert [m.response for m in mistakes(path, labels=meant)] == ["r0", "r1"]
+    # Of grades 1 is none that is known, and calls nothing bad.
+    more = write(tmp_path, "b.csv", f"prompt,response,{column}\n{table}q,r,1\n")
+    said = fault(more, labels=meant)
+    assert "expected one of 0, 3, none, some, very severe, found '1'" in said
+    assert "labels: {bad:" in said
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        ({"bad": ["Non-Toxic"], "good": ["non toxic", "x"]}, r"found \['non toxic'\] as bad"),
+        ({"bad": [1], "good": []}, "at least 1"),
+        ({"bad": [1]}, "good"),
+        ({"bad": [1], "good": [0], "ugly": [2]}, "ugly"),
+    ],
+)
+def test_words_that_part_no_labels_are_refused(labels: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        Source(path="a.csv", labels=labels)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +222,48 @@ def test_label_columns_that_ask_for_good_or_for_bad(
     lines = [{"prompt": p, "response": "r", column: v} for p, v in (("p", value), ("q", "bad"))]
     path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, lines)))
     assert ("p" in {m.prompt.text for m in mistakes(path)}) == bad
+
+
+@pytest.mark.parametrize(("label", "safe", "agree"), [(1, False, True), (1, True, False)])
+@pytest.mark.parametrize("column", ["label", "is_bad", "unsafe"])
+def test_labels_that_contradict_each_other_are_refused(
+    tmp_path: Path, column: str, label: int, safe: bool, agree: bool
+) -> None:
+    row = {"prompt": "p", "response": "r", column: label, "is_safe": safe}
+    # What nobody reads, since it is no label, contradicts nothing.
+    other = {"prompt": "q", "response": "s", column: 1, "harmful": "0.37", "safe": None}
+    path = write(tmp_path, "a.jsonl", f"{json.dumps(other)}\n{json.dumps(row)}")
+    if agree:
+        assert [m.response for m in mistakes(path)] == ["r", "s"]
+        return
+    said = fault(path)
+    assert f"line 2: expected labels that agree, found '{column}': 1 beside 'is_safe'" in said
+    with pytest.raises(DataError, match="expected labels that agree"):
+        load_labelled(Source(path=path), "mistake_rate")
+    lone = write(tmp_path, "b.jsonl", json.dumps(row))
+    assert len(mistakes(lone, fields={"label": column})) == 1
+
+
+def test_json_lines_under_another_name_are_told_theirs(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "p", "response": "r"})
+    said = fault(write(tmp_path, "a.json", f"{line}\n{line}\n"))
+    assert (
+        "line 2: no valid JSON (Extra data). It looks like JSON Lines: call it .jsonl." in said
+    )
+    assert "JSON Lines" not in fault(write(tmp_path, "b.json", '[{"prompt": }]'))
+
+
+def test_a_dialogue_as_one_text_is_to_become_turns(tmp_path: Path) -> None:
+    texts = [f"\n\nHuman: Hi\n\nAssistant: {answer}" for answer in ("Hello.", "Go.")]
+    row = dict(zip(("chosen", "rejected"), texts, strict=True))
+    path = write(tmp_path, "a.jsonl", json.dumps(row))
+    told = "expected an answer or turns, found a dialogue as one text .* Make turns of it"
+    for load in (load_prompts, load_preferred, lambda s, _: load_mistakes(s, "origin", 0)):
+        with pytest.raises(DataError, match=rf"line 1: field 're\w+': {told}"):
+            load(Source(path=path), 0)
+    # Beside a prompt it is an answer like any other.
+    whole = write(tmp_path, "b.jsonl", json.dumps(row | {"prompt": "p"}))
+    assert [m.response for m in mistakes(whole)] == [texts[1].strip()]
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -207,6 +301,10 @@ def test_a_source_that_lets_no_prompt_through_is_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
+        (
+            {"suite": "goal-hijacking", "split": "test", "labels": {"bad": [1], "good": [0]}},
+            "are of a path",
+        ),
         ({"path": "a.csv", "kinds": "unseen"}, "part, kinds and topics are of a suite"),
         ({"suite": "goal-hijacking", "split": "test", "header": False}, "are of a path"),
         ({"path": "a.csv", "encoding": "hex"}, "expected an encoding"),

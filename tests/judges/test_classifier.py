@@ -129,7 +129,11 @@ def test_a_check_leaves_out_what_the_judge_has_seen(trained: Path, tmp_path: Pat
     assert f"| again | {found.whole.n} | 0 |" in cards_markdown(trained)
 
 
-def test_pairs_are_checked_and_are_not_on_the_card(trained: Path, tmp_path: Path) -> None:
+def test_pairs_are_checked_and_are_not_on_the_card(tiny_model: Path, tmp_path: Path) -> None:
+    # Of mistakes LLMBar's pairs say nothing.
+    data, settings = [labelled(tmp_path)], [*SETTINGS, "epochs=1"]
+    inputs = read_train_inputs(data, str(tiny_model), "helpfulness", [], settings)
+    trained = train_judge(inputs, tmp_path / "judge", Silent())
     row = {"input": "A new question", "output_1": "well", "output_2": "very ill", "label": 1}
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps([row]))

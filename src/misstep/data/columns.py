@@ -8,10 +8,21 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from math import isnan
 from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from misstep.data.labels import (
+    LABELS,
+    MISSING,
+    Label,
+    LabelWords,
+    majority,
+    nested,
+    says_bad,
+    word_of,
+)
 from misstep.errors import DataError, EmptyCell
 from misstep.records import Instruction, Message, Prompt, Role
 
@@ -46,18 +57,16 @@ WORDS = {"response": "answer"}
 APART = "instruction"
 """The column whose prompt goes on in another one: Alpaca's in `input`, Dolly's in `context`."""
 
+DIALOGUE = re.compile(r"\s*Human:")
+"""How hh-rlhf's dialogues open, each of them one text."""
+
 LAYOUT = {"prompt", "response", "reference", "label", "safe"}
 """The fields of which one that is mapped says that the rows are laid out otherwise."""
 
-YES, NO = {"1", "true", "yes"}, {"0", "false", "no"}
-BAD, GOOD = {"bad", "unsafe", "harmful"}, {"good", "safe", "harmless", "unharmful"}
-REFUSES, COMPLIES = {"refusal", "refused"}, {"compliance", "complied"}
-"""What an answer does, in WildGuard's words and others'; it says nothing of mistakes."""
-LABELS = {"label": YES | BAD, "safe": NO | BAD}
-"""What calls an answer bad; yes and no mean the opposite where the column says `safe`."""
-
 PKU = tuple({"response": f"response_{n}", "safe": f"is_response_{n}_safe"} for n in (0, 1))
 """PKU-SafeRLHF's columns: two answers to one prompt, each with its label."""
+PKU_TOPIC = "{response}_harm_category"
+"""The column that says what harm one of them does, which not all of its versions have."""
 SAFE = {*COLUMNS["safe"], *(side["safe"] for side in PKU)}
 """Columns that call an answer good where they say yes."""
 HARM = {*SAFE, "unsafe", "harmful"}
@@ -77,6 +86,8 @@ class Reading(BaseModel):
     fields: dict[str, str] = {}
     """Our field names, such as `prompt`, `response`, `reference` or `label`, mapped to the
     columns of the data; common names of columns need no mapping."""
+    labels: LabelWords | None = None
+    """What the words of the label column mean, where they are none of the known ones."""
     target_pattern: str | None = None
     """A regular expression whose first group finds an attack's target text in the prompt."""
 
@@ -110,15 +121,6 @@ class Reading(BaseModel):
         return pattern
 
 
-class Label(NamedTuple):
-    """What somebody said of an answer."""
-
-    word: str
-    column: str
-    bad: set[str]
-    """The words by which this column calls an answer bad."""
-
-
 class Answer(NamedTuple):
     """An answer and the conversation that it ends."""
 
@@ -148,14 +150,23 @@ def instances_of(reading: Reading, row: Row) -> Iterator[dict[str, Any]]:
     instances = row.get("instances") or ()
     nested = _is_list(instances) and all(isinstance(each, Mapping) for each in instances)
     if nested and APART in row and reading.as_published:
-        yield from ({**row, **each} for each in instances)
+        yield from (_without_nan({**row, **each}) for each in instances)
     else:
-        yield dict(row)
+        yield _without_nan(row)
+
+
+def _without_nan(row: Row) -> dict[str, Any]:
+    """The row with nothing where pandas has written NaN for it."""
+    return {
+        name: None if isinstance(value, float) and isnan(value) else value
+        for name, value in row.items()
+    }
 
 
 def column_of(reading: Reading, row: Row, field: str) -> Any:
     """A field's value: by the recipe's mapping, else by the first column name that is known."""
-    return row.get(_name_of(reading, row, field) or "")
+    name = _name_of(reading, row, field)
+    return None if name is None else row.get(name)
 
 
 def _name_of(reading: Reading, row: Row, field: str) -> str | None:
@@ -253,6 +264,12 @@ def _answer(
     whole = bool(turns) and turns[0].role != "assistant"
     messages = turns if whole else (*asked, *turns)
     if not any(turn.role == "user" for turn in messages):
+        if DIALOGUE.match(str(value)):
+            raise DataError(
+                f"{where}: field '{field}': expected an answer or turns, found a dialogue as "
+                "one text ('Human: …'), which is not taken apart. Make turns of it: a list of "
+                "objects with 'role' (user, assistant) and 'content'."
+            )
         raise _refused(reading, row, "prompt", where)
     return Answer(messages, str(value).strip())
 
@@ -347,6 +364,7 @@ def _good_answers(reading: Reading, row: Row, where: str) -> Iterator[Answer]:
 
 def names_of(value: Any) -> tuple[str, ...]:
     """The names that a cell holds; BeaverTails says of each category whether it applies."""
+    value = nested(value)
     if not value:
         return ()
     if isinstance(value, Mapping):
@@ -379,9 +397,16 @@ def _unsafe(reading: Reading, row: Row, where: str) -> bool | None:
     value = column_of(reading, row, "prompt_label")
     if value is None and set(row) >= XSTEST_PROMPTS:
         value = row["label"]
-    if value is None or value == "":
-        return None
-    return says_bad(Label(str(value).strip().lower(), "prompt_label", YES | BAD), where)
+    word = word_of("" if value is None else value)
+    bad, good = LABELS["label"]
+    if word in bad | good:
+        return word in bad
+    if word not in MISSING and "prompt_label" in reading.fields:
+        raise DataError(
+            f"{where}: field 'prompt_label': expected one of {', '.join(sorted(bad | good))}, "
+            f"found {word!r:.40}. Leave the row or the mapping out."
+        )
+    return None
 
 
 def _instructions(row: Row, where: str) -> tuple[Instruction, ...]:
@@ -406,7 +431,12 @@ def sides(reading: Reading, row: Row) -> Sequence[Reading]:
     """How a row is read for each of its answers: once, or twice where it is PKU-SafeRLHF's."""
     if not reading.as_published or not set(PKU[0].values()) <= set(row):
         return (reading,)
-    return [reading.model_copy(update={"fields": reading.fields | side}) for side in PKU]
+    found = []
+    for side in PKU:
+        topic = PKU_TOPIC.format(**side)
+        about = {"topic": topic} if topic in row else {}
+        found.append(reading.model_copy(update={"fields": about | reading.fields | side}))
+    return found
 
 
 def labelled_answers(reading: Reading, row: Row, where: str) -> Iterator[Labelled]:
@@ -432,35 +462,62 @@ def label_of(reading: Reading, row: Row, where: str) -> Label | None:
     """What a row's answer is labelled; a mapped column comes first, and no column is no label.
 
     Raises:
-        EmptyCell: the label was left out, and so says neither good nor bad.
-        DataError: the mapped column is absent, or the label can be read in two ways.
+        EmptyCell: the label was left out, or is votes without a majority, and so says neither
+            good nor bad.
+        DataError: the mapped column is absent, the label can be read in two ways, or another
+            column says the opposite.
     """
-    empty = None
-    for field in [f for f in LABELS if f in reading.fields] or LABELS:
+    columns = list(_label_columns(reading, row, where))
+    found = [label for of in columns if (label := _label(reading, row, *of, where))]
+    if found:
+        _refuse_desirable(reading, row, found[0], where)
+        _refuse_contradiction(found, where)
+        return found[0]
+    if columns:
+        _, empty = columns[0]
+        told = f"{where}: '{empty}': expected a label, found {row[empty]!r:.40}."
+        raise EmptyCell(f"{told} Label the row or remove it.", "no label")
+    return None
+
+
+def _label_columns(reading: Reading, row: Row, where: str) -> Iterator[tuple[str, str]]:
+    """The fields and columns that label an answer: mapped ones, or all that are known."""
+    if not set(LABELS) & set(reading.fields):
+        of_prompt = {"label"} if set(row) >= XSTEST_PROMPTS else set()
+        for field in LABELS:
+            yield from ((field, c) for c in COLUMNS[field] if c in row and c not in of_prompt)
+        return
+    for field in LABELS:
         mapped = reading.fields.get(field)
         if mapped is not None and mapped not in row:
             raise DataError(
                 f"{where}: field '{field}' is missing: expected column '{mapped}', found "
                 f"columns {', '.join(sorted(row))}."
             )
-        for column in [mapped] if mapped else _label_columns(field, row):
-            value = row[column]
-            word = "" if value is None else str(value).strip().lower().removesuffix(".0")
-            if word:
-                label = Label(word, column, LABELS[field])
-                _refuse_desirable(reading, row, label, where)
-                return label
-            empty = empty or column
-    if empty is not None:
-        told = f"{where}: '{empty}': expected a label, found nothing."
-        raise EmptyCell(f"{told} Label the row or remove it.", "no label")
-    return None
+        if mapped is not None:
+            yield field, mapped
 
 
-def _label_columns(field: str, row: Row) -> list[str]:
-    """The unmapped columns that label an answer."""
-    of_prompt = {"label"} if set(row) >= XSTEST_PROMPTS else set()
-    return [column for column in COLUMNS[field] if column in row and column not in of_prompt]
+def _label(reading: Reading, row: Row, field: str, column: str, where: str) -> Label | None:
+    """What a column says of an answer, if anything."""
+    bad, good = reading.labels.meant if reading.labels else LABELS[field]
+    word = majority(row[column], MISSING - bad - good, f"{where}: '{column}'")
+    mapped = reading.labels is not None
+    return None if word is None else Label(word, column, bad, good, mapped)
+
+
+def _refuse_contradiction(labels: Sequence[Label], where: str) -> None:
+    """Refuse an answer that one column calls bad and one of harm calls good, or the reverse."""
+    first, *others = labels
+    for other in others if first.word in first.bad | first.good else ():
+        opposite = other.good if first.word in first.bad else other.bad
+        if other.column in HARM and other.word in opposite:
+            raise DataError(
+                f"{where}: expected labels that agree, found '{first.column}': {first.word} "
+                f"beside '{other.column}': {other.word}, of which one calls the answer bad and "
+                "one good. Correct the row, or map the column that counts with fields: "
+                "{label: COLUMN} where 1 is bad, {safe: COLUMN} where 1 is good."
+            )
 
 
 def refuse_prompt_label(row: Row, where: str) -> None:
@@ -479,7 +536,7 @@ def refuse_prompt_label(row: Row, where: str) -> None:
 
 
 def _refuse_desirable(reading: Reading, row: Row, label: Label, where: str) -> None:
-    unmapped = not set(LABELS) & set(reading.fields)
+    unmapped = not label.mapped and not set(LABELS) & set(reading.fields)
     true_or_false = label.column == "label" and label.word in ("true", "false")
     if unmapped and true_or_false and "completion" in row:
         raise DataError(
@@ -523,18 +580,3 @@ def is_bad(reading: Reading, row: Row, where: str) -> bool:
         refuse_prompt_label(row, where)
         return True
     return says_bad(label, where)
-
-
-def says_bad(label: Label, where: str) -> bool:
-    """Whether a label calls an answer bad.
-
-    Raises:
-        DataError: it is no label that is known.
-    """
-    known = YES | NO | BAD | GOOD
-    if label.word not in known:
-        raise DataError(
-            f"{where}: field '{label.column}': expected one of {', '.join(sorted(known))}, "
-            f"found {label.word!r:.40}."
-        )
-    return label.word in label.bad

@@ -14,14 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from misstep.data.columns import (
-    BAD,
     COLUMNS,
-    COMPLIES,
-    GOOD,
-    NO,
-    REFUSES,
-    YES,
-    Label,
+    Reading,
     answer_of,
     label_of,
     labels_say,
@@ -29,8 +23,16 @@ from misstep.data.columns import (
     prompt_for,
     prompt_of,
     refuse_prompt_label,
-    says_bad,
     sides,
+)
+from misstep.data.labels import (
+    COMPLIES,
+    NO,
+    REFUSES,
+    YES,
+    Label,
+    says_bad,
+    unknown_word,
 )
 from misstep.data.sources import Source, place_of, rows, source_digest, wanted
 from misstep.data.tables import file_stem
@@ -55,7 +57,10 @@ ASKED = {
     REFUSALS: "whether the answer refuses",
     HELPFULNESS: "whether the answer helps",
 }
-WORDS = {HELPFULNESS: (GOOD, BAD), REFUSALS: (REFUSES, COMPLIES)}
+WORDS = {
+    HELPFULNESS: ({"good", "helpful"}, {"bad", "unhelpful", "not helpful"}),
+    REFUSALS: (REFUSES, COMPLIES),
+}
 """Words of a label that say yes and no, by the metric that they are labels for."""
 SAID = {MISTAKES: "harm", REFUSALS: "refusal"}
 """What the labels of known sets are of, by the metric that they are labels for."""
@@ -97,7 +102,16 @@ Found = Iterator[Case | LeftOut]
 
 
 def load_labelled(source: Source, metric: str) -> DataSet:
-    """The cases of a source for judges of this metric.
+    """The cases of a source for judges of this metric, of which `n` are drawn.
+
+    Raises:
+        DataError: as `read_labelled`.
+    """
+    return drawn(read_labelled(source, metric), source.n)
+
+
+def read_labelled(source: Source, metric: str) -> DataSet:
+    """All the cases of a source, whatever its `n`.
 
     Raises:
         DataError: names file, line and field; or there is nothing that could be judged.
@@ -106,7 +120,7 @@ def load_labelled(source: Source, metric: str) -> DataSet:
     found = [item for where, row in rows(source) for item in _cases(source, row, metric, where)]
     left_out = Counter(item.because for item in found if isinstance(item, LeftOut))
     cases = [item for item in found if isinstance(item, Case)]
-    cases = _drawn([c for c in cases if wanted(source, c.response.prompt)], source.n)
+    cases = [case for case in cases if wanted(source, case.response.prompt)]
     if not cases:
         why = "; ".join(f"{number} left out: {reason}" for reason, number in left_out.items())
         raise DataError(
@@ -119,25 +133,25 @@ def load_labelled(source: Source, metric: str) -> DataSet:
     return DataSet(short, source_digest(source), cases, dict(left_out), pairs.pop())
 
 
-def _drawn(cases: list[Case], n: int | None) -> list[Case]:
-    """At most so many, the same ones each time, in their order."""
-    if n is None or n >= len(cases):
-        return cases
-    chosen = random.Random("labelled").sample(range(len(cases)), n)
-    return [cases[place] for place in sorted(chosen)]
+def drawn(data: DataSet, n: int | None) -> DataSet:
+    """The set with at most so many cases, the same ones each time, in their order."""
+    if n is None or n >= len(data.cases):
+        return data
+    chosen = random.Random("labelled").sample(range(len(data.cases)), n)
+    return data._replace(cases=[data.cases[place] for place in sorted(chosen)])
 
 
 def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
     columns = set(row) if source.as_published else set()
+    if columns >= LLMBAR:
+        yield _llmbar(source, row, metric, where)
+        return
     if metric not in VERDICTS:
-        llmbar = columns >= LLMBAR
-        yield _llmbar(source, row, where) if llmbar else _preferred(source, row, metric, where)
+        yield _preferred(source, row, metric, where)
         return
     jade = next((both for both in JADE if set(both) <= columns), None)
     if columns >= XSTEST:
         yield from _xstest(source, row, metric, where)
-    elif columns >= LLMBAR:
-        yield _llmbar(source, row, where)
     elif jade:
         yield from _jade(source, row, jade, metric, where)
     else:
@@ -163,7 +177,7 @@ def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
         else:
             prompt = prompt_for(side, row, answer, where)
             says = _says(label, metric, where)
-            yield Case(where, _response(prompt, answer.text), says, _about(source, row))
+            yield Case(where, _response(prompt, answer.text), says, _about(side, row))
 
 
 def _check_said(said: str, metric: str, found: str, where: str) -> None:
@@ -178,14 +192,11 @@ def _check_said(said: str, metric: str, found: str, where: str) -> None:
 
 def _says(label: Label, metric: str, where: str) -> bool:
     """Whether a label says yes: by a word of the metric's own, or by yes itself."""
-    if metric == MISTAKES:
-        return says_bad(label, where)
+    if metric == MISTAKES or label.mapped:
+        return says_bad(label, where) != (metric == HELPFULNESS)
     yes, no = WORDS.get(metric, (set(), set()))
     if label.word not in YES | NO | yes | no:
-        expected = ", ".join(sorted(YES | NO | yes | no))
-        raise DataError(
-            f"{where}: '{label.column}': expected one of {expected}, found {label.word!r:.40}."
-        )
+        raise unknown_word(label, YES | NO | yes | no, where)
     return label.word in YES | yes
 
 
@@ -232,8 +243,13 @@ def _xstest(source: Source, row: Row, metric: str, where: str) -> Found:
         )
 
 
-def _llmbar(source: Source, row: Row, where: str) -> Case:
-    """The label names the answer that people prefer."""
+def _llmbar(source: Source, row: Row, metric: str, where: str) -> Case:
+    """The label names the answer that people prefer; it says nothing of harm or refusals."""
+    if metric in SAID:
+        raise DataError(
+            f"{where}: expected labels that say {ASKED[metric]}, found LLMBar's, which say "
+            "which of two answers is better. Give other data."
+        )
     label = str(row["label"]).strip()
     if label not in ("1", "2"):
         raise DataError(f"{where}: 'label': expected 1 or 2, found {label!r:.40}.")
@@ -274,9 +290,9 @@ def _response(prompt: Prompt, text: str) -> Response:
     return Response(prompt=known, text=text)
 
 
-def _about(source: Source, row: Row, known: Sequence[str] = CATEGORIES) -> tuple[str, ...]:
+def _about(reading: Reading, row: Row, known: Sequence[str] = CATEGORIES) -> tuple[str, ...]:
     """The categories of a row."""
-    mapped = [source.fields["topic"]] if "topic" in source.fields else []
+    mapped = [reading.fields["topic"]] if "topic" in reading.fields else []
     return names_of(next((row[name] for name in (*mapped, *known) if row.get(name)), None))
 
 

@@ -83,7 +83,8 @@ class Source(Reading):
         self, write: Callable[["Source"], dict[str, Any]]
     ) -> dict[str, Any]:
         # A source is named by its keys: one that is not given does not change its name.
-        added_later = {"topics": "all", "subset": None, "revision": None, "answered": False}
+        none = dict.fromkeys(("subset", "revision", "labels"))
+        added_later = {"topics": "all", "answered": False, **none}
         return {
             key: value
             for key, value in write(self).items()
@@ -112,12 +113,13 @@ class Source(Reading):
         of_suite = (self.part, self.kinds, self.topics)
         if self.path is not None and of_suite != ("attacks", "all", "all"):
             raise ValueError("part, kinds and topics are of a suite, found beside a path")
+        read = (self.fields, self.labels, self.target_pattern)
         if self.suite is not None and (
-            self.fields or self.target_pattern or not self.header or self.encoding != ENCODING
+            any(read) or not self.header or self.encoding != ENCODING
         ):
             raise ValueError(
-                "fields, target_pattern, header and encoding are of a path, found beside a "
-                "suite"
+                "fields, labels, target_pattern, header and encoding are of a path, found "
+                "beside a suite"
             )
         if (self.subset or self.revision) and (self.path is None or self.is_file):
             raise ValueError("subset and revision are of a Hugging Face data set")

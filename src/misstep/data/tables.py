@@ -102,8 +102,10 @@ def _json(path: Path, form: Form) -> Iterator[PlacedRow]:
         try:
             data = json.load(file)
         except json.JSONDecodeError as fault:
+            lines = " It looks like JSON Lines: call it .jsonl."
             raise DataError(
                 f"{path}, line {fault.lineno}: no valid JSON ({fault.msg})."
+                f"{lines if fault.msg == 'Extra data' else ''}"
             ) from fault
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise DataError(

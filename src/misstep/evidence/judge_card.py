@@ -5,6 +5,7 @@ each data set that it was checked on, always without the questions that it has s
 files; knows no model.
 """
 
+from collections import Counter
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Literal
@@ -196,6 +197,7 @@ def unseen(data: DataSet, folder: Path) -> DataSet:
             f"{data.name}: expected questions that the judge was not trained on, found none in "
             f"{len(data.cases)} cases. Give other data."
         )
-    count = len(data.cases) - len(kept)
-    left_out = {"a question that the judge was trained on": count} if count else {}
-    return data._replace(cases=kept, left_out=data.left_out | left_out)
+    # Several judges of one ensemble may each have seen others.
+    left_out = Counter(data.left_out)
+    left_out["a question that the judge was trained on"] += len(data.cases) - len(kept)
+    return data._replace(cases=kept, left_out=dict(+left_out))

@@ -1,0 +1,119 @@
+"""The words of labels: what calls an answer bad, and what good, however it is written.
+
+Knows no row; whether a label is of harm, of a refusal or of help is not known here.
+"""
+
+import ast
+import json
+import re
+from collections import Counter
+from contextlib import suppress
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from misstep.errors import DataError, EmptyCell
+
+YES, NO = {"1", "true", "yes", "y"}, {"0", "false", "no", "n"}
+BAD = {"bad", "unsafe", "not safe", "harmful", "toxic", "malicious", "jailbroken"}
+GOOD = {
+    *("good", "safe", "harmless", "unharmful", "benign"),
+    *("nontoxic", "nonmalicious", "not jailbroken"),
+    *(f"{no} {word}" for no in ("not", "non") for word in ("harmful", "toxic", "malicious")),
+}
+"""Words of a label, as `word_of` writes them."""
+MISSING = {"", "nan", "n/a", "na", "null", "none"}
+"""How a label is written that was left out."""
+REFUSES, COMPLIES = {"refusal", "refused"}, {"compliance", "complied"}
+"""What an answer does, in WildGuard's words and others'; it says nothing of mistakes."""
+LABELS = {"label": (YES | BAD, NO | GOOD), "safe": (NO | BAD, YES | GOOD)}
+"""What calls an answer bad, and what good; yes and no mean the opposite under `safe`."""
+
+
+def word_of(value: Any) -> str:
+    """A word of a label, however it is written: `Non-Toxic` is `non toxic`, `1.00` is `1`."""
+    word = re.sub(r"(?<=[a-z])[-_\s]+(?=[a-z])", " ", str(value).strip().lower())
+    return re.sub(r"^(\d+)\.0+$", r"\1", word)
+
+
+Words = Annotated[tuple[str | int | float | bool, ...], Field(min_length=1)]
+
+
+class LabelWords(BaseModel):
+    """Words or grades of the data's labels, in any case; given, no others are known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bad: Words
+    """What calls an answer bad; of refusals, a refusal."""
+    good: Words
+    """What calls it good."""
+
+    @model_validator(mode="after")
+    def _parted(self) -> "LabelWords":
+        if both := set.intersection(*self.meant):
+            raise ValueError(f"expected each word once, found {sorted(both)} as bad and good")
+        return self
+
+    @property
+    def meant(self) -> tuple[set[str], set[str]]:
+        """The words that say bad and those that say good, as `word_of` writes them."""
+        return {word_of(word) for word in self.bad}, {word_of(word) for word in self.good}
+
+
+class Label(NamedTuple):
+    """What somebody said of an answer."""
+
+    word: str
+    column: str
+    bad: set[str]
+    """The words by which this column calls an answer bad."""
+    good: set[str]
+    mapped: bool
+    """Whether the recipe says what the words mean."""
+
+
+def majority(value: Any, missing: set[str], place: str) -> str | None:
+    """The word of a label, of votes that of more than half; None where there is none."""
+    found = nested(value)
+    votes = found if isinstance(found, (list, tuple)) else [value]
+    words = [word for v in votes if v is not None and (word := word_of(v)) not in missing]
+    if not words:
+        return None
+    word, count = Counter(words).most_common(1)[0]
+    if 2 * count <= len(words):
+        raise EmptyCell(
+            f"{place}: expected votes more than half of which are the same, found "
+            f"{value!r:.60}. Label the row or remove it.",
+            "no majority of votes",
+        )
+    return word
+
+
+def nested(value: Any) -> Any:
+    """A list or mapping; CSV has none but as their text, JSON's or what pandas writes."""
+    if isinstance(value, str) and value.startswith(("[", "{")):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                return read(value)
+    return value
+
+
+def says_bad(label: Label, where: str) -> bool:
+    """Whether a label calls an answer bad.
+
+    Raises:
+        DataError: it is no label that is known.
+    """
+    if label.word not in label.bad | label.good:
+        raise unknown_word(label, label.bad | label.good, where)
+    return label.word in label.bad
+
+
+def unknown_word(label: Label, known: set[str], where: str) -> DataError:
+    """What is wrong with a label that is none of these words."""
+    return DataError(
+        f"{where}: field '{label.column}': expected one of {', '.join(sorted(known))}, found "
+        f"{label.word!r:.40}. Say in the recipe, or in a YAML file that names the data, what "
+        "the words mean: labels: {bad: [WORD], good: [WORD]}."
+    )
