@@ -309,6 +309,10 @@ def _gguf_obstacle(model: Model) -> str | None:
     scaling = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling != "none" or any(t.name.startswith("rope_freqs") for t in header.tensors):
         return "its positions are scaled, which OpenVINO ignores"
+    if header.values.get(f"{header.architecture}.expert_count"):
+        return "it has experts"
+    if header.architecture != "qwen2" and any(t.name.endswith(".bias") for t in header.tensors):
+        return "it has biases, which OpenVINO knows of qwen2 only"
     if odd := {t.type_code for t in header.tensors} - PACKINGS:
         return f"some weights are packed as type {min(odd)}"
     return None
@@ -378,7 +382,7 @@ def _pipeline(genai: Any, files: Path, blocks: int, added: Any) -> Any:
         settings["adapters"] = added
     try:
         return genai.ContinuousBatchingPipeline(str(files), scheduler, "CPU", settings)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise EngineError(
             f"OpenVINO cannot load {files.name}: {error}. Use the `transformers` engine."
         ) from error

@@ -454,28 +454,60 @@ def _from_gguf(model: Model) -> "PreTrainedModel":
     file = model.files
     with no_progress_bars():
         found = unpacked(model.digest, weights_dtype(), read)
-    return _from_pretrained(found) if isinstance(found, Path) else found
+    loaded = _from_pretrained(found) if isinstance(found, Path) else found
+    _refuse_lost_biases(file, loaded)
+    return loaded
+
+
+def _refuse_lost_biases(file: Path, loaded: "PreTrainedModel") -> None:
+    """Refuse a GGUF file of whose biases transformers has passed over some, without a word."""
+    there = [place for place in read_header(file).tensors if place.name.endswith(".bias")]
+    taken = sum(held.numel() for name, held in loaded.state_dict().items() if "bias" in name)
+    if sum(math.prod(place.shape) for place in there) > taken:
+        raise ModelError(
+            f"model {file}: expected a file all of whose weights transformers reads, found "
+            f"biases that it leaves out, such as {there[0].name}. Use the safetensors that the "
+            "file was made of."
+        )
 
 
 def _from_pretrained(folder: Path, packed: dict[str, Any] | None = None) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
+    file = folder / packed["gguf_file"] if packed else folder
     try:
         # The bar over a GGUF's tensors has no switch; log messages keep their own handle.
         with no_progress_bars(), redirect_stderr(io.StringIO()):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=weights_dtype(),
                 use_safetensors=None if packed else True,
                 trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **(packed or {}),
             )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        file = folder / packed["gguf_file"] if packed else folder
         # Where it does not know the kind, all kinds that it does know follow.
         why = str(error).partition("\nModel type should be one of")[0]
         raise ModelError(f"model {file}: transformers cannot load it: {why}") from error
-    return model
+    _refuse_drawn(file, model, found)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _refuse_drawn(file: Path, model: "PreTrainedModel", found: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights are random, because its files lack them.
+
+    Tied heads and what is computed from the configuration do not count as missing.
+    """
+    misfits = {name for name, *_ in found["mismatched_keys"]}
+    if drawn := sorted({*found["missing_keys"], *misfits}):
+        raise ModelError(
+            f"model {file}: expected all weights of a {model.config.model_type} model of the "
+            f"shape that its configuration says, {len(drawn)} are missing or of another shape, "
+            f"the first is {drawn[0]}. Download or convert the model again."
+        )
 
 
 @contextmanager
