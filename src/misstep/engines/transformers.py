@@ -287,8 +287,10 @@ def shared_beginning(prompts: Sequence[list[int]]) -> int:
 
 def keeps_all_positions(model: "PreTrainedModel") -> bool:
     """Whether a model's cache is one key and value for each token, and nothing else."""
-    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
-    window = getattr(model.config, "sliding_window", None)
+    # A model that sees, too, keeps what it says of its text in a configuration of its own.
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None)
     return set(kinds) == {"full_attention"} and window is None and model._supports_sdpa
 
 
