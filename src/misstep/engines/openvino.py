@@ -40,7 +40,7 @@ from misstep.models.gguf_header import read_header
 from misstep.models.gguf_merge import merge_adapter
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.models.precision import bf16_is_slow, memory_bytes
-from misstep.models.rendering import Renderer
+from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
     Model,
     adapter_digest,
@@ -409,4 +409,5 @@ def identity(model: Model, adapter: Path | None) -> str:
     trained = adapter_digest(adapter) if adapter else "base"
     release = version("openvino-genai")
     form = "f16" if model.is_gguf else "exported-f16"
-    return f"openvino-genai {release}:{model.digest}:{trained}:{form}-{_precision()}"
+    stops = named_stops(model)
+    return f"openvino-genai {release}:{model.digest}:{trained}:{form}-{_precision()}{stops}"

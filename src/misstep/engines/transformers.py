@@ -26,7 +26,7 @@ from misstep.engines.base import (
 )
 from misstep.errors import EngineError
 from misstep.models.precision import device
-from misstep.models.rendering import Renderer
+from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
     Model,
     adapter_digest,
@@ -215,7 +215,8 @@ def identity(model: Model, adapter: Path | None) -> str:
     trained = adapter_digest(adapter) if adapter else "base"
     precision = str(answering_dtype(model)).removeprefix("torch.")
     release = f"transformers {version('transformers')} torch {version('torch')}"
-    return f"{release} {device()}:{model.digest}:{trained}:{precision}"
+    stops = named_stops(model)
+    return f"{release} {device()}:{model.digest}:{trained}:{precision}{stops}"
 
 
 class Dice:

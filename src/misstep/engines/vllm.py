@@ -29,7 +29,7 @@ from misstep.engines.server import PORT, Server
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.endpoint import Endpoint
 from misstep.models.precision import weights_dtype
-from misstep.models.rendering import Renderer
+from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
     WEIGHTS,
     Model,
@@ -235,4 +235,5 @@ def identity(model: Model, adapter: Path | None, gpus: int) -> str:
     if adapter is not None and not is_full_fine_tune(adapter):
         _rank(adapter)
     split = f"tp{gpus}" if gpus > 1 else "one"
-    return f"vllm {release(program())}:{model.digest}:{trained}:{_precision()}-{split}"
+    computed = f"{_precision()}-{split}{named_stops(model)}"
+    return f"vllm {release(program())}:{model.digest}:{trained}:{computed}"

@@ -238,6 +238,19 @@ def context_length(model: Model) -> int | None:
     return int(longest) if longest else None
 
 
+def configured_ends(model: Model) -> frozenset[int]:
+    """The tokens on which the files of a model in a folder end an answer.
+
+    A GGUF file names one, which is its tokenizer's.
+    """
+    ends: set[int | None] = set()
+    for name in () if model.is_gguf else ("generation_config.json", "config.json"):
+        if (file := model.files / name).is_file():
+            said = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            ends.update(said if isinstance(said, list) else [said])
+    return frozenset(end for end in ends if end is not None)
+
+
 def free() -> None:
     """Give back the memory of weights that nobody holds any more, to other processes too.
 
