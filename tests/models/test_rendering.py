@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,34 @@ def test_the_embedded_model_keeps_the_same_promises(
     assert list(row.ids[: row.prompt_length]) == renderer.prompt(messages)
     assert renderer.decode(row.ids[row.prompt_length :]) == completion
     assert renderer.tokenizer.convert_ids_to_tokens(row.ids[-1]) == "<|im_end|>"
+
+
+DATED = (
+    "{% macro today() %}{{ strftime_now('%d %b %Y').upper() }}{% endmacro %}"
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%A') %}{% endif %}"
+    "Today is {{ date_string }}, {{ today() }}.\n" + CHATML
+)
+
+
+def test_a_prompt_is_the_same_tokens_on_any_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime(2030, 1, cls.day, tzinfo=tz)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    renderer = Renderer(tiny_tokenizer(DATED))
+    theirs: list[str] = []
+    ours: list[str] = []
+    for Clock.day in (1, 2):
+        turns = [{"role": "user", "content": "Hi"}]
+        theirs.append(renderer.tokenizer.apply_chat_template(turns, tokenize=False))
+        ours.append(text_of(renderer, user("Hi")))
+    assert theirs[0] != theirs[1]
+    assert ours[0] == ours[1]
+    assert ours[0].startswith("Today is Friday, 26 JUL 2024.")
 
 
 def test_a_model_ends_its_turn_where_its_configuration_says(tmp_path: Path) -> None:

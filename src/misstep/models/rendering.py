@@ -15,9 +15,10 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from misstep.errors import DataError, ModelError
+from misstep.models.chat_template import on_one_day
 from misstep.models.weights import Model, configured_ends, load_tokenizer
 from misstep.records import Message
 
@@ -68,6 +69,7 @@ class Renderer:
         spellings = sorted(map(re.escape, self._control), key=len, reverse=True)
         # No model has an empty set of control tokens in practice; `(?!)` matches nothing.
         self._spelling = "|".join(spellings) or "(?!)"
+        self._own = tokenizer.get_chat_template() if self.has_template else FALLBACK_TEMPLATE
         self._takes_system = self._keeps_system()
         self.end_of_turn = self._find_end_of_turn()
         """The token that closes an assistant turn: the last target of a training row."""
@@ -194,9 +196,6 @@ class Renderer:
     ) -> str:
         from jinja2 import TemplateError
 
-        if template is None and not self.has_template:
-            template = FALLBACK_TEMPLATE
-        options: dict[str, Any] = {} if template is None else {"chat_template": template}
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -204,7 +203,8 @@ class Renderer:
                 add_generation_prompt=generate,
                 # Thinking must be off in training and in serving, or neither matches the other.
                 enable_thinking=False,
-                **options,
+                # Nor may a prompt be other tokens tomorrow.
+                chat_template=on_one_day(template or self._own),
             )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
