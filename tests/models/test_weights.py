@@ -16,9 +16,11 @@ from misstep.models.weights import (
     EMBEDDED,
     Model,
     adapter_digest,
+    count_weights,
     is_full_fine_tune,
     load_weights,
     locate,
+    weight_files,
 )
 from tests.conftest import make_tiny_gguf
 
@@ -173,6 +175,19 @@ def test_damaged_gguf_is_named(tmp_path: Path) -> None:
 def copied(tiny_model: Path, tmp_path: Path) -> Path:
     """A model's folder that a test may damage."""
     return shutil.copytree(tiny_model, tmp_path / "copied")
+
+
+def test_weights_that_lie_there_in_a_second_form_count_once(copied: Path) -> None:
+    model = locate(str(copied))
+    count, digest = count_weights(model), model.digest
+    shutil.copy(copied / "model.safetensors", copied / "consolidated.safetensors")
+    shutil.copy(copied / "model.safetensors", copied / "consolidated-00001.safetensors")
+    assert weight_files(copied) == [copied / "model.safetensors"]
+    assert (count_weights(model), model.digest) == (count, digest)
+    (copied / "model.safetensors").unlink()
+    assert len(weight_files(copied)) == 2
+    with pytest.raises(ModelError, match="expected config"):
+        models._check_siblings("org/name", ["config.json", "consolidated.safetensors"])
 
 
 def test_weights_that_the_files_lack_are_not_drawn_at_random(copied: Path) -> None:

@@ -31,10 +31,10 @@ from misstep.models.endpoint import Endpoint
 from misstep.models.precision import weights_dtype
 from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
-    WEIGHTS,
     Model,
     adapter_digest,
     is_full_fine_tune,
+    weight_files,
 )
 
 BASE, TRAINED = "base", "trained"
@@ -188,7 +188,7 @@ def gpus_needed(model: Model) -> int:
     if not torch.cuda.is_available():
         return 1
     room = torch.cuda.get_device_properties(0).total_memory / 2
-    size = sum(file.stat().st_size for file in model.files.glob(WEIGHTS))
+    size = sum(file.stat().st_size for file in weight_files(model.files))
     gpus = 1
     while gpus * room < size and 2 * gpus <= torch.cuda.device_count():
         gpus *= 2

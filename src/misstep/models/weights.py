@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Its name on the Hub, with the weights that the package holds in four bits."""
 
 WEIGHTS = "*.safetensors"
+REPEATED = "consolidated*.safetensors"
+"""Mistral's own form of the weights that lie beside it as transformers reads them."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What decides a model's answers: a folder's digest covers these files and no others.
 FILES = (
@@ -204,12 +207,18 @@ def count_weights(model: Model) -> int:
     from safetensors import safe_open
 
     count = 0
-    for file in model.files.glob(WEIGHTS):
+    for file in weight_files(model.files):
         with safe_open(file, "np") as tensors:
             names = tensors.keys()
             shapes = (tensors.get_slice(name).get_shape() for name in names)
             count += sum(map(math.prod, shapes))
     return count
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, without those that repeat them all."""
+    found = set(folder.glob(WEIGHTS))
+    return sorted(found.difference(folder.glob(REPEATED)) or found)
 
 
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
@@ -303,6 +312,7 @@ def adapter_digest(folder: Path) -> str:
 def folder_digest(folder: Path, patterns: Iterable[str]) -> str:
     """A hash of the names and contents of the files that match."""
     found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    found -= set(folder.glob(WEIGHTS)).difference(weight_files(folder))
     parts = [[file.name, file_digest(file)] for file in sorted(found)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -412,7 +422,8 @@ def _check_hub(name: str) -> None:
 
 
 def _check_siblings(name: str, files: list[str]) -> None:
-    if "config.json" in files and any(file.endswith(".safetensors") for file in files):
+    weights = [name for name in files if fnmatch(name, WEIGHTS) and not fnmatch(name, REPEATED)]
+    if "config.json" in files and weights:
         return
     ggufs = [file for file in files if file.endswith(".gguf")]
     advice = (
@@ -451,7 +462,8 @@ def _snapshot(name: str) -> Path:
     except (LocalEntryNotFoundError, ModelError):
         pass
     try:
-        return _checked_folder(Path(snapshot_download(name, allow_patterns=list(FILES))))
+        wanted = {"allow_patterns": list(FILES), "ignore_patterns": [REPEATED]}
+        return _checked_folder(Path(snapshot_download(name, **wanted)))
     except Exception as error:  # Which HTTP library fails, and how, is the Hub client's affair.
         raise _unreachable(name, error) from error
 
