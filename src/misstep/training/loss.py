@@ -102,12 +102,19 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
                 positions
             ]
             return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        body = lm.get_decoder()(input_ids=ids, use_cache=False, **layout)
+        body = body_of(lm)(input_ids=ids, use_cache=False, **layout)
         hidden = body.last_hidden_state.flatten(0, 1)[positions]
         losses: Tensor = ChunkedCrossEntropy.apply(
             hidden, lm.get_output_embeddings().weight, targets
         )
         return losses
+
+
+def body_of(lm: Any) -> Any:
+    """A language model without its head."""
+    body = lm.get_decoder()
+    # Of Llama 4 and of Mllama's text model transformers gives the whole.
+    return lm.model if body is lm else body
 
 
 def skips_logits(lm: Any) -> bool:
@@ -126,7 +133,7 @@ def skips_logits(lm: Any) -> bool:
     padded = torch.stack([torch.cat([row, row * 0]), torch.cat([row, row.flip(0)])])
     with torch.no_grad():
         logits = lm(input_ids=padded, use_cache=False).logits
-        hidden = lm.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
+        hidden = body_of(lm)(input_ids=padded, use_cache=False).last_hidden_state
         found = head(hidden)
     lm.train(was_training)
     causal = _close(hidden[0, : len(row)], hidden[1, : len(row)])
