@@ -59,7 +59,7 @@ from misstep.training.loss import (
     CompletionLoss,
     collate,
     measured,
-    skips_logits,
+    short_cuts,
 )
 from misstep.training.mask import print_mask, show_mask
 from misstep.training.preference import PreferenceLoss, margins, with_reference
@@ -403,15 +403,18 @@ def test_loss_and_gradients_do_not_depend_on_the_split() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scaled_head_is_noticed(dtype: torch.dtype) -> None:
-    assert skips_logits(tiny("tied").to(dtype))
-    assert not skips_logits(tiny("granite").to(dtype))
+    assert short_cuts(tiny("tied").to(dtype)) == (True, True)
+    assert short_cuts(tiny("granite").to(dtype)) == (True, False)
 
 
-def test_a_model_that_looks_ahead_is_noticed() -> None:
+def test_a_model_that_looks_ahead_sees_no_padding() -> None:
     lm = tiny()
     for layer in lm.model.layers:
         layer.self_attn.forward = _looking_ahead(layer.self_attn.forward)
-    assert not skips_logits(lm)
+    assert short_cuts(lm) == (False, False)
+    loss, batch = with_adapter(lm, 4, 8, seed=1), rows(5)
+    assert len({len(row.ids) for row in batch}) > 1
+    torch.testing.assert_close(loss(**collate(batch)), plain_loss(lm, batch))
 
 
 @pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
