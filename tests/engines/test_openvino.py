@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gguf_files import make_tiny_gguf
 
 from misstep.engines import openvino
 from misstep.engines.base import Request
@@ -16,7 +17,6 @@ from misstep.models.openvino_export import Shape
 from misstep.models.rendering import Renderer
 from misstep.models.weights import EMBEDDED, Model, load_tokenizer, locate
 from misstep.records import Message
-from tests.conftest import make_tiny_gguf
 
 pytest.importorskip("openvino_genai")
 GIB = 1 << 30
@@ -168,8 +168,6 @@ def test_what_it_stumbles_over_is_told_in_words(monkeypatch: pytest.MonkeyPatch)
     def stumble(*_: Any) -> None:
         raise IndexError("map::at")
 
-    genai = SimpleNamespace(
-        SchedulerConfig=SimpleNamespace, ContinuousBatchingPipeline=stumble
-    )
+    genai = SimpleNamespace(SchedulerConfig=SimpleNamespace, ContinuousBatchingPipeline=stumble)
     with pytest.raises(EngineError, match="Use the `transformers` engine"):
         openvino._pipeline(genai, Path("m.gguf"), 8, None)

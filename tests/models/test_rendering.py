@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Sequence
-from datetime import datetime, tzinfo
+from datetime import datetime
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -208,18 +210,13 @@ DATED = (
 
 
 def test_a_prompt_is_the_same_tokens_on_any_day(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Clock(datetime):
-        day = 1
-
-        @classmethod
-        def now(cls, tz: tzinfo | None = None) -> datetime:
-            return datetime(2030, 1, cls.day, tzinfo=tz)
-
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+    clock = SimpleNamespace()
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
     renderer = Renderer(tiny_tokenizer(DATED))
     theirs: list[str] = []
     ours: list[str] = []
-    for Clock.day in (1, 2):
+    for day in (1, 2):
+        clock.now = partial(datetime, 2030, 1, day)
         turns = [{"role": "user", "content": "Hi"}]
         theirs.append(renderer.tokenizer.apply_chat_template(turns, tokenize=False))
         ours.append(text_of(renderer, user("Hi")))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf_files import make_tiny_gguf
 
 from misstep.errors import ModelError
 from misstep.models import weights as models
@@ -22,7 +23,6 @@ from misstep.models.weights import (
     locate,
     weight_files,
 )
-from tests.conftest import make_tiny_gguf
 
 
 def folder_of(path: Path, *names: str) -> Path:

@@ -462,8 +462,9 @@ def _snapshot(name: str) -> Path:
     except (LocalEntryNotFoundError, ModelError):
         pass
     try:
-        wanted = {"allow_patterns": list(FILES), "ignore_patterns": [REPEATED]}
-        return _checked_folder(Path(snapshot_download(name, **wanted)))
+        return _checked_folder(
+            Path(snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=REPEATED))
+        )
     except Exception as error:  # Which HTTP library fails, and how, is the Hub client's affair.
         raise _unreachable(name, error) from error
 
