@@ -219,6 +219,10 @@ def test_a_gguf_of_which_transformers_leaves_weights_out_is_refused(
     experts = make_tiny_gguf(tmp_path / "experts.gguf", experts=2)
     with pytest.raises(ModelError, match=r"experts\.gguf: .* 3 are missing"):
         load_weights(locate(str(experts)))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(models, "_refuse_drawn", lambda *_: None)
+        with pytest.raises(ModelError, match=r"experts .* such as blk\.0\.ffn_gate_exps"):
+            load_weights(locate(str(experts)))
     biases = make_tiny_gguf(tmp_path / "biases.gguf", biases=True)
     for _ in range(2):  # The second time from a copy.
         with pytest.raises(ModelError, match=r"such as blk\.0\.attn_q\.bias"):

@@ -481,20 +481,25 @@ def _from_gguf(model: Model) -> "PreTrainedModel":
     with no_progress_bars():
         found = unpacked(model.digest, weights_dtype(), read)
     loaded = _from_pretrained(found) if isinstance(found, Path) else found
-    _refuse_lost_biases(file, loaded)
+    _refuse_lost(file, loaded)
     return loaded
 
 
-def _refuse_lost_biases(file: Path, loaded: "PreTrainedModel") -> None:
-    """Refuse a GGUF file of whose biases transformers has passed over some, without a word."""
-    there = [place for place in read_header(file).tensors if place.name.endswith(".bias")]
-    taken = sum(held.numel() for name, held in loaded.state_dict().items() if "bias" in name)
-    if sum(math.prod(place.shape) for place in there) > taken:
-        raise ModelError(
-            f"model {file}: expected a file all of whose weights transformers reads, found "
-            f"biases that it leaves out, such as {there[0].name}. Use the safetensors that the "
-            "file was made of."
-        )
+def _refuse_lost(file: Path, loaded: "PreTrainedModel") -> None:
+    """Refuse a GGUF file of which transformers has passed over a part, without a word.
+
+    Copies that an earlier release made of such a file are refused, too.
+    """
+    tensors, weights = read_header(file).tensors, loaded.state_dict()
+    for part, theirs, ours in (("biases", ".bias", "bias"), ("experts", "_exps.", "expert")):
+        there = [place for place in tensors if theirs in place.name]
+        taken = sum(held.numel() for name, held in weights.items() if ours in name)
+        if sum(math.prod(place.shape) for place in there) > taken:
+            raise ModelError(
+                f"model {file}: expected a file all of whose weights transformers reads, found "
+                f"{part} that it leaves out, such as {there[0].name}. Use the safetensors that "
+                "the file was made of."
+            )
 
 
 def _from_pretrained(folder: Path, packed: dict[str, Any] | None = None) -> "PreTrainedModel":
