@@ -57,6 +57,7 @@ LAYERS = [
     "misstep.models.unpacked",
     "misstep.models.endpoint",
     "misstep.models.weights",
+    "misstep.models.chat_template",
     "misstep.models.rendering",
     "misstep.models.gguf_merge",
     "misstep.models.openvino_export",

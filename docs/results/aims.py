@@ -135,7 +135,8 @@ def speed() -> Iterator[Aim]:
         _json(f"bench/{name}.json")["passed"][-1] for name in ("overhead", "overhead-first")
     )
     for stage, taken in most_records["cpu_microseconds"].items():
-        what = f"a record beside the model, {stage}, of {count(most_records['records'])}"
+        records = count(most_records["records"])
+        what = f"processor time of a record beside the model, {stage}, of {records}"
         first = _microseconds(earlier_records["cpu_microseconds"][stage])
         reasons = [OVERHEAD.get(stage), f"{first} on the Xeon with AMX, an earlier state"]
         yield most(what, 50, taken, _microseconds, "; ".join(filter(None, reasons)))

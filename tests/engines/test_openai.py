@@ -1,5 +1,6 @@
 """The openai engine against a real server that answers, refuses, breaks and hangs up."""
 
+import json
 import random
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from served import Call, Reply, Served, after, answer, echo, serve, text_of
 from misstep.engines.base import Completion, Request
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
-from misstep.engines.openai import OpenAIEngine, Patience, retry_after
+from misstep.engines.openai import Fault, OpenAIEngine, Patience, read, retry_after
 from misstep.errors import EngineError, ModelError
 from misstep.models.endpoint import Endpoint, check_endpoint, parse_endpoint
 from misstep.models.weights import locate
@@ -151,6 +152,57 @@ def test_a_hopeless_request_is_a_record_and_the_others_go_on() -> None:
     asked = [text_of(call) for call in served.calls]
     assert asked.count("broken") == 6
     assert asked.count("too long") == asked.count("withheld") == 1
+
+
+def said(message: dict[str, Any], finish: str = "stop", tokens: int | None = 3) -> bytes:
+    choice = {"index": 0, "finish_reason": finish, "message": message}
+    return json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"content": None}, "found nothing"),
+        ({"content": None, "reasoning_content": "Hm."}, "found reasoning_content"),
+        ({"content": "", "reasoning": "Hm."}, "found reasoning"),
+        ({"content": "", "refusal": "I cannot help."}, "found refusal"),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, "found tool_calls"),
+        ({"content": [{"type": "thinking", "thinking": []}], "reasoning": "Hm."}, "reasoning"),
+    ],
+)
+def test_an_answer_without_a_text_is_none(message: dict[str, Any], reason: str) -> None:
+    found = read(said(message))
+    assert isinstance(found, Fault)
+    assert (found.kind, reason in found.reason) == ("refused", True)
+    cut = read(said(message, "length"))
+    assert isinstance(cut, Fault) and "max_tokens" in cut.reason
+
+
+def test_an_error_in_place_of_an_end_is_tried_again() -> None:
+    found = read(said({"content": "Half an ans"}, "error"))
+    assert isinstance(found, Fault) and found.kind == "broken"
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": "", "refusal": None, "tool_calls": []}, ""),
+        ({"content": "Yes.", "reasoning_content": "Hm."}, "Yes."),
+        (
+            {
+                "content": [
+                    {"type": "reasoning", "text": "Hm."},
+                    {"type": "text", "text": "Yes, "},
+                    {"type": "text", "text": "it is."},
+                ]
+            },
+            "Yes, it is.",
+        ),
+    ],
+)
+def test_a_text_is_read_whatever_stands_beside_it(message: dict[str, Any], text: str) -> None:
+    assert read(said(message)) == Completion(text=text, tokens=3)
+    assert read(said(message, tokens=None)) == Completion(text=text, tokens=0)
 
 
 def unsupported(name: str, words: str) -> Given:

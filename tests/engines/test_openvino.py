@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from gguf_files import make_tiny_gguf
 
 from misstep.engines import openvino
 from misstep.engines.base import Request
 from misstep.engines.openvino import BLOCK, COMPANIONS, LEAST_ROOM, ROOM, OpenVinoEngine
+from misstep.errors import EngineError
 from misstep.models.openvino_export import Shape
 from misstep.models.rendering import Renderer
 from misstep.models.weights import EMBEDDED, Model, load_tokenizer, locate
@@ -151,3 +153,21 @@ def test_large_models_have_room_for_prompts_or_another_engine(
     assert obstacle is None
     found = (openvino._cache_blocks(shape) - COMPANIONS) * BLOCK
     assert found == room
+
+
+def test_weights_that_its_reader_does_not_know_are_an_obstacle(tmp_path: Path) -> None:
+    def obstacle(**kind: Any) -> str | None:
+        return OpenVinoEngine.reads(locate(str(make_tiny_gguf(tmp_path / "m.gguf", **kind))))
+
+    assert obstacle() is None
+    assert obstacle(experts=2) == "it has experts"
+    assert "biases" in str(obstacle(biases=True))
+
+
+def test_what_it_stumbles_over_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stumble(*_: Any) -> None:
+        raise IndexError("map::at")
+
+    genai = SimpleNamespace(SchedulerConfig=SimpleNamespace, ContinuousBatchingPipeline=stumble)
+    with pytest.raises(EngineError, match="Use the `transformers` engine"):
+        openvino._pipeline(genai, Path("m.gguf"), 8, None)

@@ -164,9 +164,27 @@ def test_a_full_disk_is_no_reason_to_throw_a_cache_away(path: Path) -> None:
         store.keep("a", answers(range(5)))
         pages = store._pragma("page_count")
         store._table.execute(f"PRAGMA max_page_count={pages}")
-        with pytest.raises(RunError, match=r"cannot be written .*full.*answers in it are safe"):
+        with pytest.raises(RunError, match=r"read or written .*full.*answers in it are safe"):
             store.keep("a", answers(range(5, 5000)))
         assert len(store.look_up([key(n) for n in range(10)])) == 5
+
+
+def test_a_page_that_was_damaged_is_met_with_advice(path: Path) -> None:
+    with Store(path) as store:
+        store.keep("a", answers(range(2000)))
+        page, pages = store._pragma("page_size"), store._pragma("page_count")
+    damaged = bytearray(path.read_bytes())
+    for number in range(2, pages):
+        damaged[number * page : number * page + 64] = b"\xff" * 64
+    path.write_bytes(damaged)
+    with Store(path) as store:
+        for use in (
+            lambda: store.look_up([key(n) for n in range(2000)]),
+            lambda: store.keep("a", answers(range(2000, 4000))),
+            store.holdings,
+        ):
+            with pytest.raises(RunError, match=r"cache\.sqlite: .*Move the file away"):
+                use()
 
 
 def test_the_command_lists_and_removes(path: Path) -> None:

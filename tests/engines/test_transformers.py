@@ -122,6 +122,44 @@ def test_a_shared_beginning_changes_no_answer(
     assert set(computed[1:]) == {0}
 
 
+def test_windows_of_a_model_that_sees_too_keep_their_answers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    text = {
+        "vocab_size": len(tokenizer),
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16,
+        "max_position_embeddings": 4096,
+    }
+    sight = {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    made = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=size | text,
+            vision_config=size | sight,
+            mm_tokens_per_image=4,
+            # Tied, with weights as large as these, it would say one token again and again.
+            tie_word_embeddings=False,
+        )
+    )
+    for weight in made.parameters():
+        torch.nn.init.normal_(weight, std=0.4)
+    made.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr("misstep.models.weights.weights_dtype", lambda: torch.float32)
+    with TransformersEngine(locate(str(tmp_path))) as engine:
+        asked = requests(0.0)
+        assert engine.generate(asked) == [engine.generate([one])[0] for one in asked]
+
+
 def test_what_memory_does_not_hold_is_answered_in_smaller_batches(
     engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

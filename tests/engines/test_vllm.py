@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,3 +308,18 @@ def test_vllm_is_taken_where_there_is_a_gpu(
     assert choose("auto", model).why == (
         "transformers, because there is a GPU, and vLLM is not installed"
     )
+
+
+def test_gpus_are_counted_for_weights_that_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    gpu = SimpleNamespace(total_memory=2000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    (tmp_path / "model.safetensors").write_bytes(bytes(1900))
+    assert vllm.gpus_needed(Model("m", tmp_path)) == 2
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(1900))
+    assert vllm.gpus_needed(Model("m", tmp_path)) == 2

@@ -70,3 +70,10 @@ def test_who_can_think_does_not(words: tuple[str, str]) -> None:
 def test_a_template_is_not_changed_otherwise() -> None:
     turns = [turn("a"), turn("b", "assistant")]
     assert render(asked_as_trained(PLAIN, ("", "")), turns) == render(PLAIN, turns)
+
+
+@pytest.mark.parametrize("words", [("", ""), ("(", ")")])
+def test_the_day_is_that_of_training(words: tuple[str, str]) -> None:
+    dated = "\n{{ strftime_now('%-d %B %Y') }}" + PLAIN
+    found = render(asked_as_trained(dated, words), [turn("a")], strftime_now=lambda _: "today")
+    assert found == "\n26 July 2024<user>" + "a".join(words)

@@ -1,6 +1,11 @@
 """Training rows and serving prompts are the same tokens, whatever the text."""
 
+import json
 from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from misstep.errors import DataError, ModelError
-from misstep.models.rendering import Renderer, fold_system
+from misstep.models.rendering import Renderer, fold_system, named_stops
 from misstep.models.weights import locate
 from misstep.records import Message
 
@@ -25,6 +30,7 @@ NO_SYSTEM = (
     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 CONTROL = ("<|endoftext|>", "<s>", "<|im_start|>", "<|im_end|>")
+STOPS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def tiny_tokenizer(template: str | None, **known: Any) -> PreTrainedTokenizerFast:
@@ -194,3 +200,48 @@ def test_the_embedded_model_keeps_the_same_promises(
     assert list(row.ids[: row.prompt_length]) == renderer.prompt(messages)
     assert renderer.decode(row.ids[row.prompt_length :]) == completion
     assert renderer.tokenizer.convert_ids_to_tokens(row.ids[-1]) == "<|im_end|>"
+
+
+DATED = (
+    "{% macro today() %}{{ strftime_now('%d %b %Y').upper() }}{% endmacro %}"
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%A') %}{% endif %}"
+    "Today is {{ date_string }}, {{ today() }}.\n" + CHATML
+)
+
+
+def test_a_prompt_is_the_same_tokens_on_any_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace()
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+    renderer = Renderer(tiny_tokenizer(DATED))
+    theirs: list[str] = []
+    ours: list[str] = []
+    for day in (1, 2):
+        clock.now = partial(datetime, 2030, 1, day)
+        turns = [{"role": "user", "content": "Hi"}]
+        theirs.append(renderer.tokenizer.apply_chat_template(turns, tokenize=False))
+        ours.append(text_of(renderer, user("Hi")))
+    assert theirs[0] != theirs[1]
+    assert ours[0] == ours[1]
+    assert ours[0].startswith("Today is Friday, 26 JUL 2024.")
+
+
+def test_a_model_ends_its_turn_where_its_configuration_says(tmp_path: Path) -> None:
+    tiny_tokenizer(CHATML).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    start, end, document, letter = (*map(CONTROL.index, STOPS), len(CONTROL) + 1)
+
+    def write(name: str, ends: int | list[int] | None) -> None:
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": ends}))
+
+    def found() -> tuple[tuple[int, ...], str]:
+        model = locate(str(tmp_path))
+        return Renderer.for_model(model).stop_ids, named_stops(model)
+
+    write("config.json", document)
+    assert found() == ((end, document), "")
+    write("config.json", start)
+    assert found() == ((end, document, start), f":stop-{start}")
+    # No text that an answer may contain ends it.
+    write("config.json", None)
+    write("generation_config.json", [document, start, letter])
+    assert found() == ((end, document, start), f":stop-{start}")

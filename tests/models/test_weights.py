@@ -2,16 +2,27 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from gguf_files import make_tiny_gguf
 
 from misstep.errors import ModelError
 from misstep.models import weights as models
-from misstep.models.weights import EMBEDDED, Model, adapter_digest, is_full_fine_tune, locate
+from misstep.models.weights import (
+    EMBEDDED,
+    Model,
+    adapter_digest,
+    count_weights,
+    is_full_fine_tune,
+    load_weights,
+    locate,
+    weight_files,
+)
 
 
 def folder_of(path: Path, *names: str) -> Path:
@@ -158,3 +169,61 @@ def test_damaged_gguf_is_named(tmp_path: Path) -> None:
     damaged.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 5) + b"\x01")
     with pytest.raises(ModelError, match="Download it again"):
         read_header(damaged)
+
+
+@pytest.fixture
+def copied(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model's folder that a test may damage."""
+    return shutil.copytree(tiny_model, tmp_path / "copied")
+
+
+def test_weights_that_lie_there_in_a_second_form_count_once(copied: Path) -> None:
+    model = locate(str(copied))
+    count, digest = count_weights(model), model.digest
+    shutil.copy(copied / "model.safetensors", copied / "consolidated.safetensors")
+    shutil.copy(copied / "model.safetensors", copied / "consolidated-00001.safetensors")
+    assert weight_files(copied) == [copied / "model.safetensors"]
+    assert (count_weights(model), model.digest) == (count, digest)
+    (copied / "model.safetensors").unlink()
+    assert len(weight_files(copied)) == 2
+    with pytest.raises(ModelError, match="expected config"):
+        models._check_siblings("org/name", ["config.json", "consolidated.safetensors"])
+
+
+def test_weights_that_the_files_lack_are_not_drawn_at_random(copied: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    held = load_file(copied / "model.safetensors")
+    lost = [name for name in held if "layers.1.mlp" in name]
+    kept = {name: tensor for name, tensor in held.items() if name not in lost}
+    save_file(kept, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"3 are missing.*first is {min(lost)}"):
+        load_weights(locate(str(copied)))
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 3), ("vocab_size", 300)])
+def test_a_configuration_of_another_model_is_refused(
+    copied: Path, key: str, value: int
+) -> None:
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelError, match="missing or of another shape"):
+        load_weights(locate(str(copied)))
+
+
+def test_a_gguf_of_which_transformers_leaves_weights_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    load_weights(locate(str(make_tiny_gguf(tmp_path / "whole.gguf"))))
+    experts = make_tiny_gguf(tmp_path / "experts.gguf", experts=2)
+    with pytest.raises(ModelError, match=r"experts\.gguf: .* 3 are missing"):
+        load_weights(locate(str(experts)))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(models, "_refuse_drawn", lambda *_: None)
+        with pytest.raises(ModelError, match=r"experts .* such as blk\.0\.ffn_gate_exps"):
+            load_weights(locate(str(experts)))
+    biases = make_tiny_gguf(tmp_path / "biases.gguf", biases=True)
+    for _ in range(2):  # The second time from a copy.
+        with pytest.raises(ModelError, match=r"such as blk\.0\.attn_q\.bias"):
+            load_weights(locate(str(biases)))

@@ -52,6 +52,8 @@ SETTINGS = ("max_tokens", "temperature", "top_p", "seed")
 NEWER_LIMIT = "max_completion_tokens"
 """What OpenAI's own models call `max_tokens`, and some others."""
 UNSUPPORTED = re.compile("unsupported|not support|unrecognized|unknown|not permitted", re.I)
+BESIDE = ("reasoning_content", "reasoning", "refusal", "tool_calls")
+"""Where an answer may hold something else than its text."""
 PLAIN = "Hello."
 """What nobody refuses for its own sake."""
 
@@ -314,8 +316,29 @@ def failure(reason: str) -> Completion:
     return Completion(text="", tokens=0, error=reason)
 
 
+class _Part(BaseModel):
+    type: str
+    text: str = ""
+
+
 class _Message(BaseModel):
-    content: str | None = None
+    content: str | list[_Part] | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content if part.type == "text")
+        return self.content or ""
+
+    @property
+    def instead(self) -> str | None:
+        """What came in place of a text, or None: an empty text is one, too."""
+        said = next((name for name in BESIDE if getattr(self, name)), None)
+        return said or ("nothing" if self.content is None else None)
 
 
 class _Choice(BaseModel):
@@ -324,7 +347,7 @@ class _Choice(BaseModel):
 
 
 class _Usage(BaseModel):
-    completion_tokens: int = 0
+    completion_tokens: int | None = None
 
 
 class _Answer(BaseModel):
@@ -343,11 +366,14 @@ def read(content: bytes) -> Completion | Fault:
     choice = answer.choices[0]
     if choice.finish_reason == "content_filter":
         return Fault("withheld by the endpoint's content filter", "refused")
-    return Completion(
-        text=choice.message.content or "",
-        tokens=answer.usage.completion_tokens if answer.usage else 0,
-        truncated=choice.finish_reason == "length",
-    )
+    if choice.finish_reason == "error":
+        return Fault("expected an answer, found finish_reason error", "broken")
+    text, truncated = choice.message.text, choice.finish_reason == "length"
+    if not text and (instead := choice.message.instead):
+        advice = ", cut off by max_tokens: ask for more" if truncated else ""
+        return Fault(f"expected a text, found {instead}{advice}", "refused")
+    tokens = answer.usage.completion_tokens if answer.usage else None
+    return Completion(text=text, tokens=tokens or 0, truncated=truncated)
 
 
 def retry_after(headers: Any, now: float) -> float | None:

@@ -40,7 +40,7 @@ from misstep.models.gguf_header import read_header
 from misstep.models.gguf_merge import merge_adapter
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.models.precision import bf16_is_slow, memory_bytes
-from misstep.models.rendering import Renderer
+from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
     Model,
     adapter_digest,
@@ -309,6 +309,10 @@ def _gguf_obstacle(model: Model) -> str | None:
     scaling = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling != "none" or any(t.name.startswith("rope_freqs") for t in header.tensors):
         return "its positions are scaled, which OpenVINO ignores"
+    if header.values.get(f"{header.architecture}.expert_count"):
+        return "it has experts"
+    if header.architecture != "qwen2" and any(t.name.endswith(".bias") for t in header.tensors):
+        return "it has biases, which OpenVINO knows of qwen2 only"
     if odd := {t.type_code for t in header.tensors} - PACKINGS:
         return f"some weights are packed as type {min(odd)}"
     return None
@@ -378,7 +382,7 @@ def _pipeline(genai: Any, files: Path, blocks: int, added: Any) -> Any:
         settings["adapters"] = added
     try:
         return genai.ContinuousBatchingPipeline(str(files), scheduler, "CPU", settings)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         raise EngineError(
             f"OpenVINO cannot load {files.name}: {error}. Use the `transformers` engine."
         ) from error
@@ -405,4 +409,5 @@ def identity(model: Model, adapter: Path | None) -> str:
     trained = adapter_digest(adapter) if adapter else "base"
     release = version("openvino-genai")
     form = "f16" if model.is_gguf else "exported-f16"
-    return f"openvino-genai {release}:{model.digest}:{trained}:{form}-{_precision()}"
+    stops = named_stops(model)
+    return f"openvino-genai {release}:{model.digest}:{trained}:{form}-{_precision()}{stops}"

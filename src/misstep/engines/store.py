@@ -67,8 +67,8 @@ class Store:
         """What is wrong: with the disk or the rights, or with the file itself."""
         if isinstance(fault, sqlite3.OperationalError):
             return RunError(
-                f"{self.path}: the cache of model answers cannot be written ({fault}). See to "
-                "the disk's space and the folder's rights; the answers in it are safe."
+                f"{self.path}: the cache of model answers cannot be read or written ({fault}). "
+                "See to the disk's space and the folder's rights; the answers in it are safe."
             )
         return RunError(
             f"{self.path}: expected a cache of model answers, found something else ({fault}). "
@@ -104,8 +104,9 @@ class Store:
             part = keys[start : start + KEYS_A_QUERY]
             marks = ",".join("?" * len(part))
             query = f"SELECT key, text, tokens, truncated FROM answers WHERE key IN ({marks})"
-            for key, text, tokens, truncated in self._table.execute(query, part):
-                found[key] = Completion(text=text, tokens=tokens, truncated=bool(truncated))
+            with self._explained():
+                for key, text, tokens, truncated in self._table.execute(query, part):
+                    found[key] = Completion(text=text, tokens=tokens, truncated=bool(truncated))
         return found
 
     def keep(self, identity: str, answers: Mapping[bytes, Completion]) -> None:
@@ -134,10 +135,11 @@ class Store:
             "SELECT identity, count(*), min(at), max(at) FROM answers "
             "JOIN engines ON engines.id = engine GROUP BY engine ORDER BY max(at) DESC, engine"
         )
-        return [
-            Holding(identity, answers, *map(datetime.fromtimestamp, times))
-            for identity, answers, *times in self._table.execute(query)
-        ]
+        with self._explained():
+            return [
+                Holding(identity, answers, *map(datetime.fromtimestamp, times))
+                for identity, answers, *times in self._table.execute(query)
+            ]
 
     def prune(
         self,
@@ -196,15 +198,25 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        with self._explained():
+            try:
+                self._table.execute("BEGIN IMMEDIATE")
+                yield
+                self._table.execute("COMMIT")
+            except BaseException:
+                # Where the disk is full, SQLite may have ended the transaction by itself.
+                if self._table.in_transaction:
+                    self._table.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say of a disk's fault, or of a damaged page, what to do."""
         try:
-            self._table.execute("BEGIN IMMEDIATE")
             yield
-            self._table.execute("COMMIT")
-        except BaseException as fault:
-            # Where the disk is full, SQLite may have ended the transaction by itself.
-            if self._table.in_transaction:
-                self._table.execute("ROLLBACK")
-            if isinstance(fault, sqlite3.OperationalError):
+        except sqlite3.DatabaseError as fault:
+            # What is neither is a mistake of this program, and has a class of its own.
+            if type(fault) in (sqlite3.DatabaseError, sqlite3.OperationalError):
                 raise self._refused(fault) from fault
             raise
 

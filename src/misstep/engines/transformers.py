@@ -26,7 +26,7 @@ from misstep.engines.base import (
 )
 from misstep.errors import EngineError
 from misstep.models.precision import device
-from misstep.models.rendering import Renderer
+from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
     Model,
     adapter_digest,
@@ -215,7 +215,8 @@ def identity(model: Model, adapter: Path | None) -> str:
     trained = adapter_digest(adapter) if adapter else "base"
     precision = str(answering_dtype(model)).removeprefix("torch.")
     release = f"transformers {version('transformers')} torch {version('torch')}"
-    return f"{release} {device()}:{model.digest}:{trained}:{precision}"
+    stops = named_stops(model)
+    return f"{release} {device()}:{model.digest}:{trained}:{precision}{stops}"
 
 
 class Dice:
@@ -287,8 +288,10 @@ def shared_beginning(prompts: Sequence[list[int]]) -> int:
 
 def keeps_all_positions(model: "PreTrainedModel") -> bool:
     """Whether a model's cache is one key and value for each token, and nothing else."""
-    kinds = getattr(model.config, "layer_types", None) or ["full_attention"]
-    window = getattr(model.config, "sliding_window", None)
+    # A model that sees, too, keeps what it says of its text in a configuration of its own.
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None)
     return set(kinds) == {"full_attention"} and window is None and model._supports_sdpa
 
 

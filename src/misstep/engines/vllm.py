@@ -29,12 +29,12 @@ from misstep.engines.server import PORT, Server
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.endpoint import Endpoint
 from misstep.models.precision import weights_dtype
-from misstep.models.rendering import Renderer
+from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
-    WEIGHTS,
     Model,
     adapter_digest,
     is_full_fine_tune,
+    weight_files,
 )
 
 BASE, TRAINED = "base", "trained"
@@ -188,7 +188,7 @@ def gpus_needed(model: Model) -> int:
     if not torch.cuda.is_available():
         return 1
     room = torch.cuda.get_device_properties(0).total_memory / 2
-    size = sum(file.stat().st_size for file in model.files.glob(WEIGHTS))
+    size = sum(file.stat().st_size for file in weight_files(model.files))
     gpus = 1
     while gpus * room < size and 2 * gpus <= torch.cuda.device_count():
         gpus *= 2
@@ -235,4 +235,5 @@ def identity(model: Model, adapter: Path | None, gpus: int) -> str:
     if adapter is not None and not is_full_fine_tune(adapter):
         _rank(adapter)
     split = f"tp{gpus}" if gpus > 1 else "one"
-    return f"vllm {release(program())}:{model.digest}:{trained}:{_precision()}-{split}"
+    computed = f"{_precision()}-{split}{named_stops(model)}"
+    return f"vllm {release(program())}:{model.digest}:{trained}:{computed}"

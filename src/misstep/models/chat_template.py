@@ -1,12 +1,19 @@
-"""A chat template that asks a model as it was trained, for servers that only take messages.
+"""Chat templates that ask a model on any day, and behind any server, as it was trained.
 
 Words are put around the last user turn, as a guide or a marker is, and models that can think
 do not. The words become part of the template itself, so that no client has to know them.
+Templates that tell the date, as Llama 3.2's and Granite's, tell one and the same.
 This module knows Jinja text; it knows no tokenizer and no policy.
 """
 
 from collections.abc import Sequence
+from datetime import date
 
+CLOCK = "strftime_now"
+"""What templates call for the date, with a format."""
+DAY = date(2024, 7, 26)
+"""The day that Llama 3.2's template falls back to where there is no clock."""
+CODES = (*"aAbBcdFHIjmMpSTxXyY", "-d", "-m")
 NOT_THINKING = "{%- set enable_thinking = false %}"
 AROUND = """\
 {%- set misstep = namespace(last=-1, turns=[]) %}
@@ -26,6 +33,15 @@ AROUND = """\
 """Rewrites the turns; a turn holds one text, or a list of parts."""
 
 
+def on_one_day(template: str) -> str:
+    """The template with a clock of its own, which stands still, where it asks one."""
+    if CLOCK not in template:
+        return template
+    told = "".join(f".replace('%{code}', '{DAY.strftime('%' + code)}')" for code in CODES)
+    # The plus keeps a line end with which the template may begin.
+    return f"{{%- macro {CLOCK}(format) %}}{{{{ format{told} }}}}{{% endmacro +%}}{template}"
+
+
 def asked_as_trained(template: str, words: Sequence[str]) -> str:
     """The template with thinking off and words around what the user says last.
 
@@ -33,6 +49,7 @@ def asked_as_trained(template: str, words: Sequence[str]) -> str:
         template: a chat template as transformers, vLLM and llama.cpp read it.
         words: at least two texts, between which the user's own stands; `("", "")` adds none.
     """
+    template = on_one_day(template)
     if list(words) == ["", ""]:
         return NOT_THINKING + template
     around = AROUND.replace("TEXT", _text(words)).replace("PARTS", _parts(words))

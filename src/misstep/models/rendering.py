@@ -12,13 +12,14 @@ looking for control tokens. A conversation without such text is tokenised as tra
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from misstep.errors import DataError, ModelError
-from misstep.models.weights import Model, load_tokenizer
+from misstep.models.chat_template import on_one_day
+from misstep.models.weights import Model, configured_ends, load_tokenizer
 from misstep.records import Message
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ class Rendered:
 class Renderer:
     """Turns conversations into tokens and tokens into text, with one model's tokenizer."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", ends: Collection[int] = ()
+    ) -> None:
         self.tokenizer = tokenizer
         self.has_template = tokenizer.chat_template is not None
         """Whether the model brings a chat template; if not, `FALLBACK_TEMPLATE` is used."""
@@ -66,10 +69,16 @@ class Renderer:
         spellings = sorted(map(re.escape, self._control), key=len, reverse=True)
         # No model has an empty set of control tokens in practice; `(?!)` matches nothing.
         self._spelling = "|".join(spellings) or "(?!)"
+        self._own = tokenizer.get_chat_template() if self.has_template else FALLBACK_TEMPLATE
         self._takes_system = self._keeps_system()
         self.end_of_turn = self._find_end_of_turn()
         """The token that closes an assistant turn: the last target of a training row."""
-        self.stop_ids = self._find_stop_ids()
+        known = self._find_stop_ids()
+        control = set(self._control.values())
+        self.further_stops = tuple(sorted(control.intersection(ends).difference(known)))
+        """Those of the given `ends` that neither template nor tokenizer tells, as of a model
+        that ends its turn by beginning the user's."""
+        self.stop_ids = (*known, *self.further_stops)
         """Generation stops on any of these: the end of a turn, or of a document."""
 
     @classmethod
@@ -79,7 +88,7 @@ class Renderer:
         Raises:
             ModelError: the tokenizer cannot be loaded, or has no token that ends a turn.
         """
-        return cls(load_tokenizer(model))
+        return cls(load_tokenizer(model), configured_ends(model))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens after which the model answers.
@@ -187,9 +196,6 @@ class Renderer:
     ) -> str:
         from jinja2 import TemplateError
 
-        if template is None and not self.has_template:
-            template = FALLBACK_TEMPLATE
-        options: dict[str, Any] = {} if template is None else {"chat_template": template}
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -197,7 +203,8 @@ class Renderer:
                 add_generation_prompt=generate,
                 # Thinking must be off in training and in serving, or neither matches the other.
                 enable_thinking=False,
-                **options,
+                # Nor may a prompt be other tokens tomorrow.
+                chat_template=on_one_day(template or self._own),
             )
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
@@ -231,6 +238,12 @@ class Renderer:
         ends = [self.end_of_turn, self.tokenizer.eos_token_id]
         ends += [self._control[text] for text in ENDINGS if text in self._control]
         return tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+
+
+def named_stops(model: Model) -> str:
+    """What an engine's identity says of `further_stops`: nothing where there are none."""
+    stops = Renderer.for_model(model).further_stops
+    return "".join(f":stop-{number}" for number in stops)
 
 
 def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str, plain: bool = True) -> list[int]:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Its name on the Hub, with the weights that the package holds in four bits."""
 
 WEIGHTS = "*.safetensors"
+REPEATED = "consolidated*.safetensors"
+"""Mistral's own form of the weights that lie beside it as transformers reads them."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What decides a model's answers: a folder's digest covers these files and no others.
 FILES = (
@@ -204,12 +207,18 @@ def count_weights(model: Model) -> int:
     from safetensors import safe_open
 
     count = 0
-    for file in model.files.glob(WEIGHTS):
+    for file in weight_files(model.files):
         with safe_open(file, "np") as tensors:
             names = tensors.keys()
             shapes = (tensors.get_slice(name).get_shape() for name in names)
             count += sum(map(math.prod, shapes))
     return count
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, without those that repeat them all."""
+    found = set(folder.glob(WEIGHTS))
+    return sorted(found.difference(folder.glob(REPEATED)) or found)
 
 
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
@@ -236,6 +245,19 @@ def context_length(model: Model) -> int | None:
         before = rope.get("original_max_position_embeddings", longest)
         return int(before * rope.get("factor", 1))
     return int(longest) if longest else None
+
+
+def configured_ends(model: Model) -> frozenset[int]:
+    """The tokens on which the files of a model in a folder end an answer.
+
+    A GGUF file names one, which is its tokenizer's.
+    """
+    ends: set[int | None] = set()
+    for name in () if model.is_gguf else ("generation_config.json", "config.json"):
+        if (file := model.files / name).is_file():
+            said = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            ends.update(said if isinstance(said, list) else [said])
+    return frozenset(end for end in ends if end is not None)
 
 
 def free() -> None:
@@ -290,6 +312,7 @@ def adapter_digest(folder: Path) -> str:
 def folder_digest(folder: Path, patterns: Iterable[str]) -> str:
     """A hash of the names and contents of the files that match."""
     found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    found -= set(folder.glob(WEIGHTS)).difference(weight_files(folder))
     parts = [[file.name, file_digest(file)] for file in sorted(found)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -399,7 +422,8 @@ def _check_hub(name: str) -> None:
 
 
 def _check_siblings(name: str, files: list[str]) -> None:
-    if "config.json" in files and any(file.endswith(".safetensors") for file in files):
+    weights = [name for name in files if fnmatch(name, WEIGHTS) and not fnmatch(name, REPEATED)]
+    if "config.json" in files and weights:
         return
     ggufs = [file for file in files if file.endswith(".gguf")]
     advice = (
@@ -438,7 +462,9 @@ def _snapshot(name: str) -> Path:
     except (LocalEntryNotFoundError, ModelError):
         pass
     try:
-        return _checked_folder(Path(snapshot_download(name, allow_patterns=list(FILES))))
+        return _checked_folder(
+            Path(snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=REPEATED))
+        )
     except Exception as error:  # Which HTTP library fails, and how, is the Hub client's affair.
         raise _unreachable(name, error) from error
 
@@ -454,28 +480,65 @@ def _from_gguf(model: Model) -> "PreTrainedModel":
     file = model.files
     with no_progress_bars():
         found = unpacked(model.digest, weights_dtype(), read)
-    return _from_pretrained(found) if isinstance(found, Path) else found
+    loaded = _from_pretrained(found) if isinstance(found, Path) else found
+    _refuse_lost(file, loaded)
+    return loaded
+
+
+def _refuse_lost(file: Path, loaded: "PreTrainedModel") -> None:
+    """Refuse a GGUF file of which transformers has passed over a part, without a word.
+
+    Copies that an earlier release made of such a file are refused, too.
+    """
+    tensors, weights = read_header(file).tensors, loaded.state_dict()
+    for part, theirs, ours in (("biases", ".bias", "bias"), ("experts", "_exps.", "expert")):
+        there = [place for place in tensors if theirs in place.name]
+        taken = sum(held.numel() for name, held in weights.items() if ours in name)
+        if sum(math.prod(place.shape) for place in there) > taken:
+            raise ModelError(
+                f"model {file}: expected a file all of whose weights transformers reads, found "
+                f"{part} that it leaves out, such as {there[0].name}. Use the safetensors that "
+                "the file was made of."
+            )
 
 
 def _from_pretrained(folder: Path, packed: dict[str, Any] | None = None) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
+    file = folder / packed["gguf_file"] if packed else folder
     try:
         # The bar over a GGUF's tensors has no switch; log messages keep their own handle.
         with no_progress_bars(), redirect_stderr(io.StringIO()):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=weights_dtype(),
                 use_safetensors=None if packed else True,
                 trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **(packed or {}),
             )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
-        file = folder / packed["gguf_file"] if packed else folder
         # Where it does not know the kind, all kinds that it does know follow.
         why = str(error).partition("\nModel type should be one of")[0]
         raise ModelError(f"model {file}: transformers cannot load it: {why}") from error
-    return model
+    _refuse_drawn(file, model, found)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _refuse_drawn(file: Path, model: "PreTrainedModel", found: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights are random, because its files lack them.
+
+    Tied heads and what is computed from the configuration do not count as missing.
+    """
+    misfits = {name for name, *_ in found["mismatched_keys"]}
+    if drawn := sorted({*found["missing_keys"], *misfits}):
+        raise ModelError(
+            f"model {file}: expected all weights of a {model.config.model_type} model of the "
+            f"shape that its configuration says, {len(drawn)} are missing or of another shape, "
+            f"the first is {drawn[0]}. Download or convert the model again."
+        )
 
 
 @contextmanager

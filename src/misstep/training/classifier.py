@@ -29,7 +29,7 @@ from misstep.models.weights import Model, is_encoder, no_progress_bars, share
 from misstep.training.encoder import read_classifier
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss, balance
-from misstep.training.loss import mean_loss
+from misstep.training.loss import body_of, mean_loss
 from misstep.training.processes import on_one_device, place
 from misstep.training.rows import Row, in_order
 from misstep.training.scoring import ScoreHead, classifier
@@ -79,7 +79,7 @@ def keep_lower_layers(lm: Any, share: float) -> None:
     Raises:
         ModelError: the layers are not found.
     """
-    body, config = lm.get_decoder(), lm.config.get_text_config()
+    body, config = body_of(lm), lm.config.get_text_config()
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(

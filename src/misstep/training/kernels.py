@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from misstep.models.precision import products_dtype
 from misstep.training import sharing
 from misstep.training.label_loss import LabelLoss
-from misstep.training.loss import CompletionLoss
+from misstep.training.loss import CompletionLoss, body_of
 
 SMALL = 0.1
 """The share of all parameters up to which those that are trained are few."""
@@ -53,7 +53,7 @@ def fast_layers(
         loss.lanes = sharing.lanes_of(lm)
     if checkpointing:
         lm.activation_checkpointing_enable()
-    blocks = list(lm.get_decoder().layers) if compiled else []
+    blocks = list(body_of(lm).layers) if compiled else []
     for block in blocks:
         block.compile(dynamic=True)
     try:
@@ -96,7 +96,8 @@ def _fused(layer: Any) -> Callable[[Tensor], Tensor]:
 
     def forward(x: Tensor) -> Tensor:
         y: Tensor = FusedLora.apply(x, base.weight, base.bias, down.weight, up.weight, scale)
-        return y
+        # A view that a Function makes may not be added to, as Llama 4 does.
+        return y.view(*x.shape[:-1], -1)
 
     return forward
 
@@ -162,7 +163,7 @@ def _gated(mlp: Any) -> Callable[[Tensor], Tensor]:
             for t in (base.weight, base.bias, down.weight, up.weight)
         ]
         y: Tensor = GatedLora.apply(x, [scale for *_, scale in parts], *weights)
-        return y
+        return y.view(x.shape)
 
     return forward
 
@@ -180,7 +181,7 @@ class FusedLora(torch.autograd.Function):  # type: ignore[misc]
         up: Tensor,
         scale: float,
     ) -> Tensor:
-        """`x W^T + bias + (x down^T) (scale * up)^T`."""
+        """`x W^T + bias + (x down^T) (scale * up)^T`, all rows of it below each other."""
         dtype = products_dtype(x.dtype, x.device.type)
         (layer,) = _layers((weight, bias, down, up), [scale], dtype)
         rows = x.flatten(0, -2)
@@ -188,14 +189,14 @@ class FusedLora(torch.autograd.Function):  # type: ignore[misc]
         inner = wide @ layer.down.t()
         ctx.save_for_backward(rows, weight, bias, down, up, inner)
         ctx.scale, ctx.shape = scale, x.shape
-        return _output(wide, layer, inner).to(x.dtype).view(*x.shape[:-1], len(weight))
+        return _output(wide, layer, inner).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the input, where one is wanted, and of the adapter."""
         rows, *weights, inner = ctx.saved_tensors
         (layer,) = _layers(weights, [ctx.scale], inner.dtype)
-        by_y = above[0].reshape(len(rows), -1).to(inner.dtype)
+        by_y = above[0].to(inner.dtype)
         wide = rows.to(inner.dtype)
         by_rows, *by_adapter = _by_linear(by_y, wide, layer, inner, ctx.needs_input_grad[0])
         by_x = None if by_rows is None else by_rows.to(rows.dtype).view(ctx.shape)
@@ -226,7 +227,7 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         ctx.save_for_backward(rows, *weights, *(() if again else (opened, raised)))
         ctx.scales, ctx.shape, ctx.dtype = scales, x.shape, dtype
         product = nn.functional.silu(opened, inplace=again).mul_(raised)
-        return _output(product, down, product @ down.down.t()).to(x.dtype).view(x.shape)
+        return _output(product, down, product @ down.down.t()).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Any, ...]:
@@ -239,7 +240,7 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         opened, raised = parted or (_output(wide, gate, of_gate), _output(wide, up, of_up))
         open_ = nn.functional.silu(opened)
         product = open_ * raised
-        by_y = above[0].reshape(len(rows), -1).to(ctx.dtype)
+        by_y = above[0].to(ctx.dtype)
         of_down = product @ down.down.t()
         by_product, *by_down = _by_linear(by_y, product, down, of_down, True)
         assert by_product is not None

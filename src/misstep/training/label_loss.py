@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from misstep.training.loss import MicroBatch, collate
+from misstep.training.loss import MicroBatch, body_of, collate
 from misstep.training.rows import Row
 from misstep.training.scoring import ScoreHead, padded_right
 
@@ -64,7 +64,7 @@ class LabelLoss(nn.Module):  # type: ignore[misc]
     ) -> Tensor:
         """The cross-entropy summed over the rows, in fp32."""
         del owners
-        body = self.lm.get_decoder()(input_ids=ids, use_cache=False, **layout)
+        body = body_of(self.lm)(input_ids=ids, use_cache=False, **layout)
         odds = self.score(body.last_hidden_state.flatten(0, 1)[positions])[:, 0]
         return _summed(odds, targets, self.weights)
 

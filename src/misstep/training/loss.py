@@ -5,14 +5,15 @@ vocabulary of 152k the plain logits of 2,048 tokens take 1.2 GB in fp32, here 39
 processor; a GPU gets larger chunks, so that it does not wait for the next.
 Rows are padded on the right and no attention mask is made: under causal attention no token sees
 what stands to its right. Both short cuts are tested on the model itself before training; where
-one does not hold, the model's own logits are used.
+one does not hold, the model's own logits are used, and where it is the latter, of one row at a
+time.
 
 This module knows torch and a causal language model; it knows no adapter, optimiser or record.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,8 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
         """What is trained: the language model, or PEFT's wrapper around it."""
         # In a tuple, so that its parameters are not registered a second time.
         self._lm = (lm,)
-        self.skips_logits = skips_logits(lm)
-        """Whether body and head may run apart; else the model computes all its logits."""
+        self.pads, self.skips_logits = short_cuts(lm)
+        """Whether rows may be padded, and whether body and head may run apart."""
         self.collate: Callable[[Sequence[Row]], MicroBatch] = collate
         """How rows become a micro-batch that this model reads."""
         self.lanes = 1
@@ -89,9 +90,20 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
 
         It is the negative log-probability of the row's completion.
         """
+        if not self.pads and len(ids) > 1:
+            lines = range(len(ids))
+            return torch.cat([self._alone(line, ids, positions, targets) for line in lines])
         losses = self._token_losses(ids, positions, targets, **layout)
         # Every row has a target, so the last owner is the last row.
         return losses.new_zeros(int(owners.max()) + 1).index_add(0, owners, losses)
+
+    def _alone(self, line: int, ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """The loss of one row of a micro-batch, without its padding."""
+        own = positions // ids.shape[1] == line
+        places = positions[own] % ids.shape[1]
+        # The last target is the row's last token.
+        row = ids[line : line + 1, : int(places.max()) + 2]
+        return self._token_losses(row, places, targets[own]).sum(0, keepdim=True)
 
     def _token_losses(
         self, ids: Tensor, positions: Tensor, targets: Tensor, **layout: Tensor
@@ -102,7 +114,7 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
                 positions
             ]
             return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        body = lm.get_decoder()(input_ids=ids, use_cache=False, **layout)
+        body = body_of(lm)(input_ids=ids, use_cache=False, **layout)
         hidden = body.last_hidden_state.flatten(0, 1)[positions]
         losses: Tensor = ChunkedCrossEntropy.apply(
             hidden, lm.get_output_embeddings().weight, targets
@@ -110,27 +122,43 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
         return losses
 
 
-def skips_logits(lm: Any) -> bool:
-    """Whether head(body(padded row)) gives the model's own logits of that row.
+def body_of(lm: Any) -> Any:
+    """A language model without its head."""
+    body = lm.get_decoder()
+    # Of Llama 4 and of Mllama's text model transformers gives the whole.
+    return lm.model if body is lm else body
 
-    It does not where a model scales or caps its logits, or mixes tokens other than causally.
-    Each is seen between two passes of one shape, so that rounding, which in bf16 can reach a
-    third of a logit between shapes, does not blur it.
+
+class ShortCuts(NamedTuple):
+    """What holds for a model."""
+
+    pads: bool
+    """No token's logits depend on what stands to its right."""
+    skips_logits: bool
+    """head(body(padded row)) gives the model's own logits of that row."""
+
+
+def short_cuts(lm: Any) -> ShortCuts:
+    """Which short cuts hold for a model, by trying them.
+
+    They do not where it mixes tokens other than causally, or scales or caps its logits. Each is
+    seen between two passes of one shape, so that rounding, which in bf16 can reach a third of a
+    logit between shapes, does not blur it.
     """
     head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        return False
     was_training = lm.training
     lm.eval()
-    row = torch.arange(1, 9, device=head.weight.device) % head.out_features
+    row = torch.arange(1, 9, device=lm.device) % lm.config.get_text_config().vocab_size
     padded = torch.stack([torch.cat([row, row * 0]), torch.cat([row, row.flip(0)])])
     with torch.no_grad():
         logits = lm(input_ids=padded, use_cache=False).logits
-        hidden = lm.get_decoder()(input_ids=padded, use_cache=False).last_hidden_state
-        found = head(hidden)
+        pads = _close(logits[0, : len(row)], logits[1, : len(row)])
+        skips = pads and type(head) is nn.Linear and head.bias is None
+        if skips:
+            found = head(body_of(lm)(input_ids=padded, use_cache=False).last_hidden_state)
+            skips = _close(found, logits)
     lm.train(was_training)
-    causal = _close(hidden[0, : len(row)], hidden[1, : len(row)])
-    return causal and _close(found, logits)
+    return ShortCuts(pads, skips)
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

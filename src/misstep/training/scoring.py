@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from misstep.errors import ModelError
-from misstep.training.loss import measured
+from misstep.training.loss import body_of, measured
 from misstep.training.rows import Row as TokenRow
 from misstep.training.sharing import lanes_of
 
@@ -46,7 +46,7 @@ def classifier(lm: Any, pad: int) -> Any:
     config.use_cache = False
     # What was read from GGUF is plain by now.
     config.__dict__.pop("quantization_config", None)
-    body = lm.get_decoder()
+    body = body_of(lm)
     try:
         # On no device, since its body is replaced at once.
         with torch.device("meta"):

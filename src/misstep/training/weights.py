@@ -13,6 +13,9 @@ import torch
 from misstep.models.weights import no_progress_bars, share
 from misstep.training.loss import CompletionLoss
 
+MAMBA = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))
+"""Kinds of model of which PEFT refuses `out_proj`."""
+
 
 def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
     """The loss on completions of a model with a LoRA adapter."""
@@ -20,9 +23,27 @@ def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
 
 
 def adapted(lm: Any, rank: int, alpha: float, seed: int) -> Any:
-    """The model with a LoRA adapter in fp32 on every linear layer but the head."""
-    config = lora_config(rank, alpha, task_type="CAUSAL_LM")
+    """The model with a LoRA adapter in fp32 on every linear layer but the head.
+
+    What `unfit` names learns nothing, either.
+    """
+    left = sorted(unfit(lm)) or None
+    config = lora_config(rank, alpha, task_type="CAUSAL_LM", exclude_modules=left)
     return with_peft(lm, config, seed)
+
+
+def unfit(lm: Any) -> set[str]:
+    """Names of linear layers that PEFT cannot put an adapter on, in no other layer's use.
+
+    Routers of Llama 4 and Phi-MoE give more than a product, and Mamba's kernels pass the
+    layer by that leads out.
+    """
+    routers = {
+        name.rpartition(".")[2]
+        for name, module in lm.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router")
+    }
+    return routers | ({"out_proj"} if lm.config.model_type in MAMBA else set())
 
 
 def with_peft(model: Any, config: Any, seed: int) -> Any:
