@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from misstep import comparison
 from misstep.comparison import _comparisons, compare_methods, load_cells
 from misstep.errors import InputError, RecipeError
 from misstep.evidence.check_results import correction, read_check
@@ -186,6 +187,33 @@ def test_a_finished_comparison_costs_nothing(
     before = (compared / "results.json").read_bytes()
     compare_methods(recipe, compared, [], Silent())
     assert (compared / "results.json").read_bytes() == before
+
+
+def test_a_finished_table_is_not_made_less_by_a_command_that_stops(
+    compared: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(compared, tmp_path / "c")
+    before = (folder / "results.json").read_bytes()
+    real = comparison._run_cell
+    done: list[int] = []
+
+    def stopped(*given: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*given)
+
+    monkeypatch.setattr("misstep.comparison._run_cell", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare_methods(recipe, folder, [], Silent())
+    assert (folder / "results.json").read_bytes() == before
+    done.clear()
+    heard = Heard()
+    with pytest.raises(KeyboardInterrupt):
+        compare_methods(recipe, folder, ["respond.max_tokens=7"], heard)
+    assert (folder / "former/1/results.json").read_bytes() == before
+    assert any("former/1" in line for line in heard.lines)
+    assert {row.seed for row in read_results(folder / "results.json").rows} == {0}
 
 
 def test_the_pages_show_every_setting(compared: Path) -> None:

@@ -397,7 +397,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_looking_at_rows_leaves_a_finished_run_as_it_is(recipe: Path, finished: Path) -> None:
     before, paid = files(finished), cache_size(finished)
-    shown = masked_rows(recipe, finished, ["methods=[coh]", "seed=3"], Silent(), 2)
+    shown = masked_rows(recipe, finished, ["methods=[mistake_analysis]", "seed=3"], Silent(), 2)
     assert len(shown) == 2
     after = files(finished)
     assert {name: after[name] for name in before} == before
@@ -410,7 +410,7 @@ def test_results_stand_beside_the_manifest_that_they_came_from(
 ) -> None:
     before, heard = files(finished), Heard()
     run(recipe, finished, ["seed=3"], heard, "induce")
-    assert any("former recipe are in" in line for line in heard.lines)
+    assert any("the former recipe left is in" in line for line in heard.lines)
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["recipe"]["seed"] == 3
     assert (list(manifest["yields"]), manifest["training"]) == (["induce"], {})
@@ -420,7 +420,10 @@ def test_results_stand_beside_the_manifest_that_they_came_from(
     assert former == {name: before[name] for name in former}
     run(recipe, finished, [], Silent())
     assert (finished / "results.json").read_bytes() == before["results.json"]
-    assert not (finished / "former/2").exists()
+    # What a run that was stopped has left is no part of the next recipe's report either.
+    assert set(files(finished / "former/2")) == {"manifest.json", "mistakes.jsonl"}
+    stages = json.loads((finished / "manifest.json").read_text())["stages"]
+    assert "evaluate" in stages and "induce" in stages
 
 
 def test_data_of_another_content_are_a_change(recipe: Path, tmp_path: Path) -> None:
@@ -695,9 +698,14 @@ def test_ordinary_data_without_good_answers_are_called_so(recipe: Path, tmp_path
 
 
 def test_what_reads_no_analyses_waits_for_none(recipe: Path, tmp_path: Path) -> None:
-    given = (recipe, tmp_path / "run", ["methods=[vanilla, sft]", "mix.unit=4"])
+    given = (recipe, tmp_path / "run", ["methods=[vanilla, sft]"])
     heard = Heard()
     run(*given, heard, "train")
+    mistakes = list(read_jsonl(tmp_path / "run/mistakes.jsonl", Mistake))
+    training = json.loads((tmp_path / "run/manifest.json").read_text())["training"]["sft"]
+    config = read_inputs(*given[::2]).config
+    share = 1 + config.mix.good_answers + config.mix.ordinary
+    assert training["rows"] == round(share * len(mistakes)) >= training["different"] > 0
     assert any("No method of the recipe reads analyses" in line for line in heard.lines)
     assert not (tmp_path / "run/analyses.jsonl").exists()
     assert masked_rows(recipe, tmp_path / "masks", given[2], Silent(), 1)

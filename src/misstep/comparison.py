@@ -44,7 +44,14 @@ from misstep.pipeline import Run
 from misstep.progress import Progress
 from misstep.records import Answer, Judgement, digest, read_jsonl, write_text
 from misstep.report.compared import write_comparison
-from misstep.run_folder import MANIFEST, Manifest, refuse_foreign, refuse_own, writable
+from misstep.run_folder import (
+    MANIFEST,
+    Manifest,
+    refuse_foreign,
+    refuse_own,
+    set_aside,
+    writable,
+)
 from misstep.stages.base import Settings
 from misstep.stages.evaluate import Correct, agreements
 
@@ -144,14 +151,36 @@ def compare_methods(
     inputs = [check_inputs(cell.config) for cell in cells]
     with claimed(writable(out or Path("runs") / cells[0].config.name)) as folder:
         _check_folder(folder, cells)
+        standing = _standing(folder, cells, progress)
         corrections: Corrections = {}
         for number, (cell, read) in enumerate(zip(cells, inputs, strict=True), 1):
             progress.say(f"Cell {number} of {len(cells)}: {cell.folder}")
             made = _run_cell(folder, cell, read, progress)
             corrections |= {(cell.title, metric): of for metric, of in made.items()}
-            # After each cell, so that a comparison can be read while it goes on.
-            _gather(folder, cells[:number], corrections)
+            # After each cell, so that a comparison can be read while it goes on; what stands
+            # there of more cells is not made less.
+            if number >= standing:
+                _gather(folder, cells[:number], corrections)
     return folder
+
+
+def _standing(folder: Path, cells: Sequence[Cell], progress: Progress) -> int:
+    """How many of these cells the results in the folder hold; those of others are set aside."""
+    if not (folder / MANIFEST).is_file():
+        return 0
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        return 0
+    if data.get("recipe") == _recipe(cells[0].config.model_dump(mode="json")):
+        return len({cell.folder for cell in cells} & set(data["cells"]))
+    progress.say(f"What the former recipe left is in {set_aside(folder, OWN[1:3])}.")
+    return 0
+
+
+def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's recipe without what tells it from the others of its variant."""
+    return {key: value for key, value in recipe.items() if key != "train_seed"}
 
 
 def _check_folder(folder: Path, cells: Sequence[Cell]) -> None:
@@ -319,9 +348,8 @@ def _write_manifest(folder: Path, cells: Sequence[Cell]) -> None:
     }
     first = next(iter(manifests.values()))
     kept = ("schema", "policy", "model", "data", "judges", "versions", "device")
-    recipe = {key: value for key, value in first["recipe"].items() if key != "train_seed"}
     whole = {key: first[key] for key in kept if key in first} | {
-        "recipe": recipe,
+        "recipe": _recipe(first["recipe"]),
         "overlaps": largest(of["overlaps"] for of in manifests.values()),
         "cells": {
             name: {key: of[key] for key in ("stages", "yields", "training", "peak_memory_mb")}

@@ -47,7 +47,7 @@ from misstep.records import (
     write_jsonl,
 )
 from misstep.report.page import write_report
-from misstep.run_folder import Manifest, refuse_own, set_aside, writable
+from misstep.run_folder import RECORDS, Manifest, refuse_own, set_aside, writable
 from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import AnalyseSettings, analyse
 from misstep.stages.base import Tally
@@ -131,9 +131,10 @@ class Run:
             f"The recipe has changed since the last run: {changed}. Only what depends on that "
             "is done again."
         )
-        if (self.folder / "results.json").exists():
+        # Also of one that was stopped: the report would show it as this one's.
+        if any((self.folder / name).exists() for name in RECORDS):
             place = set_aside(self.folder)
-            self.progress.say(f"The results of the former recipe are in {place}.")
+            self.progress.say(f"What the former recipe left is in {place}.")
 
     def _corrections(self) -> dict[str, Correct]:
         if not self.inputs.checks:
@@ -205,10 +206,10 @@ class Run:
 
     @property
     def _needs_analyses(self) -> bool:
-        """Whether something is made of analyses: rows, or the number of all methods' rows."""
+        """Whether rows are made of analyses."""
         config = self.config
         read = any(METHODS[name].uses_analyses for name in config.methods)
-        return read or config.mix.unit is None or config.rounds > 1
+        return read or config.rounds > 1
 
     @property
     def _settings(self) -> InduceSettings:
@@ -245,6 +246,8 @@ class Run:
             found = Shelf(Mistake, mistakes)
             self.share = self._share_of_mistakes(found)
             kept.fill(some_mistakes(found, limit or len(found), self.config.seed))
+            if limit is not None and limit < len(found):
+                self.progress.say(f"Of {len(found)} mistakes {limit} are used: mistakes.limit.")
         self._yield("induce", tally)
         return kept
 
@@ -371,14 +374,18 @@ class Run:
         def of_learned(analysis: Analysis) -> Analysis:
             return analysis.model_copy(update={"mistake": learned(analysis.mistake)})
 
+        confirmed = [learned(mistake) for mistake in mistakes if mistake.confirmed]
+        mix = self.config.mix
+        if not self._needs_analyses:
+            mix = mix.model_copy(update={"unit": mix.unit or len(confirmed)})
         materials = Materials(
             policy=self.inputs.policy,
-            mistakes=[learned(mistake) for mistake in mistakes if mistake.confirmed],
+            mistakes=confirmed,
             analyses=[of_learned(analysis) for analysis in analyses if analysis.accepted],
             revisions=list(collected.revisions),
             ordinary=self.inputs.ordinary,
             answered=[known for p in prompts if (known := answered(p)).reference],
-            mix=self.config.mix,
+            mix=mix,
             seed=self.config.training_seed,
             sampled=analyses,
             unguided=[of_learned(analysis) for analysis in collected.unguided],
@@ -403,7 +410,9 @@ class Run:
 
     def _train(self, method: str, rows: Rows, place: str = "") -> Path:
         folder = self._adapter_folder(method, rows, place)
-        self.progress.say(f"Training {method} on {len(rows)} rows")
+        different = len({row.id for row in rows})
+        again = "" if different == len(rows) else f", {different} of them different"
+        self.progress.say(f"Training {method} on {len(rows)} rows{again}")
 
         def notify(what: str, done: int, total: int) -> None:
             self.progress.update(f"{method}: {what}", done, total)
@@ -415,7 +424,8 @@ class Run:
             report = rewarded.reinforce(self.model, *given, seed, folder, notify, datasets)
         else:
             report = train(self.model, rows, config.train, seed, folder, notify, datasets)
-        self.manifest.data["training"][method] = report.model_dump(mode="json")
+        made = report.model_dump(mode="json") | {"different": different}
+        self.manifest.data["training"][method] = made
         self.manifest.save()
         return folder
 

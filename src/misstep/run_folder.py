@@ -145,7 +145,7 @@ class Manifest:
         self.changed = self._changes(described)
         if self.changed:
             # They are counted anew while the stages pass.
-            self.data |= {"yields": {}, "training": {}}
+            self.data |= {"stages": {}, "yields": {}, "training": {}}
         self.data = {"stages": {}, "yields": {}, "training": {}} | self.data | described
 
     def _previous(self) -> dict[str, Any]:

@@ -27,8 +27,8 @@ class MixSettings(Settings):
 
     unit: Annotated[int, Field(ge=1)] | None = None
     """N itself, so that variants of a sweep train on equally many rows: what there is too much
-    of is drawn from, what there is too little of comes again, the analyses too. The number of
-    accepted analyses where it is left out."""
+    of is drawn from, what there is too little of comes again, the analyses too. Where it is
+    left out, the number of accepted analyses; of mistakes, where no method reads analyses."""
 
     ordinary: Annotated[float, Field(ge=0)] = 1.0
     """Ordinary question-answer pairs, for each of N (paper, section 4.3)."""
