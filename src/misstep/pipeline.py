@@ -31,6 +31,7 @@ from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
 from misstep.models.folding import folded
+from misstep.models.rendering import Renderer
 from misstep.models.weights import Model
 from misstep.progress import Progress
 from misstep.records import (
@@ -192,6 +193,8 @@ class Run:
         if not self.config.trains and last not in LOOKING:
             self.progress.say("No method of the recipe trains: nothing is collected.")
             return dict.fromkeys(self.config.methods)
+        if self.config.trains:
+            Renderer.for_model(self.model).refuse_hidden_answers()
         mistakes = self.induce()
         if last == "induce":
             return {}

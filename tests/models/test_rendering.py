@@ -245,3 +245,43 @@ def test_a_model_ends_its_turn_where_its_configuration_says(tmp_path: Path) -> N
     write("config.json", None)
     write("generation_config.json", [document, start, letter])
     assert found() == ((end, document, start), f":stop-{start}")
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+ASSISTANT = "{% if m.role == 'assistant' %}"
+REST = (
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+)
+ANSWERS = {
+    "in a channel": (f"{TURNS}{ASSISTANT}<s>final{{% endif %}}{REST}{{% endif %}}", "<s>final"),
+    "in a thought": (f"{TURNS}{REST}<think>\n{{% endif %}}", "leaves it in <think>"),
+    "after a thought": (
+        f"{TURNS}{ASSISTANT}</think>{{% endif %}}{REST}{{% endif %}}",
+        "</think>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_template_that_keeps_the_model_from_answering_at_once_is_no_one_to_train(
+    name: str,
+) -> None:
+    template, why = ANSWERS[name]
+    with pytest.raises(ModelError, match=f"found one that .*{why}"):
+        Renderer(tiny_tokenizer(template)).refuse_hidden_answers()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML,
+        NO_SYSTEM,
+        None,
+        # Qwen 3's, with thinking off: an empty thought in prompts, none in former answers.
+        f"{TURNS}{REST}<think>\n\n</think>\n\n{{% endif %}}",
+        f"{TURNS}{ASSISTANT}<think></think>{{% endif %}}{REST}{{% endif %}}",
+    ],
+)
+def test_an_empty_thought_hides_no_answer(template: str | None) -> None:
+    Renderer(tiny_tokenizer(template)).refuse_hidden_answers()

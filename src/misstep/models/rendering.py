@@ -37,6 +37,9 @@ NEXT_TURNS = ("\nUser:", "\nAssistant:")
 """How its turns begin after another one."""
 
 PROBE = "misstep"
+CLOSED = re.compile(r"<(\w*think\w*)>\s*</\1>")
+"""An empty thought, which some templates write in prompts and others in answers."""
+OPENED = re.compile(r"<(\w*think\w*)>\s*\Z")
 # Models whose `eos` ends a turn were trained with one of these at the end of a document.
 ENDINGS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
@@ -130,6 +133,29 @@ class Renderer:
         prompt = self.prompt(messages) + self._encode(prefill, plain=True)
         ids = (*prompt, *self._encode(completion, plain=True), self.end_of_turn)
         return Rendered(ids, len(prompt))
+
+    def refuse_hidden_answers(self) -> None:
+        """Pass where an answer begins where the model is left by the prompt.
+
+        Raises:
+            ModelError: the template leaves a thought open, so that a row would be learned as
+                one; or answers stand in a channel of their own, which rows would lack.
+        """
+        turns = [{"role": "user", "content": "?"}]
+        asked = CLOSED.sub("", self._template(turns, generate=True))
+        turns.append({"role": "assistant", "content": PROBE})
+        answered = CLOSED.sub("", self._template(turns, generate=False)).partition(PROBE)[0]
+        opened = OPENED.search(asked)
+        asked, answered = ("".join(text.split()) for text in (asked, answered))
+        between = answered.removeprefix(asked) if answered.startswith(asked) else ""
+        if opened or between:
+            what = f"leaves it in {opened[0]}" if opened else f"puts {between} before an answer"
+            raise ModelError(
+                f"model {self.tokenizer.name_or_path}: expected a chat template after which it "
+                f"answers at once, found one that {what}: what is trained on would not "
+                "be what it answers. Take a model that does not think aloud, or save it with a "
+                "chat template that ends the thought (tokenizer.chat_template)."
+            )
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated tokens, control tokens left out."""
