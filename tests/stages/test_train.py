@@ -845,6 +845,32 @@ def test_a_step_that_memory_does_not_hold_is_taken_in_smaller_parts(
     assert [record.message[:26] for record in caplog.records] == ["The GPU's memory ran out. "]
 
 
+def test_where_one_row_is_too_much_its_layers_are_computed_twice(
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backward, tried = trainer_module.CompletionTrainer._backward, list[tuple[int, bool]]()
+
+    def limited(self: Any, model: Any, batch: Any, scale: float) -> Tensor:
+        found = backward(self, model, batch, scale)
+        twice = self.loss.lm.is_activation_checkpointing
+        tried.append((batch["ids"].shape[0], twice))
+        if not twice:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return found
+
+    whole = train(model, EXAMPLES[:8], QUICK, 7, tmp_path / "whole")
+    monkeypatch.setattr(trainer_module.CompletionTrainer, "_backward", limited)
+    report = train(model, EXAMPLES[:8], QUICK, 7, tmp_path / "twice")
+    assert report.last_loss == pytest.approx(whole.last_loss, rel=0.05)
+    # Smaller micro-batches come first, and what helped is kept for the steps that follow.
+    assert [twice for _, twice in tried] == sorted(twice for _, twice in tried)
+    assert tried[0][1] is False
+    assert "computed twice" in caplog.records[-1].message
+
+
 @pytest.mark.parametrize(("tokens", "processes"), [(1, 1), (80, 2)])
 def test_a_step_that_cannot_be_made_smaller_says_what_helps(
     model: Model,

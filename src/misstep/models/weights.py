@@ -279,6 +279,16 @@ def halve(tokens: int) -> int:
     return tokens // 2
 
 
+def compute_twice(lm: Any) -> None:
+    """Compute a model's layers again in the backward pass, where a GPU lacked memory; says so."""
+    free()
+    lm.activation_checkpointing_enable()
+    logging.getLogger(__name__).warning(
+        "The GPU's memory ran out on a single row. Layers are computed twice from here on "
+        "instead of kept, as by train.gradient_checkpointing; this takes a third longer."
+    )
+
+
 @lru_cache
 def _say_halved() -> None:
     logging.getLogger(__name__).warning(

@@ -61,7 +61,8 @@ def fast_layers(
     finally:
         for block in blocks:
             block._compiled_call_impl = None
-        if checkpointing:
+        # Also where memory asked for it on the way.
+        if lm.is_activation_checkpointing:
             lm.activation_checkpointing_disable()
         for layer in fused:
             del layer.forward

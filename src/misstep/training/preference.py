@@ -10,6 +10,7 @@ This module knows torch and the loss of rows; it knows no adapter, optimiser or 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,11 @@ class PreferenceLoss(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.completion = completion
         self.beta = beta
+
+    @property
+    def lm(self) -> Any:
+        """The language model itself, with the adapter's layers in it."""
+        return self.completion.lm
 
     @property
     def lanes(self) -> int:

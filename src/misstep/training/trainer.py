@@ -27,7 +27,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from misstep.errors import TrainingError
-from misstep.models.weights import halve
+from misstep.models.weights import compute_twice, halve
 from misstep.records import write_text
 from misstep.training.label_loss import EncoderLoss, LabelLoss
 from misstep.training.lanes import side_by_side
@@ -94,7 +94,8 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Forward and backward of this process's micro-batches of one step.
 
-        Where a GPU's memory runs out the step begins anew, in smaller micro-batches.
+        Where a GPU's memory runs out the step begins anew, in smaller micro-batches, and where
+        these are single rows with activations computed twice instead of kept.
         """
         model.train()
         rows = inputs["rows"]
@@ -102,7 +103,10 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         while (total := self._tried(model, rows, groups)) is None:
             # Some gradients may be there already.
             model.zero_grad()
-            self.micro_tokens = halve(max(map(padded, groups)))
+            if _are_single(groups):
+                compute_twice(self.loss.lm)
+            else:
+                self.micro_tokens = halve(max(map(padded, groups)))
             groups = self._groups(rows)
         # All stop together, whosever loss it is.
         loss = self.accelerator.reduce(total, "mean").item()
@@ -143,7 +147,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             return self._whole_step(model, rows, groups)
         except torch.OutOfMemoryError as error:
             alone = self.accelerator.distributed_type == DistributedType.NO
-            if alone and any(len(group) > 1 for group in groups):
+            if alone and not (_are_single(groups) and self._keeps_little):
                 return None
             raise TrainingError(
                 f"training, step {self.state.global_step + 1}: the GPU's memory ran out on "
@@ -151,6 +155,12 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
                 "train.gradient_checkpointing to true, lower train.max_length, or among "
                 "several processes train.batch_size; or see what else is on the GPU."
             ) from error
+
+    @property
+    def _keeps_little(self) -> bool:
+        """Whether no activation is kept that could be computed twice; an encoder's all are."""
+        lm = None if isinstance(self.loss, EncoderLoss) else self.loss.lm
+        return lm is None or bool(lm.is_activation_checkpointing)
 
     def _whole_step(
         self, model: Any, rows: Sequence[Any], groups: Sequence[list[Any]]
@@ -231,6 +241,11 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             write_text(folder / MARKER, json.dumps({"seconds": self.seconds}))
+
+
+def _are_single(groups: Sequence[Sequence[Any]]) -> bool:
+    """Whether no micro-batch can be made smaller."""
+    return all(len(group) < 2 for group in groups)
 
 
 class Checkpoints(TrainerCallback):  # type: ignore[misc]
