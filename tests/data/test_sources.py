@@ -632,6 +632,34 @@ def test_other_encodings_are_read_when_named(tmp_path: Path, name: str) -> None:
         prompts(path)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".csv.gz"])
+def test_a_wrong_encoding_is_found_on_its_line(tmp_path: Path, suffix: str) -> None:
+    row = '{"prompt": "plain"}\n' if suffix == ".jsonl" else "plain\n"
+    text = "prompt\n" * (suffix != ".jsonl") + row * 9_000
+    content = (text + row.replace("plain", "caf\u00e9")).encode("cp1252")
+    packed = gzip.compress(content) if suffix.endswith(".gz") else content
+    path = write(tmp_path, f"a{suffix}", packed)
+    line = text.count("\n") + 1
+    with pytest.raises(DataError, match=f"a{suffix}, line {line}: .*the byte 0xe9.*cp1252"):
+        prompts(path)
+    assert len(prompts(path, encoding="cp1252")) == 2
+
+
+def test_a_mark_of_utf_16_names_the_encoding(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.tsv", "prompt\tresponse\np\tr\n".encode("utf-16"))
+    said = fault(path)
+    assert "line 1: expected utf-8-sig text" in said and "utf-16" in said
+    assert "cp1252" not in said
+    assert [m.response for m in mistakes(path, encoding="utf-16")] == ["r"]
+
+
+def test_a_spreadsheet_under_any_name_is_told_to_be_saved_as_csv(tmp_path: Path) -> None:
+    content = b"PK\x03\x04\x14\x00"
+    assert "found a zip archive" in fault(write(tmp_path, "a.csv", content), encoding="cp1252")
+    named = write(tmp_path, "a.xlsx", content)
+    assert "found a spreadsheet. Save it as CSV" in fault(named)
+
+
 def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]) -> None:
     """A stand-in for the library: no network, the same call."""
     library = ModuleType("datasets")

@@ -3,7 +3,9 @@
 Each row comes with the place where it stands. What its columns mean is not known here.
 """
 
+import codecs
 import csv
+import gzip
 import json
 import zlib
 from collections.abc import Iterator
@@ -11,13 +13,16 @@ from functools import cache
 from gzip import BadGzipFile
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from misstep.errors import DataError
 from misstep.records import open_text, read_json_lines, refuse_half_characters
 
 LONGEST_CELL = 2**31 - 1
 """Characters. The csv library refuses cells above 131,072 else, and takes no more than this."""
+
+ZIP = b"PK\x03\x04"
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 PlacedRow = tuple[str, dict[str, Any]]
 """Where a row stands, in words, and its columns."""
@@ -66,11 +71,10 @@ def file_rows(name: str, form: Form) -> Iterator[PlacedRow]:
     if not path.is_file():
         raise DataError(f"{name}: no such file. Check the path; it is read from where you are.")
     try:
+        _refuse_spreadsheet(path)
         yield from READERS[str(_suffix(name))](path, form)
-    except (UnicodeError, LookupError) as fault:
-        raise DataError(
-            f"{name}: expected {form.encoding} text ({fault}). Set 'encoding'."
-        ) from fault
+    except UnicodeError as fault:
+        raise _not_in(form.encoding, path) from fault
     except (BadGzipFile, EOFError, zlib.error) as fault:
         raise DataError(f"{name}: expected a file that gzip has packed ({fault}).") from fault
     except OSError as fault:
@@ -79,6 +83,40 @@ def file_rows(name: str, form: Form) -> Iterator[PlacedRow]:
         raise DataError(
             f"{name}: expected rows, found values in values without end."
         ) from fault
+
+
+def _open_bytes(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _refuse_spreadsheet(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) == ZIP:
+            raise DataError(
+                f"{path}: expected a file {READ}, found a zip archive, which a spreadsheet "
+                "(.xlsx) is under any name. Save it as CSV in UTF-8."
+            )
+
+
+def _not_in(encoding: str, path: Path) -> DataError:
+    """Names the first line that is not in the encoding; a decoder counts from its own chunks."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line, found = 1, "a character cut off"
+    with _open_bytes(path) as file:
+        marked = file.read(2) in UTF_16
+        file.seek(0)
+        try:
+            for part in file:
+                line += decoder.decode(part).count("\n")
+        except UnicodeDecodeError as fault:
+            found = f"the byte 0x{fault.object[fault.start]:02x}"
+        except UnicodeError as fault:
+            found = str(fault)
+    likely = "utf-16, as its first bytes say" if marked else "often cp1252 where Excel wrote it"
+    return DataError(
+        f"{path}, line {line}: expected {encoding} text, found {found}. Set 'encoding' to the "
+        f"file's own, {likely}; or save it as UTF-8."
+    )
 
 
 def file_stem(name: str) -> str:
@@ -208,7 +246,8 @@ READERS = {
 }
 READ = f"{', '.join(TEXTS)} (each also with .gz) or .parquet"
 """The names of files that are read, in words."""
-OTHERS = (".txt", ".md", ".xml", ".xls", ".xlsx", ".yaml", ".yml", ".arrow", ".zip", ".gz")
+SPREADSHEETS = (".xls", ".xlsx", ".ods")
+OTHERS = (*SPREADSHEETS, ".txt", ".md", ".xml", ".yaml", ".yml", ".arrow", ".zip", ".gz")
 """How names of files end that are not read, and no name of a data set."""
 
 
@@ -221,6 +260,8 @@ def check_hub_name(name: str) -> None:
     expected = f"{name}: expected a file {READ}, or the name of a Hugging Face data set;"
     if as_path(name).exists():
         kind = "a folder" if as_path(name).is_dir() else "another file"
+        if name.lower().endswith(SPREADSHEETS):
+            raise DataError(f"{expected} found a spreadsheet. Save it as CSV in UTF-8.")
         raise DataError(f"{expected} found {kind}. Give one of these.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(OTHERS):
         raise DataError(f"{expected} found a path where nothing is. Check it.")
