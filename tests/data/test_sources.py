@@ -131,6 +131,32 @@ def test_a_comment_above_the_header_is_skipped(tmp_path: Path) -> None:
     assert "line 3: expected 2 cells" in fault(broken)
 
 
+@pytest.mark.parametrize("above", ["", "# by us, 2024\n", "# v=1,,\n", "#a\n", "sep=,\n"])
+@pytest.mark.parametrize("number", ["", "#,", "#id,"])
+def test_a_header_may_begin_with_a_hash(tmp_path: Path, above: str, number: str) -> None:
+    content = f"{above}{number}prompt,response\n{number and '7,'}p,r\n"
+    path = write(tmp_path, "a.csv", content)
+    ((where, row),) = rows(Source(path=path))
+    assert where == f"{path}, line {2 + bool(above)}"
+    assert list(row) == [*filter(None, [number[:-1]]), "prompt", "response"]
+    assert [m.response for m in mistakes(path)] == ["r"]
+
+
+@pytest.mark.parametrize("header", ["Prompt,RESPONSE,Label", "prompt, response, label "])
+def test_columns_are_known_in_any_case_and_spacing(tmp_path: Path, header: str) -> None:
+    path = write(tmp_path, "a.csv", f"{header}\np,bad,1\nq,good,0\n")
+    assert [(m.prompt.text, m.response) for m in mistakes(path)] == [("p", "bad")]
+
+
+def test_a_column_that_is_mapped_or_spelled_twice_keeps_its_name(tmp_path: Path) -> None:
+    row = {"Prompt": "title", "prompt": "p", "Answer": "mine", "response": "theirs"}
+    path = write(tmp_path, "a.jsonl", json.dumps(row))
+    ((_, plain),) = rows(Source(path=path))
+    assert plain == {"Prompt": "title", "prompt": "p", "answer": "mine", "response": "theirs"}
+    (found,) = mistakes(path, fields={"response": "Answer", "prompt": "Prompt"})
+    assert (found.prompt.text, found.response) == ("title", "mine")
+
+
 def test_repeated_prompts_count_once_and_the_seed_draws(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"prompt": f"p{i % 30}"}) for i in range(60))
     source = Source(path=write(tmp_path, "a.jsonl", lines), n=10)

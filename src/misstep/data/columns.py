@@ -6,6 +6,7 @@ is text, or the turns of a conversation. Knows no file.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isnan
@@ -52,6 +53,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt_label": ("prompt_label", "prompt_harm_label"),
 }
 """Our field names, each with the column names that are recognised unmapped, in this order."""
+KNOWN = {name for names in COLUMNS.values() for name in names}
+"""The column names that are recognised in any case and between any spaces."""
 WORDS = {"response": "answer"}
 """Field names in the words of a reason."""
 APART = "instruction"
@@ -147,12 +150,31 @@ def instances_of(reading: Reading, row: Row) -> Iterator[dict[str, Any]]:
 
     Each instance is a row of its own: an input and an output to the same instruction.
     """
+    row = _plainly_named(reading, row)
     instances = row.get("instances") or ()
     nested = _is_list(instances) and all(isinstance(each, Mapping) for each in instances)
     if nested and APART in row and reading.as_published:
         yield from (_without_nan({**row, **each}) for each in instances)
     else:
         yield _without_nan(row)
+
+
+def _plainly_named(reading: Reading, row: Row) -> Row:
+    """The row with known names of columns as they are known, as `prompt` for `Prompt `.
+
+    A name that is mapped stays, and so does one of which there is another spelling.
+    """
+    if KNOWN.issuperset(row):
+        return row
+    plain = {name: name.strip().casefold() for name in row}
+    often = Counter(plain.values())
+    mapped = set(reading.fields.values())
+    return {
+        plain[name]
+        if plain[name] in KNOWN and often[plain[name]] == 1 and name not in mapped
+        else name: value
+        for name, value in row.items()
+    }
 
 
 def _without_nan(row: Row) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from functools import cache
@@ -23,6 +24,8 @@ LONGEST_CELL = 2**31 - 1
 
 ZIP = b"PK\x03\x04"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+SEPARATOR = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)
+"""The line by which Excel is told what parts the cells."""
 
 PlacedRow = tuple[str, dict[str, Any]]
 """Where a row stands, in words, and its columns."""
@@ -99,7 +102,7 @@ def _refuse_spreadsheet(path: Path) -> None:
 
 
 def _not_in(encoding: str, path: Path) -> DataError:
-    """Names the first line that is not in the encoding; a decoder counts from its own chunks."""
+    """Names the first line that is not in the encoding: faults count from a decoder's chunk."""
     decoder = codecs.getincrementaldecoder(encoding)()
     line, found = 1, "a character cut off"
     with _open_bytes(path) as file:
@@ -162,8 +165,9 @@ def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
         if not labels:
             if len(cells) == 1 and form.header:
                 _refuse_parted_otherwise(cells[0], f"{path}, line {line}")
-            labels = cells if form.header else [f"column{i}" for i in range(len(cells))]
+            labels = [f"column{i}" for i in range(len(cells))]
             if form.header:
+                labels = [name.strip() for name in cells]
                 _refuse_equal_names(labels, f"{path}, line {line}")
                 continue
         if len(cells) != len(labels):
@@ -198,9 +202,9 @@ def _csv_rows(path: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV or TSV file, each with the line that it starts at."""
     csv.field_size_limit(LONGEST_CELL)
     with open_text(path, form.encoding, newline="") as file:
-        comments = _comments(file) if form.header else 0
-        tabs = ".tsv" in str(_suffix(path.name))
-        reader = csv.reader(file, delimiter="\t" if tabs else ",", strict=True)
+        mark = "\t" if ".tsv" in str(_suffix(path.name)) else ","
+        comments = _comments(file, mark) if form.header else 0
+        reader = csv.reader(file, delimiter=mark, strict=True)
         line = 1 + comments
         try:
             for cells in reader:
@@ -212,12 +216,19 @@ def _csv_rows(path: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
             ) from fault
 
 
-def _comments(file: TextIO) -> int:
-    """Pass over the comment lines that PyRIT's files open with, and count them."""
+def _comments(file: TextIO, mark: str) -> int:
+    """Pass over the lines above the header, and count them.
+
+    PyRIT's files open with comments, and some for Excel with `sep=,`. A header may itself
+    begin with `#`, as the name of a column of numbers.
+    """
     number = 0
     while True:
         start = file.tell()
-        if not file.readline().startswith("#"):
+        line = file.readline()
+        first, *others = line.strip().split(mark)
+        is_header = re.fullmatch(r"#\w*", first) and others and all(others)
+        if not SEPARATOR.match(line) and (is_header or not line.startswith("#")):
             file.seek(start)
             return number
         number += 1
