@@ -24,6 +24,7 @@ from misstep.data.labels import (
     says_bad,
     word_of,
 )
+from misstep.documents import suggestion
 from misstep.errors import DataError, EmptyCell
 from misstep.records import Instruction, Message, Prompt, Role
 
@@ -104,7 +105,10 @@ class Reading(BaseModel):
     def _known_fields(cls, fields: dict[str, str]) -> dict[str, str]:
         unknown = sorted(set(fields) - set(COLUMNS))
         if unknown:
-            raise ValueError(f"unknown field {unknown}; known are {', '.join(COLUMNS)}")
+            told = (
+                f"unknown field '{name}'.{suggestion(name, [*COLUMNS])}" for name in unknown
+            )
+            raise ValueError(" ".join(told))
         if (column := fields.get("label")) in SAFE:
             raise ValueError(
                 f"label: expected a column that says whether an answer is bad; {column} says "

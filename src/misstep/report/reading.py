@@ -152,15 +152,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        why = str(fault)
+    except OSError as fault:
+        why = f"none ({fault.strerror})"
+    except ValueError as fault:
+        why = f"what is no JSON ({fault})"
     else:
         lacks = MANIFEST_KEYS - set(manifest if isinstance(manifest, dict) else ())
         if not lacks and isinstance(manifest["recipe"], dict):
             return dict(manifest)
         why = f"one without {', '.join(sorted(lacks)) or 'a recipe'}"
     raise DataError(
-        f"{path}: expected the manifest that misstep wrote, found none ({why}). Give another "
+        f"{path}: expected the manifest that misstep wrote, found {why}. Give another "
         "directory, or run the recipe there again."
     )
 
