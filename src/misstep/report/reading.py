@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from misstep.data.held_out import Overlaps
-from misstep.errors import DataError
+from misstep.errors import DataError, PolicyError
 from misstep.evidence.results import Results, read_results
+from misstep.policy import Policy, load_policy
 from misstep.records import Analysis, Answer, Judgement, Record, Score, describe, read_jsonl
 
 FILES = ("manifest.json", "results.json", "analyses.jsonl", "responses.jsonl", "scores.jsonl")
@@ -165,6 +166,29 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         f"{path}: expected the manifest that misstep wrote, found {why}. Give another "
         "directory, or run the recipe there again."
     )
+
+
+def run_policy(folder: Path) -> Policy:
+    """The policy that a directory's manifest names.
+
+    Raises:
+        DataError: there is no manifest, or it names none.
+        PolicyError: it cannot be read; names the manifest and what its paths begin at.
+    """
+    key = f"{folder / 'manifest.json'}: recipe.policy"
+    name = read_manifest(folder)["recipe"].get("policy")
+    if name is None:
+        raise DataError(
+            f"{key}: expected the policy of a run, found none. Give the directory that "
+            "`misstep run` wrote."
+        )
+    try:
+        return load_policy(str(name))
+    except PolicyError as fault:
+        raise PolicyError(
+            f"{key}: {fault} A path there is read from where you are: give the command where "
+            "the run was started."
+        ) from fault
 
 
 def _manifest(path: Path) -> Manifest:
