@@ -573,7 +573,7 @@ def cache_list(cache: Cache) -> None:
     """Say what is kept, a line for each engine: answers, first and last day, identity."""
     from misstep.engines.store import open_existing
 
-    with open_existing(cache) as store:
+    with open_existing(cache, only_read=True) as store:
         for held in store.holdings():
             days = f"{held.first:%Y-%m-%d}  {held.last:%Y-%m-%d}"
             print(f"{held.answers:>9,}  {days}  {held.identity}")
