@@ -312,7 +312,8 @@ def test_a_cell_may_be_of_any_length(run: Path) -> None:
     filled = list(csv.DictReader(rate(sheet, "ann").open(encoding="utf-8")))
     filled[1]["answer_1"] = "x" * 140_000
     csv.field_size_limit(131_072)  # Python's own, which reading other data may have raised.
-    import_sheets(run, [save(run.parent / "ann.csv", filled)])
+    _, ratings = import_sheets(run, [save(run.parent / "ann.csv", filled)])
+    assert (ratings.raters, ratings.items) == ({"ann": N}, N)
 
 
 def test_wrong_sheets_are_named_by_line_and_column(run: Path) -> None:
