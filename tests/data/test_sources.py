@@ -148,6 +148,21 @@ def test_columns_are_known_in_any_case_and_spacing(tmp_path: Path, header: str) 
     assert [(m.prompt.text, m.response) for m in mistakes(path)] == [("p", "bad")]
 
 
+@pytest.mark.parametrize("above", ["", "# one\n\n"])
+def test_a_column_that_is_missing_is_placed_at_the_header(tmp_path: Path, above: str) -> None:
+    path = write(tmp_path, "a.csv", f"{above}prompt,text\np,r\n")
+    place = f"{path}, line {1 + above.count(chr(10))}: "
+    assert fault(path).startswith(f"{place}field 'response' is missing")
+    assert fault(path, fields={"response": "text", "label": "bad"}).startswith(f"{place}field")
+    with pytest.raises(DataError, match=f"^{place}expected a column with labels"):
+        load_labelled(Source(path=path, fields={"response": "text"}), "mistake_rate")
+    # What is wrong with a cell is wrong on its own line, and an object names its own columns.
+    empty = write(tmp_path, "b.csv", f"{above}prompt,response\n,r\n")
+    assert f"line {2 + above.count(chr(10))}: field 'prompt': expected" in fault(empty)
+    lines = write(tmp_path, "c.jsonl", GOOD_ROW + '\n{"prompt": "p"}\n')
+    assert "line 2: field 'response' is missing" in fault(lines)
+
+
 def test_a_column_that_is_mapped_or_spelled_twice_keeps_its_name(tmp_path: Path) -> None:
     row = {"Prompt": "title", "prompt": "p", "Answer": "mine", "response": "theirs"}
     path = write(tmp_path, "a.jsonl", json.dumps(row))

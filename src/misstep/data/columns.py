@@ -24,6 +24,7 @@ from misstep.data.labels import (
     says_bad,
     word_of,
 )
+from misstep.data.tables import header_of
 from misstep.documents import suggestion
 from misstep.errors import DataError, EmptyCell
 from misstep.records import Instruction, Message, Prompt, Role
@@ -213,8 +214,8 @@ def _refused(reading: Reading, row: Row, field: str, where: str) -> DataError:
         known = "a column " + " or ".join(map(repr, names[:3]))
         expected = known if mapped is None else f"column '{mapped}'"
         return DataError(
-            f"{where}: field '{field}' is missing: expected {expected}, found columns "
-            f"{', '.join(sorted(row))}. Map it with fields: {{{field}: COLUMN}}."
+            f"{header_of(where)}: field '{field}' is missing: expected {expected}, found "
+            f"columns {', '.join(sorted(row))}. Map it with fields: {{{field}: COLUMN}}."
         )
     told = (
         f"{where}: field '{field}': expected text or turns, found {value!r:.60}. Map another "
@@ -517,8 +518,8 @@ def _label_columns(reading: Reading, row: Row, where: str) -> Iterator[tuple[str
         mapped = reading.fields.get(field)
         if mapped is not None and mapped not in row:
             raise DataError(
-                f"{where}: field '{field}' is missing: expected column '{mapped}', found "
-                f"columns {', '.join(sorted(row))}."
+                f"{header_of(where)}: field '{field}' is missing: expected column '{mapped}', "
+                f"found columns {', '.join(sorted(row))}."
             )
         if mapped is not None:
             yield field, mapped

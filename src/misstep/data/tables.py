@@ -27,6 +27,21 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SEPARATOR = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)
 """The line by which Excel is told what parts the cells."""
 
+
+class Place(str):
+    """Where a row stands, in words, of a table whose columns are named elsewhere."""
+
+    __slots__ = ("header",)
+
+    header: str
+    """Where its columns are named."""
+
+
+def header_of(where: str) -> str:
+    """Where the columns of a row are named: of most files at the row itself."""
+    return where.header if isinstance(where, Place) else where
+
+
 PlacedRow = tuple[str, dict[str, Any]]
 """Where a row stands, in words, and its columns."""
 
@@ -159,6 +174,7 @@ def _json(path: Path, form: Form) -> Iterator[PlacedRow]:
 
 def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
     labels: list[str] = []
+    header = str(path)
     for line, cells in _csv_rows(path, form):
         if not any(cells):
             continue
@@ -167,15 +183,17 @@ def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
                 _refuse_parted_otherwise(cells[0], f"{path}, line {line}")
             labels = [f"column{i}" for i in range(len(cells))]
             if form.header:
-                labels = [name.strip() for name in cells]
-                _refuse_equal_names(labels, f"{path}, line {line}")
+                labels, header = [name.strip() for name in cells], f"{path}, line {line}"
+                _refuse_equal_names(labels, header)
                 continue
         if len(cells) != len(labels):
             raise DataError(
                 f"{path}, line {line}: expected {len(labels)} cells as in the first row, "
                 f"found {len(cells)}. Quote cells that contain commas."
             )
-        yield f"{path}, line {line}", dict(zip(labels, cells, strict=True))
+        place = Place(f"{path}, line {line}")
+        place.header = header
+        yield place, dict(zip(labels, cells, strict=True))
 
 
 def _refuse_equal_names(labels: list[str], place: str) -> None:
