@@ -104,7 +104,7 @@ def find(run: Path, name: str, guided: bool) -> Source:
     if adapter is not None:
         _refuse_other_base(adapter, model)
     guided |= method.guided == (True,)
-    words = ("", "")
+    words: tuple[str, ...] = ("", "")
     if guided or type(method).ask is not Method.ask:
         policy = run_policy(run)
         _refuse_changed(run, "policy", policy.digest, manifest)

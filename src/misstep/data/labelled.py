@@ -266,8 +266,9 @@ def _preferred(source: Source, row: Row, metric: str, where: str) -> Case | Left
         raise DataError(
             f"{header_of(where)}: expected pairs of answers, since the judge's {metric} is no "
             f"verdict on a single one: columns {' and '.join(fields)}, the better one and "
-            f"the other one; or LLMBar's ({', '.join(sorted(LLMBAR))}). Found {', '.join(sorted(row))}. Map "
-            "the better one with reference=COLUMN and the other with response=COLUMN."
+            f"the other one; or LLMBar's ({', '.join(sorted(LLMBAR))}). Found "
+            f"{', '.join(sorted(row))}. Map the better one with reference=COLUMN and "
+            "the other with response=COLUMN."
         )
     try:
         better, worse = (answer_of(side, row, field, where) for field in PREFERRED)

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from functools import cache
 from gzip import BadGzipFile
 from hashlib import file_digest, sha256
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from misstep.errors import DataError
 from misstep.records import open_text, read_json_lines, refuse_half_characters
@@ -103,7 +104,7 @@ def file_rows(name: str, form: Form) -> Iterator[PlacedRow]:
         ) from fault
 
 
-def _open_bytes(path: Path) -> BinaryIO:
+def _open_bytes(path: Path) -> BufferedIOBase:
     return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
