@@ -64,3 +64,55 @@ def test_a_command_that_is_asked_to_end_takes_its_children_with_it(tmp_path: Pat
     assert "Interrupted. Nothing that was finished is lost" in said
     with pytest.raises(ProcessLookupError):
         os.killpg(run.pid, signal.SIGKILL)
+
+
+def said_at_status_2(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    monkeypatch.setattr(sys, "argv", ["misstep", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("run recipe.yaml", "compare recipe.yaml", "train recipe.yaml", "study recipe.yaml"),
+        *("export runs/own", "judge check refusal a.csv", "judge train a.csv"),
+        *("import-inspect a.eval", "bench train", "bench overhead"),
+    ],
+)
+def test_an_empty_out_is_refused(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = said_at_status_2([*command.split(), "--out", ""], monkeypatch, capsys)
+    assert "--out: expected a path, found nothing" in said
+    assert not [*tmp_path.iterdir()]
+
+
+def test_rows_without_a_mask_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "masked_rows", lambda *_: [])
+    words = ["train", "mine.yaml", "--show-mask", "2"]
+    said = said_at_status_2(words, monkeypatch, capsys)
+    assert "mine.yaml: methods: expected rows of one answer each" in said
+
+
+def test_a_page_that_lacks_a_file_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text("garbage")
+    monkeypatch.setattr(sys, "argv", ["misstep", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    shown = capsys.readouterr()
+    assert end.value.code == 0
+    assert shown.out.strip() == str(tmp_path / "report.html")
+    assert "results.json is unreadable: no rates" in shown.err

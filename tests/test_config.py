@@ -127,7 +127,11 @@ def test_a_section_without_keys_can_be_overridden(tmp_path: Path) -> None:
             "split: train",
             "give either a suite or a path",
         ),
-        ("path: pairs.jsonl", "path: p.csv, fields: {promt: q}", "unknown field ['promt']"),
+        (
+            "path: pairs.jsonl",
+            "path: p.csv, fields: {promt: q}",
+            "unknown field 'promt'. Did you mean 'prompt'?",
+        ),
         ("path: pairs.jsonl", "path: p.csv, target_pattern: 'no'", "needs a group"),
         ("path: pairs.jsonl", "path: p.csv, target_pattern: '('", "no valid regular expr"),
         ("path: pairs.jsonl", "path: p.csv, encoding: utf-9", "expected an encoding"),
@@ -165,6 +169,17 @@ def test_a_wrong_override_is_named(tmp_path: Path, override: str, said: str) -> 
     assert found.startswith(f"--set {override}: ")
     # The fault is on the command line: no line of the file may be blamed for it.
     assert ", line" not in found
+
+
+def test_an_override_inside_of_what_is_wrong_is_named_before_the_line(tmp_path: Path) -> None:
+    override = "evaluate.pools={all: [attacks, other, more]}"
+    found = fault(tmp_path, override)
+    place = f"--set {override} over {tmp_path / 'trial.yaml'}, line 8: 'evaluate': "
+    assert found.startswith(place)
+    assert "unknown: more, other" in found
+    # What the file itself has wrong elsewhere is still the file's.
+    seed = fault(tmp_path, "train.epochs=3", recipe=RECIPE.replace("seed: 3", "seed: x"))
+    assert seed.startswith(f"{tmp_path / 'trial.yaml'}, line 2: 'seed'")
 
 
 def test_faults_of_file_and_command_line_are_named_together(tmp_path: Path) -> None:

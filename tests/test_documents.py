@@ -20,6 +20,7 @@ class Outer(BaseModel):
     inner: Inner = Inner()
     named: dict[str, Inner] = {}
     listed: tuple[Inner, ...] = ()
+    patterns: Annotated[tuple[int, ...], Field(min_length=1)] = (1,)
 
 
 def load(folder: Path, text: str) -> Outer:
@@ -59,6 +60,7 @@ def test_a_right_document_becomes_its_schema(tmp_path: Path) -> None:
         ("- name\n", "expected keys with values, found a list"),
         ("", "found an empty file"),
         ("name: A b\n", "line 1: 'name': expected text that matches ^[a-z]+$ (found 'A b')"),
+        ("name: x\npatterns: []\n", "line 2: 'patterns': expected at least 1 of them"),
         ("name: yes\n", "true or false (yes, no, on, off, too): put it in quotes (found True)"),
         ("name: 2026-01-02\n", "a date, or true or false"),
         ("name: [a]\n", "line 1: 'name': expected text (found ['a'])"),
@@ -78,6 +80,13 @@ def test_all_faults_are_named_at_once_a_line_each(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
     assert all(line.startswith(str(tmp_path / "doc.yaml")) for line in lines)
+
+
+def test_a_list_with_a_broken_member_is_not_called_too_short(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, "name: x\npatterns:\n- many\n")
+    (line,) = str(caught.value).splitlines()
+    assert "line 3: 'patterns.0': expected a whole number (found 'many')" in line
 
 
 def test_the_caller_chooses_the_error(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from misstep.errors import InputError, ModelError
-from misstep.export import export
+from misstep.export import export, find
 from misstep.methods.registry import METHODS
 from misstep.models.folding import folded
 from misstep.models.gguf_header import read_header
@@ -231,7 +231,23 @@ def test_another_model_or_policy_under_the_name_is_refused(
         changed = manifest | {what: {"name": what, "digest": "0" * 16}}
         (run / "manifest.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=f"expected the {what} of its manifest"):
-            export(run, "mistake_analysis", False, tmp_path / "out")
+            export(run, "mistake_analysis", True, tmp_path / "out")
+
+
+def test_a_policy_is_read_only_where_its_words_are_used(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished(tmp_path / "run", str(tiny_model))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["recipe"]["policy"] = "mine.yaml"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir(tmp_path)
+    assert find(run, "mistake_analysis", False).words == ("", "")
+    where = (
+        r"run/manifest\.json: recipe\.policy: mine\.yaml: cannot be read.*from where you are"
+    )
+    with pytest.raises(InputError, match=where):
+        find(run, "mistake_analysis", True)
 
 
 def test_a_study_has_nothing_to_export(tiny_model: Path, tmp_path: Path) -> None:

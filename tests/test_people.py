@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from misstep.errors import DataError
+from misstep.errors import DataError, InputError
 from misstep.evidence.ratings import QUESTIONS, Key, paired_items, sheet_csv
 from misstep.evidence.results import Setting
 from misstep.judge_check import read_check_inputs
@@ -52,7 +52,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     write_jsonl(folder / "responses.jsonl", answers)
     write_jsonl(folder / "scores.jsonl", judgements)
-    recipe = {"recipe": {"policy": "goal-hijacking"}}
+    recipe = {"recipe": {"policy": "goal-hijacking"}, "device": "", "versions": {}}
     (folder / "manifest.json").write_text(json.dumps(recipe))
     return folder
 
@@ -290,12 +290,30 @@ def test_lines_that_spreadsheets_add_are_no_items(run: Path) -> None:
     assert ratings.raters == {"ann": N}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"policy": "mine.yaml"}, r"recipe\.policy: mine\.yaml: cannot be read"),
+        ({}, r"recipe\.policy: expected the policy of a run"),
+    ],
+)
+def test_a_sheet_whose_policy_is_not_there_is_not_begun(
+    run: Path, recipe: dict[str, str], said: str
+) -> None:
+    manifest = {"recipe": recipe, "device": "", "versions": {}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"run/manifest\.json: {said}"):
+        write_sheet(run, None, None, 100, 0)
+    assert not (run / "sheet").exists()
+
+
 def test_a_cell_may_be_of_any_length(run: Path) -> None:
     sheet = write_sheet(run, None, None, 100, 0)
     filled = list(csv.DictReader(rate(sheet, "ann").open(encoding="utf-8")))
     filled[1]["answer_1"] = "x" * 140_000
     csv.field_size_limit(131_072)  # Python's own, which reading other data may have raised.
-    import_sheets(run, [save(run.parent / "ann.csv", filled)])
+    _, ratings = import_sheets(run, [save(run.parent / "ann.csv", filled)])
+    assert (ratings.raters, ratings.items) == ({"ann": N}, N)
 
 
 def test_wrong_sheets_are_named_by_line_and_column(run: Path) -> None:

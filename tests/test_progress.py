@@ -32,12 +32,22 @@ def test_without_a_terminal_there_are_lines(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "[bold]as it is[/bold]\n"
 
 
-@pytest.mark.parametrize("kind", [Silent, Lines, Bars])
-def test_all_kinds_take_the_same_calls(kind: type[Progress]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Silent, ""),
+        (Lines, "  a: 0 of 0\n  b [x]: 2 of 2\ndone [/]\n"),
+        (Bars, "done [/]\n"),
+    ],
+)
+def test_all_kinds_take_the_same_calls(
+    kind: type[Progress], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     shown = kind()
     for what, done, total in (("a", 0, 0), ("b [x]", 1, 2), ("b [x]", 2, 2)):
         shown.update(what, done, total)
     shown.say("done [/]")
+    assert capsys.readouterr() == ("", said)
 
 
 def test_bars_know_each_piece_of_work() -> None:

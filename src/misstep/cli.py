@@ -6,9 +6,10 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,9 +39,20 @@ app.add_typer(bench, name="bench")
 cache_app = typer.Typer(no_args_is_help=True, help="Finished answers of models, kept by runs.")
 app.add_typer(cache_app, name="cache")
 Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.", show_default=False)]
-Out = Annotated[
-    Path | None, typer.Option("--out", help="The run directory; runs/NAME where left out.")
-]
+
+
+def _path(given: str) -> Path:
+    """A path that names something: an empty one, as of an unset variable, would be `.`."""
+    if not given:
+        raise InputError("--out: expected a path, found nothing. Write . for where you are.")
+    return Path(given)
+
+
+def _out(about: str, check: Callable[[Path | None], Path | None] | None = None) -> Any:
+    return typer.Option("--out", parser=_path, metavar="<path>", help=about, callback=check)
+
+
+Out = Annotated[Path | None, _out("The run directory; runs/NAME where left out.")]
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Put a value over the recipe's.")
 ]
@@ -66,12 +78,7 @@ def _writable_file(path: Path | None) -> Path | None:
 
 
 BenchOut = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        help="A JSON file; bench-NAME.json where left out.",
-        callback=_writable_file,
-    ),
+    Path | None, _out("A JSON file; bench-NAME.json where left out.", _writable_file)
 ]
 
 
@@ -145,6 +152,12 @@ def train(
 
         with progress() as shown:
             rows = masked_rows(recipe, out, overrides, shown, show_mask)
+        if not rows:
+            raise InputError(
+                f"{recipe}: methods: expected rows of one answer each from the method that is "
+                "shown (mistake_analysis, or the last one), found none: its rows are pairs, or "
+                "all longer than train.max_length. Put another method last."
+            )
         print_mask(rows)
         return
     from misstep.pipeline import run_training
@@ -189,12 +202,7 @@ def export(
             metavar="DIR", help="The directory of a run or of a comparison.", show_default=False
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", help="A new folder, or NAME.gguf where the model is a GGUF file."
-        ),
-    ],
+    out: Annotated[Path, _out("A new folder, or NAME.gguf where the model is a GGUF file.")],
     method: Annotated[
         str,
         typer.Option(
@@ -233,8 +241,7 @@ def judge_check(
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The check's directory; runs/check-JUDGE where left out."),
+        Path | None, _out("The check's directory; runs/check-JUDGE where left out.")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="The model that is asked, or the guard's.")
@@ -268,7 +275,7 @@ def judge_train(
         list[str],
         typer.Argument(help="Labelled data, as `judge check` reads them.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("--out", help="The folder of the judge.")],
+    out: Annotated[Path, _out("The folder of the judge.")],
     model: Annotated[
         str,
         typer.Option(
@@ -361,8 +368,7 @@ def import_inspect(
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option("--out", help="The directory; runs/inspect-NAME where left out."),
+        Path | None, _out("The directory; runs/inspect-NAME where left out.")
     ] = None,
 ) -> None:
     """Make results of inspect_ai's logs of a recipe's test sets."""
@@ -414,14 +420,18 @@ def report(
         print(write_comparison(folder))
         return
     from misstep.evidence.judge_card import is_trained_judge
-    from misstep.report.page import write_report
+    from misstep.report.page import write_run_page
+    from misstep.report.reading import read_run
 
     if is_trained_judge(str(folder)):
         raise InputError(
             f"{folder}: expected a directory that has a page, found a trained judge, whose "
             "card is Markdown only. Print it with --markdown."
         )
-    print(write_report(folder))
+    run = read_run(folder)
+    for lacked in run.missing:
+        print(lacked, file=sys.stderr)
+    print(write_run_page(folder, run))
 
 
 def _write_picture(folder: Path) -> Path:
@@ -563,7 +573,7 @@ def cache_list(cache: Cache) -> None:
     """Say what is kept, a line for each engine: answers, first and last day, identity."""
     from misstep.engines.store import open_existing
 
-    with open_existing(cache) as store:
+    with open_existing(cache, only_read=True) as store:
         for held in store.holdings():
             days = f"{held.first:%Y-%m-%d}  {held.last:%Y-%m-%d}"
             print(f"{held.answers:>9,}  {days}  {held.identity}")

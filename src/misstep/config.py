@@ -82,7 +82,8 @@ class EvaluateSettings(Settings):
         unknown = sorted(set(self.reference_loss) - set(self.tests))
         if unknown:
             raise ValueError(
-                f"reference_loss: expected test sets ({', '.join(self.tests)}), found {unknown}"
+                f"reference_loss: expected test sets ({', '.join(self.tests)}), found "
+                f"{', '.join(unknown)}"
             )
         return self
 
@@ -93,7 +94,7 @@ class EvaluateSettings(Settings):
             if unknown or pool in self.tests:
                 raise ValueError(
                     f"pool '{pool}' needs a new name and known test sets "
-                    f"({', '.join(self.tests)}); unknown: {unknown or pool}"
+                    f"({', '.join(self.tests)}); unknown: {', '.join(unknown) or pool}"
                 )
         return self
 

@@ -108,7 +108,13 @@ def check(
         return schema.model_validate(data)
     except ValidationError as fault:
         faults = fault.errors(include_url=False)
-        phrases = [_phrase(f, schema, data, source, lines or {}) for f in faults]
+        broken = {f["loc"][:-1] for f in faults if f["loc"]}
+        phrases = [
+            _phrase(f, schema, data, source, lines or {})
+            for f in faults
+            # Of a list with broken members pydantic counts the others alone.
+            if f["type"] != "too_short" or f["loc"] not in broken
+        ]
         raise error("\n".join(phrases)) from fault
 
 
@@ -136,12 +142,13 @@ def _phrase(
 
 
 def _place(keys: KeyPath, source: str, lines: Places) -> str:
-    """Where a value was written: the line of its key, or what put it there."""
+    """Where a value was written: the line of its key, and what put it or a part of it there."""
+    of = {key: said for key, said in lines.items() if keys and key[: len(keys)] == keys}
+    inside = ", ".join(dict.fromkeys(said for said in of.values() if isinstance(said, str)))
     if isinstance(line := lines.get(keys), int):
-        return f"{source}, line {line}"
+        return f"{inside} over {source}, line {line}" if inside else f"{source}, line {line}"
     around = [lines.get(keys[:depth]) for depth in range(len(keys), 0, -1)]
-    inside = [said for key, said in lines.items() if keys and key[: len(keys)] == keys]
-    return next((said for said in around + inside if isinstance(said, str)), source)
+    return next((said for said in around if isinstance(said, str)), inside or source)
 
 
 def _given(data: Any, keys: KeyPath) -> KeyPath:

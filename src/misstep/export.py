@@ -26,10 +26,10 @@ from misstep.models.weights import (
     is_full_fine_tune,
     locate,
 )
-from misstep.policy import Policy, load_policy
+from misstep.policy import Policy
 from misstep.records import Message, Prompt, write_text
 from misstep.report.markdown import rows_table
-from misstep.report.reading import read_manifest
+from misstep.report.reading import read_manifest, run_policy
 from misstep.run_folder import writable
 from misstep.training.card import card_head
 
@@ -85,7 +85,8 @@ def find(run: Path, name: str, guided: bool) -> Source:
     """A method's model in a run or a comparison, and the words around a prompt.
 
     Raises:
-        InputError: there is none, or model or policy are no longer those of the run.
+        InputError: there is none, or the model, or the policy whose words are put around a
+            prompt, are no longer those of the run.
     """
     manifest = read_manifest(run)
     method = _method(name)
@@ -99,13 +100,15 @@ def find(run: Path, name: str, guided: bool) -> Source:
     _refuse_changed(run, "model", model.digest, manifest)
     if recipe.get("adapter"):
         model = folded(model, check_adapter(recipe["adapter"]), run / "base")
-    policy = load_policy(str(recipe["policy"]))
-    _refuse_changed(run, "policy", policy.digest, manifest)
     adapter = _adapter(run, name) if method.trains else None
     if adapter is not None:
         _refuse_other_base(adapter, model)
     guided |= method.guided == (True,)
-    words = words_around(policy, method, guided)
+    words: tuple[str, ...] = ("", "")
+    if guided or type(method).ask is not Method.ask:
+        policy = run_policy(run)
+        _refuse_changed(run, "policy", policy.digest, manifest)
+        words = words_around(policy, method, guided)
     return Source(model, adapter, method.name, guided, words)
 
 

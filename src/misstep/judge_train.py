@@ -144,7 +144,7 @@ def read_train_inputs(
         if len(labels) < 2:
             raise DataError(
                 f"{', '.join(sets)}: expected answers of both labels in the {part} part, found "
-                f"{labels or 'none'}. Give more data, or another seed, dev or held_out."
+                f"{' and '.join(str(int(k)) for k in labels) or 'none'}. Give more data, or another seed, dev or held_out."
             )
     return inputs
 

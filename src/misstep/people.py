@@ -5,7 +5,6 @@ run's folder `sheet`; `import` writes ratings.json and rated.jsonl beside them. 
 stands in misstep.evidence.ratings.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from misstep.evidence.ratings import (
     sheet_csv,
 )
 from misstep.evidence.results import Setting
-from misstep.policy import load_policy
 from misstep.records import Answer, Judgement, read_json, read_jsonl, write_json, write_text
+from misstep.report.reading import run_policy
 from misstep.report.sheet import write_sheet_page
 from misstep.report.view import ends, setting_of
 
@@ -36,10 +35,11 @@ def write_sheet(run: Path, a: str | None, b: str | None, n: int, seed: int) -> P
     """Write a blind sheet of two settings' answers, and its key; gives the sheet's folder.
 
     Raises:
+        PolicyError: the run's policy cannot be read, whose words raters are told.
         DataError: the run has no answers, or not those of both settings; or there is a rated
             sheet already, whose key would be lost.
     """
-    folder = run / FOLDER
+    folder, mistake = run / FOLDER, run_policy(run).mistake
     if (folder / "ratings.json").exists():
         raise DataError(
             f"{folder}: expected no ratings yet, found ratings.json, which belongs to the key "
@@ -55,7 +55,7 @@ def write_sheet(run: Path, a: str | None, b: str | None, n: int, seed: int) -> P
     _refuse_used(folder, key, sheet_csv(items))
     write_json(folder / "key.json", key.model_dump(mode="json", by_alias=True))
     write_text(folder / "sheet.csv", BOM + sheet_csv(items))
-    write_sheet_page(folder / "sheet.html", items, _mistake(run))
+    write_sheet_page(folder / "sheet.html", items, mistake)
     return folder
 
 
@@ -98,20 +98,6 @@ def _parsed(name: str) -> Setting:
             "vanilla/unguided."
         )
     return Setting(method, way == "guided")
-
-
-def _mistake(run: Path) -> str:
-    """What the run's policy calls a mistake, in its words."""
-    path = run / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        name = manifest["recipe"]["policy"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: expected the manifest of a run, which names its policy; found none. Give "
-            "the directory that `misstep run` wrote."
-        ) from error
-    return load_policy(str(name)).mistake
 
 
 def _key(path: Path) -> Key:

@@ -311,7 +311,7 @@ class Run:
         if not tally.kept:
             raise RunError(
                 f"none of {tally.sampled} analyses was accepted "
-                f"({tally.counts.refused}). Read {found.path}; try another "
+                f"({tally.reasons}). Read {found.path}; try another "
                 "analysis.engine, a larger analysis.n or analysis.max_tokens, or "
                 "analysis.gate=false."
             )

@@ -131,6 +131,47 @@ def test_a_comment_above_the_header_is_skipped(tmp_path: Path) -> None:
     assert "line 3: expected 2 cells" in fault(broken)
 
 
+@pytest.mark.parametrize("above", ["", "# by us, 2024\n", "# v=1,,\n", "#a\n", "sep=,\n"])
+@pytest.mark.parametrize("number", ["", "#,", "#id,"])
+def test_a_header_may_begin_with_a_hash(tmp_path: Path, above: str, number: str) -> None:
+    content = f"{above}{number}prompt,response\n{number and '7,'}p,r\n"
+    path = write(tmp_path, "a.csv", content)
+    ((where, row),) = rows(Source(path=path))
+    assert where == f"{path}, line {2 + bool(above)}"
+    assert list(row) == [*filter(None, [number[:-1]]), "prompt", "response"]
+    assert [m.response for m in mistakes(path)] == ["r"]
+
+
+@pytest.mark.parametrize("header", ["Prompt,RESPONSE,Label", "prompt, response, label "])
+def test_columns_are_known_in_any_case_and_spacing(tmp_path: Path, header: str) -> None:
+    path = write(tmp_path, "a.csv", f"{header}\np,bad,1\nq,good,0\n")
+    assert [(m.prompt.text, m.response) for m in mistakes(path)] == [("p", "bad")]
+
+
+@pytest.mark.parametrize("above", ["", "# one\n\n"])
+def test_a_column_that_is_missing_is_placed_at_the_header(tmp_path: Path, above: str) -> None:
+    path = write(tmp_path, "a.csv", f"{above}prompt,text\np,r\n")
+    place = f"{path}, line {1 + above.count(chr(10))}: "
+    assert fault(path).startswith(f"{place}field 'response' is missing")
+    assert fault(path, fields={"response": "text", "label": "bad"}).startswith(f"{place}field")
+    with pytest.raises(DataError, match=f"^{place}expected a column with labels"):
+        load_labelled(Source(path=path, fields={"response": "text"}), "mistake_rate")
+    # What is wrong with a cell is wrong on its own line, and an object names its own columns.
+    empty = write(tmp_path, "b.csv", f"{above}prompt,response\n,r\n")
+    assert f"line {2 + above.count(chr(10))}: field 'prompt': expected" in fault(empty)
+    lines = write(tmp_path, "c.jsonl", GOOD_ROW + '\n{"prompt": "p"}\n')
+    assert "line 2: field 'response' is missing" in fault(lines)
+
+
+def test_a_column_that_is_mapped_or_spelled_twice_keeps_its_name(tmp_path: Path) -> None:
+    row = {"Prompt": "title", "prompt": "p", "Answer": "mine", "response": "theirs"}
+    path = write(tmp_path, "a.jsonl", json.dumps(row))
+    ((_, plain),) = rows(Source(path=path))
+    assert plain == {"Prompt": "title", "prompt": "p", "answer": "mine", "response": "theirs"}
+    (found,) = mistakes(path, fields={"response": "Answer", "prompt": "Prompt"})
+    assert (found.prompt.text, found.response) == ("title", "mine")
+
+
 def test_repeated_prompts_count_once_and_the_seed_draws(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"prompt": f"p{i % 30}"}) for i in range(60))
     source = Source(path=write(tmp_path, "a.jsonl", lines), n=10)
@@ -191,7 +232,7 @@ def test_a_recipe_says_what_other_words_and_grades_mean(tmp_path: Path, column: 
 @pytest.mark.parametrize(
     ("labels", "why"),
     [
-        ({"bad": ["Non-Toxic"], "good": ["non toxic", "x"]}, r"found \['non toxic'\] as bad"),
+        ({"bad": ["Non-Toxic"], "good": ["non toxic", "x"]}, r"found 'non toxic' as bad"),
         ({"bad": [1], "good": []}, "at least 1"),
         ({"bad": [1]}, "good"),
         ({"bad": [1], "good": [0], "ugly": [2]}, "ugly"),
@@ -630,6 +671,34 @@ def test_other_encodings_are_read_when_named(tmp_path: Path, name: str) -> None:
     assert prompts(path, encoding="gb18030")[0].text == "你好"
     with pytest.raises(DataError, match=r"expected utf-8-sig text.*Set 'encoding'"):
         prompts(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".csv.gz"])
+def test_a_wrong_encoding_is_found_on_its_line(tmp_path: Path, suffix: str) -> None:
+    row = '{"prompt": "plain"}\n' if suffix == ".jsonl" else "plain\n"
+    text = "prompt\n" * (suffix != ".jsonl") + row * 9_000
+    content = (text + row.replace("plain", "caf\u00e9")).encode("cp1252")
+    packed = gzip.compress(content) if suffix.endswith(".gz") else content
+    path = write(tmp_path, f"a{suffix}", packed)
+    line = text.count("\n") + 1
+    with pytest.raises(DataError, match=f"a{suffix}, line {line}: .*the byte 0xe9.*cp1252"):
+        prompts(path)
+    assert len(prompts(path, encoding="cp1252")) == 2
+
+
+def test_a_mark_of_utf_16_names_the_encoding(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.tsv", "prompt\tresponse\np\tr\n".encode("utf-16"))
+    said = fault(path)
+    assert "line 1: expected utf-8-sig text" in said and "utf-16" in said
+    assert "cp1252" not in said
+    assert [m.response for m in mistakes(path, encoding="utf-16")] == ["r"]
+
+
+def test_a_spreadsheet_under_any_name_is_told_to_be_saved_as_csv(tmp_path: Path) -> None:
+    content = b"PK\x03\x04\x14\x00"
+    assert "found a zip archive" in fault(write(tmp_path, "a.csv", content), encoding="cp1252")
+    named = write(tmp_path, "a.xlsx", content)
+    assert "found a spreadsheet. Save it as CSV" in fault(named)
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]) -> None:

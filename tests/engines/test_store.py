@@ -155,8 +155,47 @@ def test_somebody_elses_database_is_left_as_it_is(path: Path) -> None:
         other.execute("CREATE TABLE mine (a)")
     before = path.read_bytes()
     with pytest.raises(RunError, match=r"found something else .*the table mine"):
-        open_existing(path)
+        Store(path)
+    for only_read in (False, True):
+        with pytest.raises(DataError, match=r"found something else .*the table mine"):
+            open_existing(path, only_read)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("only_read", [False, True])
+def test_a_file_that_is_no_cache_is_wrong_input(tmp_path: Path, only_read: bool) -> None:
+    table = tmp_path / "data.csv"
+    table.write_text("prompt,response\n" * 100)
+    with pytest.raises(DataError, match=r"data\.csv: expected a cache.*Name a run directory"):
+        open_existing(table, only_read)
+    assert [*tmp_path.iterdir()] == [table]
+
+
+def test_an_empty_file_is_no_cache_to_read_and_one_to_fill(path: Path) -> None:
+    path.touch()
+    with pytest.raises(DataError, match="an empty database"):
+        open_existing(path, only_read=True)
+    with open_existing(path) as store:
+        assert store.holdings() == []
+
+
+def test_what_is_only_read_is_left_as_it_is(path: Path) -> None:
+    with Store(path) as store:
+        store.keep("a", answers(range(5)))
+    before = path.read_bytes()
+    with open_existing(path.parent, only_read=True) as store:
+        assert [h.answers for h in store.holdings()] == [5]
+        assert [*path.parent.iterdir()] == [path]
+        with pytest.raises(RunError, match="readonly"):
+            store.keep("a", answers(range(5, 9)))
+    assert path.read_bytes() == before
+
+
+def test_what_a_run_has_just_kept_is_read_beside_it(path: Path) -> None:
+    with Store(path) as store:
+        store.keep("a", answers(range(5)))
+        with open_existing(path, only_read=True) as read:
+            assert [h.answers for h in read.holdings()] == [5]
 
 
 def test_a_full_disk_is_no_reason_to_throw_a_cache_away(path: Path) -> None:

@@ -186,6 +186,19 @@ def test_a_pair_judge_that_repeats_prefers_neither(one: str, other: str) -> None
         assert found.value in (None, 0.5)
 
 
+def test_a_pair_judge_that_names_a_side_prefers_its_answer() -> None:
+    def longer(request: Request) -> str:
+        _, first, second = texts_between_marks(request)
+        return f"Verdict: {'A' if len(first) > len(second) else 'B'}"
+
+    judge = RubricPairJudge(PAIR, ScriptedEngine(longer, "p"))
+    pairs = [
+        (answered("In clear water."), answered("No.")),
+        (answered("No."), answered("Yes.")),
+    ]
+    assert [found.value for found in judge.compare(pairs)] == [1.0, 0.0]
+
+
 @settings(max_examples=30)
 @given(anything.map("\n".join).filter(str.strip))
 def test_judged_text_stands_whole_between_marks_that_it_does_not_hold(text: str) -> None:

@@ -145,7 +145,12 @@ def test_without_a_manifest_the_page_says_nothing_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "why"), [("{", "Expecting"), ("[]", "without"), ('{"recipe": {}}', "device")]
+    ("text", "why"),
+    [
+        ("{", "found what is no JSON"),
+        ("[]", "found one without device"),
+        ('{"recipe": {}}', "device"),
+    ],
 )
 def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str, why: str) -> None:
     shutil.copy(RUNS[0] / "results.json", tmp_path)

@@ -13,7 +13,7 @@ from misstep.judges.rule import ObedienceJudge
 from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Prompt, Response, Score
 from misstep.stages.base import Tally, Yield
-from misstep.stages.induce import InduceSettings, confirm, induce, some_mistakes
+from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
 
 HARM = load_policy("harmlessness")
 HIJACK = load_policy("goal-hijacking")
@@ -123,8 +123,21 @@ def test_the_yields_add_up(script: str) -> None:
 
 
 def test_a_model_without_mistakes_ends_the_run_with_advice() -> None:
-    with pytest.raises(RunError, match=r"12 answers to 6 prompts \(\{'no mistake': 12\}\)"):
+    with pytest.raises(RunError, match=r"12 answers to 6 prompts \(12 no mistake\)"):
         run(PLAIN, ScriptedEngine(lambda _: "good"), samples=2)
+
+
+@pytest.mark.parametrize(
+    ("says", "made_none"),
+    [(["good"], True), (["good", "I refuse."], True), (["I refuse."], False)],
+)
+def test_a_judge_is_blamed_only_where_it_could_score_nothing(
+    says: list[str], made_none: bool
+) -> None:
+    with pytest.raises(RunError) as caught:
+        run(PLAIN, ScriptedEngine(lambda r: says[of_number(r) % len(says)]), samples=1)
+    assert isinstance(caught.value, NoMistakeError) == made_none
+    assert ("could score none of 6 answers" in str(caught.value)) != made_none
 
 
 def test_refusing_an_attack_is_no_mistake_for_the_real_judge() -> None:
@@ -186,7 +199,10 @@ def test_reports_of_which_none_is_confirmed_end_the_run_with_the_tally() -> None
         Mistake(prompt=PLAIN[0], response=text, source="reported", confirmed=False)
         for text in ("good", "so good", "who knows")
     ]
-    with pytest.raises(RunError, match=r"none of 3 reports.*judge's eyes\": 2.*no word'?: 1"):
+    with pytest.raises(
+        RunError,
+        match=r"none of 3 reports.*\(2 no mistake in the judge's eyes, 1 left.*no word\)",
+    ):
         list(confirm(reports, WordJudge(), Tally()))
 
 

@@ -6,6 +6,7 @@ is text, or the turns of a conversation. Knows no file.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isnan
@@ -23,6 +24,8 @@ from misstep.data.labels import (
     says_bad,
     word_of,
 )
+from misstep.data.tables import header_of
+from misstep.documents import suggestion
 from misstep.errors import DataError, EmptyCell
 from misstep.records import Instruction, Message, Prompt, Role
 
@@ -52,6 +55,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt_label": ("prompt_label", "prompt_harm_label"),
 }
 """Our field names, each with the column names that are recognised unmapped, in this order."""
+KNOWN = {name for names in COLUMNS.values() for name in names}
+"""The column names that are recognised in any case and between any spaces."""
 WORDS = {"response": "answer"}
 """Field names in the words of a reason."""
 APART = "instruction"
@@ -101,7 +106,10 @@ class Reading(BaseModel):
     def _known_fields(cls, fields: dict[str, str]) -> dict[str, str]:
         unknown = sorted(set(fields) - set(COLUMNS))
         if unknown:
-            raise ValueError(f"unknown field {unknown}; known are {', '.join(COLUMNS)}")
+            told = (
+                f"unknown field '{name}'.{suggestion(name, [*COLUMNS])}" for name in unknown
+            )
+            raise ValueError(" ".join(told))
         if (column := fields.get("label")) in SAFE:
             raise ValueError(
                 f"label: expected a column that says whether an answer is bad; {column} says "
@@ -147,12 +155,31 @@ def instances_of(reading: Reading, row: Row) -> Iterator[dict[str, Any]]:
 
     Each instance is a row of its own: an input and an output to the same instruction.
     """
+    row = _plainly_named(reading, row)
     instances = row.get("instances") or ()
     nested = _is_list(instances) and all(isinstance(each, Mapping) for each in instances)
     if nested and APART in row and reading.as_published:
         yield from (_without_nan({**row, **each}) for each in instances)
     else:
         yield _without_nan(row)
+
+
+def _plainly_named(reading: Reading, row: Row) -> Row:
+    """The row with known names of columns as they are known, as `prompt` for `Prompt `.
+
+    A name that is mapped stays, and so does one of which there is another spelling.
+    """
+    if KNOWN.issuperset(row):
+        return row
+    plain = {name: name.strip().casefold() for name in row}
+    often = Counter(plain.values())
+    mapped = set(reading.fields.values())
+    return {
+        plain[name]
+        if plain[name] in KNOWN and often[plain[name]] == 1 and name not in mapped
+        else name: value
+        for name, value in row.items()
+    }
 
 
 def _without_nan(row: Row) -> dict[str, Any]:
@@ -187,8 +214,8 @@ def _refused(reading: Reading, row: Row, field: str, where: str) -> DataError:
         known = "a column " + " or ".join(map(repr, names[:3]))
         expected = known if mapped is None else f"column '{mapped}'"
         return DataError(
-            f"{where}: field '{field}' is missing: expected {expected}, found columns "
-            f"{', '.join(sorted(row))}. Map it with fields: {{{field}: COLUMN}}."
+            f"{header_of(where)}: field '{field}' is missing: expected {expected}, found "
+            f"columns {', '.join(sorted(row))}. Map it with fields: {{{field}: COLUMN}}."
         )
     told = (
         f"{where}: field '{field}': expected text or turns, found {value!r:.60}. Map another "
@@ -491,8 +518,8 @@ def _label_columns(reading: Reading, row: Row, where: str) -> Iterator[tuple[str
         mapped = reading.fields.get(field)
         if mapped is not None and mapped not in row:
             raise DataError(
-                f"{where}: field '{field}' is missing: expected column '{mapped}', found "
-                f"columns {', '.join(sorted(row))}."
+                f"{header_of(where)}: field '{field}' is missing: expected column '{mapped}', "
+                f"found columns {', '.join(sorted(row))}."
             )
         if mapped is not None:
             yield field, mapped

@@ -35,7 +35,7 @@ from misstep.data.labels import (
     unknown_word,
 )
 from misstep.data.sources import Source, place_of, rows, source_digest, wanted
-from misstep.data.tables import file_stem
+from misstep.data.tables import file_stem, header_of
 from misstep.errors import DataError, EmptyCell
 from misstep.records import VERDICTS, Prompt, Response, digest
 
@@ -167,9 +167,9 @@ def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
             if label is None:
                 refuse_prompt_label(row, where)
                 raise DataError(
-                    f"{where}: expected a column with labels ({', '.join(COLUMNS['label'])} or "
-                    f"is_safe), found {', '.join(sorted(row))}. Map it with --field "
-                    "label=COLUMN."
+                    f"{header_of(where)}: expected a column with labels "
+                    f"({', '.join(COLUMNS['label'])} or is_safe), found "
+                    f"{', '.join(sorted(row))}. Map it with --field label=COLUMN."
                 )
             answer = answer_of(side, row, "response", where)
         except EmptyCell as nothing:
@@ -264,10 +264,11 @@ def _preferred(source: Source, row: Row, metric: str, where: str) -> Case | Left
     fields = [side.fields[field] for field in PREFERRED]
     if not set(fields) <= set(row):
         raise DataError(
-            f"{where}: expected pairs of answers, since the judge's {metric} is no verdict on "
-            f"a single one: columns {' and '.join(fields)}, the better one and the other one; "
-            f"or LLMBar's ({', '.join(sorted(LLMBAR))}). Found {', '.join(sorted(row))}. Map "
-            "the better one with reference=COLUMN and the other with response=COLUMN."
+            f"{header_of(where)}: expected pairs of answers, since the judge's {metric} is no "
+            f"verdict on a single one: columns {' and '.join(fields)}, the better one and "
+            f"the other one; or LLMBar's ({', '.join(sorted(LLMBAR))}). Found "
+            f"{', '.join(sorted(row))}. Map the better one with reference=COLUMN and "
+            "the other with response=COLUMN."
         )
     try:
         better, worse = (answer_of(side, row, field, where) for field in PREFERRED)

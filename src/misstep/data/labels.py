@@ -52,7 +52,8 @@ class LabelWords(BaseModel):
     @model_validator(mode="after")
     def _parted(self) -> "LabelWords":
         if both := set.intersection(*self.meant):
-            raise ValueError(f"expected each word once, found {sorted(both)} as bad and good")
+            words = ", ".join(map(repr, sorted(both)))
+            raise ValueError(f"expected each word once, found {words} as bad and good")
         return self
 
     @property

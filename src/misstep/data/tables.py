@@ -3,13 +3,17 @@
 Each row comes with the place where it stands. What its columns mean is not known here.
 """
 
+import codecs
 import csv
+import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from functools import cache
 from gzip import BadGzipFile
 from hashlib import file_digest, sha256
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -18,6 +22,26 @@ from misstep.records import open_text, read_json_lines, refuse_half_characters
 
 LONGEST_CELL = 2**31 - 1
 """Characters. The csv library refuses cells above 131,072 else, and takes no more than this."""
+
+ZIP = b"PK\x03\x04"
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+SEPARATOR = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)
+"""The line by which Excel is told what parts the cells."""
+
+
+class Place(str):
+    """Where a row stands, in words, of a table whose columns are named elsewhere."""
+
+    __slots__ = ("header",)
+
+    header: str
+    """Where its columns are named."""
+
+
+def header_of(where: str) -> str:
+    """Where the columns of a row are named: of most files at the row itself."""
+    return where.header if isinstance(where, Place) else where
+
 
 PlacedRow = tuple[str, dict[str, Any]]
 """Where a row stands, in words, and its columns."""
@@ -66,11 +90,10 @@ def file_rows(name: str, form: Form) -> Iterator[PlacedRow]:
     if not path.is_file():
         raise DataError(f"{name}: no such file. Check the path; it is read from where you are.")
     try:
+        _refuse_spreadsheet(path)
         yield from READERS[str(_suffix(name))](path, form)
-    except (UnicodeError, LookupError) as fault:
-        raise DataError(
-            f"{name}: expected {form.encoding} text ({fault}). Set 'encoding'."
-        ) from fault
+    except UnicodeError as fault:
+        raise _not_in(form.encoding, path) from fault
     except (BadGzipFile, EOFError, zlib.error) as fault:
         raise DataError(f"{name}: expected a file that gzip has packed ({fault}).") from fault
     except OSError as fault:
@@ -79,6 +102,40 @@ def file_rows(name: str, form: Form) -> Iterator[PlacedRow]:
         raise DataError(
             f"{name}: expected rows, found values in values without end."
         ) from fault
+
+
+def _open_bytes(path: Path) -> BufferedIOBase:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _refuse_spreadsheet(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) == ZIP:
+            raise DataError(
+                f"{path}: expected a file {READ}, found a zip archive, which a spreadsheet "
+                "(.xlsx) is under any name. Save it as CSV in UTF-8."
+            )
+
+
+def _not_in(encoding: str, path: Path) -> DataError:
+    """Names the first line that is not in the encoding: faults count from a decoder's chunk."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line, found = 1, "a character cut off"
+    with _open_bytes(path) as file:
+        marked = file.read(2) in UTF_16
+        file.seek(0)
+        try:
+            for part in file:
+                line += decoder.decode(part).count("\n")
+        except UnicodeDecodeError as fault:
+            found = f"the byte 0x{fault.object[fault.start]:02x}"
+        except UnicodeError as fault:
+            found = str(fault)
+    likely = "utf-16, as its first bytes say" if marked else "often cp1252 where Excel wrote it"
+    return DataError(
+        f"{path}, line {line}: expected {encoding} text, found {found}. Set 'encoding' to the "
+        f"file's own, {likely}; or save it as UTF-8."
+    )
 
 
 def file_stem(name: str) -> str:
@@ -118,22 +175,26 @@ def _json(path: Path, form: Form) -> Iterator[PlacedRow]:
 
 def _csv(path: Path, form: Form) -> Iterator[PlacedRow]:
     labels: list[str] = []
+    header = str(path)
     for line, cells in _csv_rows(path, form):
         if not any(cells):
             continue
         if not labels:
             if len(cells) == 1 and form.header:
                 _refuse_parted_otherwise(cells[0], f"{path}, line {line}")
-            labels = cells if form.header else [f"column{i}" for i in range(len(cells))]
+            labels = [f"column{i}" for i in range(len(cells))]
             if form.header:
-                _refuse_equal_names(labels, f"{path}, line {line}")
+                labels, header = [name.strip() for name in cells], f"{path}, line {line}"
+                _refuse_equal_names(labels, header)
                 continue
         if len(cells) != len(labels):
             raise DataError(
                 f"{path}, line {line}: expected {len(labels)} cells as in the first row, "
                 f"found {len(cells)}. Quote cells that contain commas."
             )
-        yield f"{path}, line {line}", dict(zip(labels, cells, strict=True))
+        place = Place(f"{path}, line {line}")
+        place.header = header
+        yield place, dict(zip(labels, cells, strict=True))
 
 
 def _refuse_equal_names(labels: list[str], place: str) -> None:
@@ -160,9 +221,9 @@ def _csv_rows(path: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV or TSV file, each with the line that it starts at."""
     csv.field_size_limit(LONGEST_CELL)
     with open_text(path, form.encoding, newline="") as file:
-        comments = _comments(file) if form.header else 0
-        tabs = ".tsv" in str(_suffix(path.name))
-        reader = csv.reader(file, delimiter="\t" if tabs else ",", strict=True)
+        mark = "\t" if ".tsv" in str(_suffix(path.name)) else ","
+        comments = _comments(file, mark) if form.header else 0
+        reader = csv.reader(file, delimiter=mark, strict=True)
         line = 1 + comments
         try:
             for cells in reader:
@@ -174,12 +235,19 @@ def _csv_rows(path: Path, form: Form) -> Iterator[tuple[int, list[str]]]:
             ) from fault
 
 
-def _comments(file: TextIO) -> int:
-    """Pass over the comment lines that PyRIT's files open with, and count them."""
+def _comments(file: TextIO, mark: str) -> int:
+    """Pass over the lines above the header, and count them.
+
+    PyRIT's files open with comments, and some for Excel with `sep=,`. A header may itself
+    begin with `#`, as the name of a column of numbers.
+    """
     number = 0
     while True:
         start = file.tell()
-        if not file.readline().startswith("#"):
+        line = file.readline()
+        first, *others = line.strip().split(mark)
+        is_header = re.fullmatch(r"#\w*", first) and others and all(others)
+        if not SEPARATOR.match(line) and (is_header or not line.startswith("#")):
             file.seek(start)
             return number
         number += 1
@@ -208,7 +276,8 @@ READERS = {
 }
 READ = f"{', '.join(TEXTS)} (each also with .gz) or .parquet"
 """The names of files that are read, in words."""
-OTHERS = (".txt", ".md", ".xml", ".xls", ".xlsx", ".yaml", ".yml", ".arrow", ".zip", ".gz")
+SPREADSHEETS = (".xls", ".xlsx", ".ods")
+OTHERS = (*SPREADSHEETS, ".txt", ".md", ".xml", ".yaml", ".yml", ".arrow", ".zip", ".gz")
 """How names of files end that are not read, and no name of a data set."""
 
 
@@ -221,6 +290,8 @@ def check_hub_name(name: str) -> None:
     expected = f"{name}: expected a file {READ}, or the name of a Hugging Face data set;"
     if as_path(name).exists():
         kind = "a folder" if as_path(name).is_dir() else "another file"
+        if name.lower().endswith(SPREADSHEETS):
+            raise DataError(f"{expected} found a spreadsheet. Save it as CSV in UTF-8.")
         raise DataError(f"{expected} found {kind}. Give one of these.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(OTHERS):
         raise DataError(f"{expected} found a path where nothing is. Check it.")

@@ -50,15 +50,21 @@ class Holding(NamedTuple):
 
 
 class Store:
-    """Answers by key."""
+    """Answers by key; one that is only read needs no right to write."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, only_read: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._table = sqlite3.connect(path, timeout=SECONDS_OF_WAITING, isolation_level=None)
+        self._table = sqlite3.connect(
+            _to_read(path) if only_read else path,
+            timeout=SECONDS_OF_WAITING,
+            isolation_level=None,
+            uri=only_read,
+        )
         try:
-            self._refuse_foreign()
-            self._prepare()
+            self._refuse_foreign(only_read)
+            if not only_read:
+                self._prepare()
         except sqlite3.DatabaseError as fault:
             self._table.close()
             raise self._refused(fault) from fault
@@ -75,11 +81,13 @@ class Store:
             "Move the file away; the answers in it are paid again."
         )
 
-    def _refuse_foreign(self) -> None:
-        """Leave somebody else's database as it is."""
+    def _refuse_foreign(self, only_read: bool) -> None:
+        """Leave somebody else's database as it is; an empty one can be filled but not read."""
         tables = [name for (name,) in self._table.execute(NAMES_OF_TABLES)]
         if tables and "answers" not in tables:
             raise sqlite3.DatabaseError(f"a database with the table {tables[0]}")
+        if not tables and only_read:
+            raise sqlite3.DatabaseError("an empty database")
 
     def _prepare(self) -> None:
         for pragma in (
@@ -231,11 +239,19 @@ class Store:
         self.close()
 
 
-def open_existing(path: Path) -> Store:
+def _to_read(path: Path) -> str:
+    """The file as SQLite's address, which it reads without leaving anything beside it."""
+    # A log stands beside a file that is in use. Without one SQLite would make it, unless told
+    # that nobody writes.
+    in_use = path.with_name(f"{path.name}-wal").exists()
+    return f"{path.resolve().as_uri()}?mode=ro{'' if in_use else '&immutable=1'}"
+
+
+def open_existing(path: Path, only_read: bool = False) -> Store:
     """Open a store that is there, given as a file or as the directory of a run.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or the file is something else.
     """
     file = path / "cache.sqlite" if path.is_dir() else path
     if not file.is_file():
@@ -243,4 +259,12 @@ def open_existing(path: Path) -> Store:
             f"{file}: expected a cache of model answers, found no file. Name a run directory, "
             "or the cache.sqlite in it."
         )
-    return Store(file)
+    try:
+        return Store(file, only_read)
+    except RunError as fault:
+        if isinstance(fault.__cause__, sqlite3.OperationalError):
+            raise
+        raise DataError(
+            f"{file}: expected a cache of model answers, found something else "
+            f"({fault.__cause__}). Name a run directory, or the cache.sqlite in it."
+        ) from fault

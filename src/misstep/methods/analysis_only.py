@@ -12,7 +12,6 @@ class AnalysisOnly(Method):
     """Trains on analyses of mistakes, mixed with ordinary pairs."""
 
     name = "analysis_only"
-    about = "learning from mistakes by gated analyses alone, ordinary pairs"
     uses_mistakes = True
     uses_analyses = True
 

@@ -112,8 +112,6 @@ class Method(ABC):
     """One way to make a better model."""
 
     name: ClassVar[str]
-    about: ClassVar[str]
-    """One line, with the source."""
     trains: ClassVar[bool] = True
     """Whether there are rows at all; without them the model answers as it is."""
     uses_mistakes: ClassVar[bool] = False

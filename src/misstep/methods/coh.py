@@ -23,7 +23,6 @@ class ChainOfHindsight(Method):
     """Trains on good and bad answers alike, told apart by their markers."""
 
     name = "coh"
-    about = "Chain of Hindsight: good and bad answers behind markers"
     needs_good_answers = True
     uses_mistakes = True
 

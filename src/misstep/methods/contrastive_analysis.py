@@ -15,7 +15,6 @@ class ContrastiveAnalysis(Method):
     """Trains on pairs of a right and a wrong analysis, and of a good answer and the mistake."""
 
     name = "contrastive_analysis"
-    about = "ours: preference for analyses that find the fault, and for good answers"
     uses_mistakes = True
     uses_analyses = True
     uses_unguided = True

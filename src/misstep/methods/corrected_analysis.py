@@ -24,7 +24,6 @@ class CorrectedAnalysis(Method):
     """Trains on analyses with corrections, ordinary pairs, good answers guided and not."""
 
     name = "corrected_analysis"
-    about = "ours: analyses that end with the right answer, guided good answers"
     uses_mistakes = True
     uses_analyses = True
 

@@ -12,7 +12,6 @@ class CritiqueRevise(Method):
     """Trains on the model's own revisions of its mistakes."""
 
     name = "critique_revise"
-    about = "fine-tuning on the model's own revisions of its mistakes"
     uses_mistakes = True
     uses_revisions = True
 

@@ -11,7 +11,6 @@ class DPO(Method):
     """Trains on pairs of a good answer and the mistake."""
 
     name = "dpo"
-    about = "direct preference optimisation on pairs of good answer and mistake"
     needs_good_answers = True
     uses_mistakes = True
     pairs = True

@@ -7,7 +7,6 @@ class Guided(Method):
     """Trains nothing; every prompt carries the policy's guide."""
 
     name = "guided"
-    about = "guidance at inference only"
     trains = False
     guided = (True,)
 

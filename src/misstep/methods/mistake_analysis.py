@@ -19,7 +19,6 @@ class MistakeAnalysis(Method):
     """Trains on analyses of mistakes, mixed with ordinary pairs and good answers."""
 
     name = "mistake_analysis"
-    about = "learning from mistakes: analyses, ordinary pairs, good answers"
     uses_mistakes = True
     uses_analyses = True
 

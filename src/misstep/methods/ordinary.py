@@ -11,7 +11,6 @@ class Ordinary(Method):
     """Trains on ordinary pairs alone."""
 
     name = "ordinary"
-    about = "control: ordinary question-answer pairs alone"
 
     def rows(self, materials: Materials) -> Rows:
         share = materials.lesson + materials.mix.ordinary

@@ -15,7 +15,6 @@ class Published(Method):
     """Trains on the first analysis of every mistake, mixed with ordinary pairs."""
 
     name = "published"
-    about = "learning from mistakes as published: every first analysis, ordinary pairs"
     uses_mistakes = True
     uses_analyses = True
 

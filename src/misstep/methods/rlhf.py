@@ -12,7 +12,6 @@ class RLHF(Method):
     """Optimises the model for a reward that was learned from pairs."""
 
     name = "rlhf"
-    about = "a reward model from pairs of good answer and mistake, then RLOO"
     needs_good_answers = True
     uses_mistakes = True
     pairs = True

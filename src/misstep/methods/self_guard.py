@@ -14,7 +14,6 @@ class SelfGuard(Method):
     """Trains the model to end each answer with a tag, harmful or harmless."""
 
     name = "self_guard"
-    about = "Self-Guard: the model tags its own answer, a filter replaces what is tagged"
     needs_good_answers = True
     uses_mistakes = True
     spare_tokens = 16

@@ -7,7 +7,6 @@ class SFT(Method):
     """Trains on good answers to the attacked prompts, mixed with ordinary pairs."""
 
     name = "sft"
-    about = "supervised fine-tuning on good answers"
     needs_good_answers = True
 
     def rows(self, materials: Materials) -> Rows:

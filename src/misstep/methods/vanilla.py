@@ -7,7 +7,6 @@ class Vanilla(Method):
     """Trains nothing."""
 
     name = "vanilla"
-    about = "the model as it is"
     trains = False
 
     def rows(self, materials: Materials) -> Rows:

@@ -20,8 +20,13 @@ def write_report(folder: Path) -> Path:
     Raises:
         DataError: the folder holds no file of a run at all.
     """
-    content = _content(read_run(folder))
-    return write_page(folder / "report.html", "report.html.j2", content, {"verdict": verdict})
+    return write_run_page(folder, read_run(folder))
+
+
+def write_run_page(folder: Path, run: Run) -> Path:
+    """Write report.html of a run that was read from the folder, and return its path."""
+    filters = {"verdict": verdict}
+    return write_page(folder / "report.html", "report.html.j2", _content(run), filters)
 
 
 def _content(run: Run) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 
 from misstep.data.held_out import Overlaps
-from misstep.errors import DataError
+from misstep.errors import DataError, PolicyError
 from misstep.evidence.results import Results, read_results
+from misstep.policy import Policy, load_policy
 from misstep.records import Analysis, Answer, Judgement, Record, Score, describe, read_jsonl
 
 FILES = ("manifest.json", "results.json", "analyses.jsonl", "responses.jsonl", "scores.jsonl")
@@ -152,17 +153,42 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        why = str(fault)
+    except OSError as fault:
+        why = f"none ({fault.strerror})"
+    except ValueError as fault:
+        why = f"what is no JSON ({fault})"
     else:
         lacks = MANIFEST_KEYS - set(manifest if isinstance(manifest, dict) else ())
         if not lacks and isinstance(manifest["recipe"], dict):
             return dict(manifest)
         why = f"one without {', '.join(sorted(lacks)) or 'a recipe'}"
     raise DataError(
-        f"{path}: expected the manifest that misstep wrote, found none ({why}). Give another "
+        f"{path}: expected the manifest that misstep wrote, found {why}. Give another "
         "directory, or run the recipe there again."
     )
+
+
+def run_policy(folder: Path) -> Policy:
+    """The policy that a directory's manifest names.
+
+    Raises:
+        DataError: there is no manifest, or it names none.
+        PolicyError: it cannot be read; names the manifest and what its paths begin at.
+    """
+    key = f"{folder / 'manifest.json'}: recipe.policy"
+    name = read_manifest(folder)["recipe"].get("policy")
+    if name is None:
+        raise DataError(
+            f"{key}: expected the policy of a run, found none. Give the directory that "
+            "`misstep run` wrote."
+        )
+    try:
+        return load_policy(str(name))
+    except PolicyError as fault:
+        raise PolicyError(
+            f"{key}: {fault} A path there is read from where you are: give the command where "
+            "the run was started."
+        ) from fault
 
 
 def _manifest(path: Path) -> Manifest:

@@ -69,6 +69,11 @@ class Tally:
             refused=dict(self.refused.most_common()),
         )
 
+    @property
+    def reasons(self) -> str:
+        """Why records were refused, in words; the most frequent reason first."""
+        return ", ".join(f"{n} {why}" for why, n in self.refused.most_common()) or "none"
+
 
 def portions(items: Iterable[T], size: int = AT_ONCE) -> Iterator[list[T]]:
     """The items in lists of a size, the last as long as it comes."""

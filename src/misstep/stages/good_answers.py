@@ -84,7 +84,7 @@ def good_answers(
             yield from _best([r for r, score in of if _sound(r, score, tally)], refusals, tally)
     if not tally.kept:
         raise RunError(
-            f"none of {tally.sampled} answers was good ({tally.counts.refused}). Try more "
+            f"none of {tally.sampled} answers was good ({tally.reasons}). Try more "
             "good_answers.samples, a larger good_answers.max_tokens, or good_answers.guided: "
             "true; or give good answers with the data (good_answers.source: data)."
         )

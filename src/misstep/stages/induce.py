@@ -101,13 +101,13 @@ def induce(
             yield from _kept([(r, next(scores)) for r in of], most, tally)
     if not tally.kept and all(why.startswith(UNSCORED) for why in tally.refused):
         raise RunError(
-            f"the judge could score none of {tally.sampled} answers ({tally.counts.refused}). "
+            f"the judge could score none of {tally.sampled} answers ({tally.reasons}). "
             f"{BETTER_JUDGE}"
         )
     if not tally.kept:
         raise NoMistakeError(
             f"the model made no mistake in {tally.sampled} answers to {tally.given} prompts "
-            f"({tally.counts.refused}). Give stronger prompts or hints, or more "
+            f"({tally.reasons}). Give stronger prompts or hints, or more "
             "samples (mistakes.samples)."
         )
 
@@ -134,7 +134,7 @@ def confirm(candidates: Iterable[Mistake], judge: Judge, tally: Tally) -> Iterat
                 tally.refused["no mistake in the judge's eyes"] += 1
     if not tally.kept:
         raise NoMistakeError(
-            f"none of {tally.given} reports was confirmed ({tally.counts.refused}). Look at "
+            f"none of {tally.given} reports was confirmed ({tally.reasons}). Look at "
             f"some of them. {BETTER_JUDGE} Where they can be believed without one: "
             "mistakes.source: origin."
         )
