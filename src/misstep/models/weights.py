@@ -280,7 +280,7 @@ def halve(tokens: int) -> int:
 
 
 def compute_twice(lm: Any) -> None:
-    """Compute a model's layers again in the backward pass, as a GPU lacked memory; says so."""
+    """Compute layers again in the backward pass, since a GPU lacked memory; says so."""
     free()
     lm.activation_checkpointing_enable()
     logging.getLogger(__name__).warning(
