@@ -57,9 +57,9 @@ class TrainSettings(Settings):
     """How the learning rate falls after the warm-up."""
     gradient_checkpointing: bool = False
     """Compute each layer a second time instead of keeping what it made: less memory, and about
-    a third more time."""
+    a third more time. Not of `rlhf`, which TRL trains."""
     compile: bool = False
-    """Compile the layers with torch; the first steps take minutes."""
+    """Compile the layers with torch; the first steps take minutes. Not of `rlhf` either."""
     max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.05
     """Training is refused where a larger share of the rows is dropped or cut."""
     report_to: tuple[str, ...] = ()
