@@ -365,7 +365,7 @@ def test_an_engine_is_named_where_one_is_asked(recipe: Path, tmp_path: Path) -> 
 def test_the_directory_of_another_recipe_is_refused(recipe: Path, finished: Path) -> None:
     other = finished.parent / "other.yaml"
     other.write_text(recipe.read_text())
-    with pytest.raises(InputError, match="run directory of the recipe 'tiny'"):
+    with pytest.raises(InputError, match="this is the directory of the recipe 'tiny'"):
         run(other, finished, [], Silent())
 
 

@@ -1,13 +1,18 @@
 """What was not written by a run is never overwritten; results stand beside their manifest."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from misstep.errors import InputError
+from misstep.progress import Silent
 from misstep.run_folder import (
-    RECORDS,
+    RUN,
+    Kind,
+    Manifest,
     beside_runs,
     refuse_foreign,
     refuse_own,
@@ -62,12 +67,80 @@ def test_a_folder_of_ones_own_is_meant_by_a_tilde(
 
 def test_nothing_is_lost_however_often_results_are_set_aside(tmp_path: Path) -> None:
     for seed in (1, 2):
-        for name in (*RECORDS, "manifest.json"):
+        for name in (*RUN.records, "manifest.json"):
             (tmp_path / name).write_text(json.dumps(seed))
-        place = set_aside(tmp_path)
+        place = set_aside(tmp_path, RUN.records)
         assert place == tmp_path / "former" / str(seed)
-        assert not any((tmp_path / name).exists() for name in RECORDS)
+        assert not any((tmp_path / name).exists() for name in RUN.records)
         assert (tmp_path / "manifest.json").exists()
     for seed in (1, 2):
-        for name in (*RECORDS, "manifest.json"):
+        for name in (*RUN.records, "manifest.json"):
             assert (tmp_path / "former" / str(seed) / name).read_text() == str(seed)
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+KIND = Kind(("found.jsonl",), ("scratch",), "kept", ("data",), ("stages", "yields"))
+
+
+def described(value: int = 1, data: str = "a") -> dict[str, Any]:
+    return {"recipe": {"name": "r", "kept": value}, "data": {"file": data}}
+
+
+def test_a_stage_that_goes_on_adds_to_its_time_and_a_changed_recipe_begins_at_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("misstep.run_folder.time.monotonic", lambda: now[0])
+
+    def passes(of: Manifest, seconds: float) -> None:
+        with suppress(KeyboardInterrupt), of.stage("induce"):
+            now[0] += seconds
+            raise KeyboardInterrupt
+
+    def seconds() -> float:
+        data = json.loads((tmp_path / "manifest.json").read_text())
+        return float(data["stages"]["induce"]["seconds"])
+
+    passes(Manifest(tmp_path, described(), KIND), 2.5)
+    assert seconds() == 2.5
+    passes(Manifest(tmp_path, described(), KIND), 4.0)
+    assert seconds() == 6.5
+    passes(Manifest(tmp_path, described(2), KIND), 1.0)
+    assert seconds() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("now", "changed"),
+    [(described(), []), (described(2), ["kept"]), (described(1, "b"), ["data.file"])],
+)
+def test_what_a_changed_recipe_finds_is_set_aside_and_said(
+    tmp_path: Path, now: dict[str, Any], changed: list[str]
+) -> None:
+    Manifest(tmp_path, described(), KIND).save()
+    (tmp_path / "found.jsonl").write_text("former")
+    manifest, heard = Manifest(tmp_path, now, KIND), Heard()
+    manifest.begin_anew(heard)
+    assert manifest.changed == changed
+    assert (tmp_path / "found.jsonl").exists() == (not changed)
+    assert (tmp_path / "former/1/found.jsonl").exists() == bool(changed)
+    assert len(heard.lines) == 2 * bool(changed)
+    assert all(key in heard.lines[0] for key in changed)
+
+
+def test_the_directory_of_another_kind_or_recipe_is_refused(tmp_path: Path) -> None:
+    Manifest(tmp_path, described(), KIND).save()
+    other = KIND._replace(mark="models")
+    with pytest.raises(InputError, match="this is the directory of the recipe 'r'"):
+        Manifest(tmp_path, described(), other)
+    renamed = described() | {"recipe": {"name": "s", "kept": 1}}
+    with pytest.raises(InputError, match="found when running 's'"):
+        Manifest(tmp_path, renamed, KIND)

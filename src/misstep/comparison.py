@@ -46,7 +46,7 @@ from misstep.records import Answer, Judgement, digest, read_jsonl, write_text
 from misstep.report.compared import write_comparison
 from misstep.run_folder import (
     MANIFEST,
-    Manifest,
+    RUN,
     refuse_foreign,
     refuse_own,
     set_aside,
@@ -185,7 +185,7 @@ def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_folder(folder: Path, cells: Sequence[Cell]) -> None:
     for cell in cells:
-        refuse_own(folder / CELLS / cell.folder, Manifest.own, cell.config.paths())
+        refuse_own(folder / CELLS / cell.folder, RUN.own, cell.config.paths())
         refuse_own(folder, OWN, cell.config.paths())
     if (folder / "mistakes.jsonl").exists():
         raise InputError(

@@ -142,10 +142,10 @@ def read_train_inputs(
     for part in ("train", "dev"):
         labels = {case.label for of in cases.values() for case in of[part]}
         if len(labels) < 2:
-            found = f"{int(labels.pop())} alone" if labels else "none"
+            seen = f"{int(labels.pop())} alone" if labels else "none"
             raise DataError(
                 f"{', '.join(sets)}: expected answers of both labels in the {part} part, found "
-                f"{found}. Give more data, or another seed, dev or held_out."
+                f"{seen}. Give more data, or another seed, dev or held_out."
             )
     return inputs
 

@@ -48,7 +48,7 @@ from misstep.records import (
     write_jsonl,
 )
 from misstep.report.page import write_report
-from misstep.run_folder import RECORDS, Manifest, refuse_own, set_aside, writable
+from misstep.run_folder import RUN, Manifest, described_run, refuse_own, writable
 from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import AnalyseSettings, analyse
 from misstep.stages.base import Tally
@@ -100,8 +100,8 @@ class Run:
         self.config = inputs.config
         self.folder = folder
         self.progress = progress
-        refuse_own(folder, Manifest.own, self.config.paths())
-        self.manifest = Manifest(folder, inputs)
+        refuse_own(folder, RUN.own, self.config.paths())
+        self.manifest = Manifest(folder, described_run(inputs), RUN)
         self.scratch = folder / "scratch"
         self.model, self.analyst, self.judge = (
             self._whole(model) for model in (inputs.model, inputs.analyst, inputs.judge)
@@ -122,20 +122,8 @@ class Run:
             progress.say(warning)
         for phrase in told(inputs.overlaps):
             progress.say(f"Not held out: {phrase}.")
-        if self.manifest.changed:
-            self._begin_anew()
+        self.manifest.begin_anew(progress)
         self.manifest.save()
-
-    def _begin_anew(self) -> None:
-        changed = ", ".join(self.manifest.changed)
-        self.progress.say(
-            f"The recipe has changed since the last run: {changed}. Only what depends on that "
-            "is done again."
-        )
-        # Also of one that was stopped: the report would show it as this one's.
-        if any((self.folder / name).exists() for name in RECORDS):
-            place = set_aside(self.folder)
-            self.progress.say(f"What the former recipe left is in {place}.")
 
     def _corrections(self) -> dict[str, Correct]:
         if not self.inputs.checks:

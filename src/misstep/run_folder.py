@@ -14,28 +14,23 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from shutil import copy2
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 from misstep import __version__
 from misstep.claims import LOCK
-from misstep.config import changed_keys
+from misstep.config import RunConfig, changed_keys
 from misstep.data.sources import source_digest
 from misstep.errors import InputError
 from misstep.evidence.check_results import Check
 from misstep.inputs import Inputs
 from misstep.models.weights import adapter_digest
+from misstep.policy import Policy
+from misstep.progress import Progress
 from misstep.records import digest, write_text
 from misstep.stages.fit import peak_memory_mb
+from misstep.study_config import StudyConfig
 
 MANIFEST = "manifest.json"
-RECORDS = (
-    *("mistakes.jsonl", "analyses.jsonl", "unguided.jsonl", "revisions.jsonl"),
-    *("good_answers.jsonl", "examples.jsonl"),
-    *("responses.jsonl", "scores.jsonl", "report.html", "results.json"),
-)
-"""What the stages leave, the results last."""
-WORK = ("adapter", "adapters", "rounds", "scratch")
-"""Folders that are filled and emptied."""
 FORMER = "former"
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai", "openai")
 
@@ -120,7 +115,7 @@ def refuse_own(folder: Path, own: Iterable[str], read: Mapping[str, str | None])
             )
 
 
-def set_aside(folder: Path, records: Iterable[str] = RECORDS) -> Path:
+def set_aside(folder: Path, records: Iterable[str]) -> Path:
     """Move what a finished run left, with a copy of its manifest, to a folder that is new."""
     numbered = (folder / FORMER / str(number) for number in count(1))
     place = next(place for place in numbered if not place.exists())
@@ -132,24 +127,69 @@ def set_aside(folder: Path, records: Iterable[str] = RECORDS) -> Path:
     return place
 
 
+class Kind(NamedTuple):
+    """What a directory holds beside its manifest, and what tells it from others."""
+
+    records: tuple[str, ...]
+    """What the stages leave, the results last."""
+    work: tuple[str, ...]
+    """Folders that are filled and emptied."""
+    mark: str
+    """A key that the recipes of this kind alone have."""
+    content: tuple[str, ...]
+    """Keys of the manifest beside the recipe's; other content there is a change, too."""
+    counted: tuple[str, ...]
+    """Keys that are filled while the stages pass."""
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """What is written beside the manifest, under names that a user may use, too."""
+        return (*self.records, *self.work)
+
+
+RUN = Kind(
+    records=(
+        *("mistakes.jsonl", "analyses.jsonl", "unguided.jsonl", "revisions.jsonl"),
+        *("good_answers.jsonl", "examples.jsonl"),
+        *("responses.jsonl", "scores.jsonl", "report.html", "results.json"),
+    ),
+    work=("adapter", "adapters", "rounds", "scratch"),
+    mark="evaluate",
+    content=("policy", "model", "data", "parts"),
+    counted=("stages", "yields", "training"),
+)
+
+
 class Manifest:
-    """manifest.json: what the run was made from, and what it took."""
+    """manifest.json: what a run or a study was made from, and what it took."""
 
-    own: ClassVar[tuple[str, ...]] = (*RECORDS, *WORK)
-    """What is written beside it, under names that a user may use, too."""
-
-    def __init__(self, folder: Path, inputs: Inputs) -> None:
-        self.path = folder / MANIFEST
+    def __init__(self, folder: Path, described: Mapping[str, Any], kind: Kind) -> None:
+        self.path, self.kind = folder / MANIFEST, kind
         self.data: dict[str, Any] = self._previous()
-        described = _describe(inputs)
         self.changed = self._changes(described)
-        if self.changed:
-            # They are counted anew while the stages pass.
-            self.data |= {"stages": {}, "yields": {}, "training": {}}
-        self.data = {"stages": {}, "yields": {}, "training": {}} | self.data | described
+        counted: dict[str, Any] = {key: {} for key in kind.counted}
+        # Of a changed recipe they are counted anew.
+        known = self.data | counted if self.changed else counted | self.data
+        self.data = {**known, **described}
+
+    def begin_anew(self, progress: Progress) -> None:
+        """Where the recipe has changed, say so, and set aside what the former one left.
+
+        Also what one left that was stopped: a report would show it as this one's.
+        """
+        if not self.changed:
+            return
+        progress.say(
+            f"The recipe has changed since the last run: {', '.join(self.changed)}. Only what "
+            "depends on that is done again."
+        )
+        folder, records = self.path.parent, self.kind.records
+        if any((folder / name).exists() for name in records):
+            place = set_aside(folder, records)
+            progress.say(f"What the former recipe left is in {place}.")
 
     def _previous(self) -> dict[str, Any]:
-        refuse_foreign(self.path.parent, self.own, MANIFEST)
+        refuse_foreign(self.path.parent, self.kind.own, MANIFEST)
         if not self.path.exists():
             return {}
         try:
@@ -171,16 +211,16 @@ class Manifest:
         if not self.data:
             return []
         old, new = self.data["recipe"], now["recipe"]
-        if old.get("name") != new["name"] or "evaluate" not in old:
+        if old.get("name") != new["name"] or self.kind.mark not in old:
             raise InputError(
-                f"{self.path.parent}: this is the run directory of the recipe "
-                f"'{old.get('name')}', found when running '{new['name']}'. Give another --out."
+                f"{self.path.parent}: this is the directory of the recipe '{old.get('name')}', "
+                f"found when running '{new['name']}'. Give another --out."
             )
-        changed = changed_keys(old, new)
-        for key in () if changed else ("policy", "model", "data", "parts"):
-            # A manifest of an earlier version knows no parts.
-            changed += changed_keys(self.data.get(key, now[key]), now[key], f"{key}.")
-        return changed
+        # A manifest of an earlier version may lack some.
+        content = {key: now[key] for key in self.kind.content if key in self.data}
+        return changed_keys(old, new) or changed_keys(
+            {key: self.data[key] for key in content}, content
+        )
 
     def save(self) -> None:
         """Write the file in one step."""
@@ -200,24 +240,30 @@ class Manifest:
             self.save()
 
 
-def _describe(inputs: Inputs) -> dict[str, Any]:
-    config = inputs.config
+def described(config: RunConfig | StudyConfig, policy: Policy) -> dict[str, Any]:
+    """What every manifest says of the recipe, its policy and the machine."""
     return {
         "schema": 1,
         "recipe": config.model_dump(mode="json"),
         "seed": config.seed,
-        "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
-        "model": {"name": inputs.model.name, "digest": inputs.model.digest},
-        "data": {key: source_digest(source) for key, source in config.sources().items()}
-        | _check_digests(inputs.checks),
-        "parts": _part_digests(inputs),
-        "overlaps": inputs.overlaps,
+        "policy": {"name": policy.name, "digest": policy.digest},
         "versions": {
             "misstep": __version__,
             "python": platform.python_version(),
             **_versions(),
         },
         "device": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def described_run(inputs: Inputs) -> dict[str, Any]:
+    """The same, and what a run reads."""
+    return described(inputs.config, inputs.policy) | {
+        "model": {"name": inputs.model.name, "digest": inputs.model.digest},
+        "data": {key: source_digest(of) for key, of in inputs.config.sources().items()}
+        | _check_digests(inputs.checks),
+        "parts": _part_digests(inputs),
+        "overlaps": inputs.overlaps,
     }
 
 

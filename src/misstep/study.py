@@ -9,25 +9,19 @@ Like a run, a study is one directory, resumes by content and pays for no model c
 model is in memory at a time; the judge comes last, when all have answered.
 """
 
-import os
-import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, NamedTuple
 
-from misstep import __version__
 from misstep.claims import claimed
-from misstep.config import changed_keys
 from misstep.data.sources import check_source, load_prompts, source_digest
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import DataError, InputError, RecipeError
+from misstep.errors import DataError, RecipeError
 from misstep.evidence.study_results import (
     Case,
     Study,
@@ -43,7 +37,7 @@ from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
 from misstep.records import Prompt, Response, Score, write_jsonl
 from misstep.report.study import write_study_report
-from misstep.run_folder import LIBRARIES, MANIFEST, Manifest, refuse_own, set_aside, writable
+from misstep.run_folder import Kind, Manifest, described, refuse_own, writable
 from misstep.stages.base import score_all
 from misstep.stages.discriminate import Discrimination, discriminate
 from misstep.stages.respond import RespondSettings, respond
@@ -126,52 +120,22 @@ def _judge(config: StudyConfig, policy: Policy) -> Model | None:
     return locate(config.judge)
 
 
-class StudyManifest(Manifest):
-    """manifest.json of a study: described by its own inputs, kept as a run's is."""
-
-    records = ("responses.jsonl", "analyses.jsonl", "scores.jsonl", "study.html", STUDY)
-    own = (*records, "scratch")
-
-    def __init__(self, folder: Path, inputs: StudyInputs) -> None:
-        self.path = folder / MANIFEST
-        self.data: dict[str, Any] = self._previous()
-        described = _describe(inputs)
-        self.changed = self._differences(described)
-        self.data.setdefault("stages", {})
-        self.data |= described
-
-    def _differences(self, now: Mapping[str, Any]) -> list[str]:
-        """Keys of the recipe; where it is the same, what it names and has another content."""
-        old, new = self.data.get("recipe"), now["recipe"]
-        if old is None:
-            return []
-        if old.get("name") != new["name"] or "models" not in old:
-            raise InputError(
-                f"{self.path.parent}: this is the directory of the recipe '{old.get('name')}', "
-                f"found when running the study '{new['name']}'. Give another --out."
-            )
-        content = ("policy", "models", "judge", "data")
-        was, now_is = ({key: of.get(key) for key in content} for of in (self.data, now))
-        return changed_keys(old, new) or changed_keys(was, now_is)
+KIND = Kind(
+    records=("responses.jsonl", "analyses.jsonl", "scores.jsonl", "study.html", STUDY),
+    work=("scratch",),
+    mark="models",
+    content=("policy", "models", "judge", "data"),
+    counted=("stages",),
+)
 
 
-def _describe(inputs: StudyInputs) -> dict[str, Any]:
-    config = inputs.config
-    installed = [name for name in LIBRARIES if find_spec(name.replace("-", "_"))]
-    return {
-        "schema": 1,
-        "recipe": config.model_dump(mode="json"),
-        "seed": config.seed,
-        "policy": {"name": inputs.policy.name, "digest": inputs.policy.digest},
+def _described(inputs: StudyInputs) -> dict[str, Any]:
+    """What a study reads, for its manifest."""
+    judge = inputs.judge
+    return described(inputs.config, inputs.policy) | {
         "models": {name: model.digest for name, model in inputs.models.items()},
-        "judge": inputs.judge and {"name": inputs.judge.name, "digest": inputs.judge.digest},
-        "data": {"prompts": source_digest(config.prompts)},
-        "versions": {
-            "misstep": __version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in installed},
-        },
-        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "judge": judge and {"name": judge.name, "digest": judge.digest},
+        "data": {"prompts": source_digest(inputs.config.prompts)},
     }
 
 
@@ -183,18 +147,11 @@ class StudyRun:
         self.config = inputs.config
         self.folder = folder
         self.progress = progress
-        refuse_own(folder, StudyManifest.own, {"prompts": self.config.prompts.path})
-        self.manifest = StudyManifest(folder, inputs)
+        refuse_own(folder, KIND.own, {"prompts": self.config.prompts.path})
+        self.manifest = Manifest(folder, _described(inputs), KIND)
         self.scratch = folder / "scratch"
         self._said: set[str] = set()
-        if self.manifest.changed:
-            progress.say(
-                f"The recipe has changed since the last time: "
-                f"{', '.join(self.manifest.changed)}. Only what depends on that is done again."
-            )
-            if (folder / STUDY).exists():
-                place = set_aside(folder, StudyManifest.records)
-                progress.say(f"The results of the former recipe are in {place}.")
+        self.manifest.begin_anew(progress)
         self.manifest.save()
 
     def through(self) -> Study:
