@@ -21,7 +21,7 @@ from pydantic import Field
 from misstep import __version__
 from misstep.claims import claimed
 from misstep.config import parse_override, put
-from misstep.data.decoys import LEARNED, beside, with_decoys
+from misstep.data.decoys import LEARNED, NAME, beside, with_decoys
 from misstep.data.labelled import MISTAKES, Case, DataSet, Part, part_of
 from misstep.data.sources import question_of
 from misstep.documents import check
@@ -383,10 +383,10 @@ def _tested(
         found[name] = Tested.of(checked)
         together += judged
         if inputs.metric == MISTAKES:
-            other = beside(left)
-            hard = judge_cases(judge, other.name, other, progress)
-            checked = measure_data(other.name, other.digest, False, other.left_out, hard)
-            found[other.name] = Tested.of(checked)
+            other, called = beside(left), NAME.format(name)
+            hard = judge_cases(judge, called, other, progress)
+            checked = measure_data(called, other.digest, False, other.left_out, hard)
+            found[called] = Tested.of(checked)
     if len(inputs.data) > 1:
         whole = digest([found[name].digest for name in inputs.data if name in found])
         found[TOGETHER] = Tested.of(measure_data(TOGETHER, whole, False, {}, together))

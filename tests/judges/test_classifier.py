@@ -180,6 +180,23 @@ def test_the_card_counts_held_out_answers_that_were_trained_on(
     assert type(source).model_validate(old).repeated is None
 
 
+def test_data_of_one_name_are_apart_on_the_card_with_decoys_too(
+    trained: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    for name, n in (("a", 40), ("b", 60)):
+        (tmp_path / name).mkdir()
+        labelled(tmp_path / name, n=n)
+    paths = [str(tmp_path / name / "data.jsonl") for name in "ab"]
+    settings = [*SETTINGS[1:], "epochs=0.5"]
+    inputs = read_train_inputs(paths, str(tiny_model), "mistake_rate", [], settings)
+    data = read_card(train_judge(inputs, tmp_path / "judge", Silent())).data
+    assert {f"{path} with decoys" for path in paths} < set(data)
+    assert all(data[f"{path} with decoys"].n == data[path].n for path in paths)
+    # And a check with decoys puts both into the card of its judge.
+    check_judge(str(trained), paths, tmp_path / "out", None, [], Silent(), decoys=True)
+    assert {f"{path} with decoys" for path in paths} < set(read_card(trained).data)
+
+
 def test_a_data_set_that_was_seen_whole_is_refused(trained: Path, tmp_path: Path) -> None:
     seen = set((trained / SEEN).read_text().split())
     known = [i for i in range(40) if digest(question_of(Prompt.of(f"Q{i}"))) in seen]
