@@ -54,6 +54,7 @@ from misstep.training import kernels, sharing
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
 from misstep.training.loss import (
+    LINES_AT_ONCE,
     TARGETS_AT_ONCE,
     ChunkedCrossEntropy,
     CompletionLoss,
@@ -79,9 +80,9 @@ from misstep.training.sharing import (
     FAMILIES,
     LENGTH,
     TOKENS,
+    CausalAttention,
     Spread,
     can_share,
-    causal_attention,
     collate_shared,
 )
 from misstep.training.weights import save_adapter, with_adapter, with_all_weights
@@ -287,8 +288,8 @@ def test_what_is_computed_again_is_not_kept_and_gives_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found, kept = [], []
-    for places in (frozenset({"cpu"}), frozenset[str]()):
-        monkeypatch.setattr(kernels, "COMPUTED_AGAIN_ON", places)
+    for again in (True, False):
+        monkeypatch.setattr(kernels, "products_are_cheap", lambda _, again=again: again)
         sizes: list[int] = []
 
         def note(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
@@ -308,20 +309,21 @@ def test_logits_are_computed_in_chunks_that_suit_the_device(
 ) -> None:
     assert TARGETS_AT_ONCE["cuda"] > TARGETS_AT_ONCE["cpu"]
     chunks: list[int] = []
-    plain = torch.log_softmax
+    plain = torch.softmax
 
     def count(logits: torch.Tensor, dim: int) -> torch.Tensor:
         chunks.append(logits.shape[0])
         return plain(logits, dim)
 
-    monkeypatch.setattr(torch, "log_softmax", count)
+    monkeypatch.setattr(torch, "softmax", count)
     hidden, weight = torch.ones(6, 2), torch.ones(4, 2)
-    for device, at_once in (("cpu", 2), ("cuda", 3)):
+    for device, at_once, lines in (("cpu", 4, 3), ("cuda", 3, 8)):
         monkeypatch.setitem(TARGETS_AT_ONCE, device, at_once)
+        monkeypatch.setitem(LINES_AT_ONCE, device, lines)
     ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(6, dtype=torch.long))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(6, dtype=torch.long))
-    assert chunks == [2, 2, 2, 3, 3]
+    assert chunks == [3, 1, 2, 3, 3]
 
 
 def test_gradients_of_shared_rows_stay_on_their_device() -> None:
@@ -417,7 +419,7 @@ def test_a_model_that_looks_ahead_sees_no_padding() -> None:
     torch.testing.assert_close(loss(**collate(batch)), plain_loss(lm, batch))
 
 
-@pytest.mark.parametrize("length", [1, 7, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 7, 64, 65, 300])
 def test_attention_in_blocks_is_attention(length: int) -> None:
     torch.manual_seed(length)
     shapes = [(2, heads, length, 8) for heads in (6, 2, 2)]
@@ -425,12 +427,25 @@ def test_attention_in_blocks_is_attention(length: int) -> None:
     above = torch.randn(shapes[0])
     repeated = [t.repeat_interleave(3, dim=1) for t in (key, value)]
     plain = torch.nn.functional.scaled_dot_product_attention(query, *repeated, is_causal=True)
-    blocks = causal_attention(query * 8**-0.5, key, value)
+    blocks = CausalAttention.apply(query * 8**-0.5, key, value)
     torch.testing.assert_close(blocks, plain, rtol=1e-5, atol=1e-6)
     wanted = torch.autograd.grad(plain, (query, key, value), above)
     found = torch.autograd.grad(blocks, (query, key, value), above)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_keeps_nothing_that_grows_with_the_square_of_the_length() -> None:
+    sizes: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    query, key = (torch.randn(2, heads, 300, 8, requires_grad=True) for heads in (6, 2))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        CausalAttention.apply(query, key, key)
+    assert sizes == [query.numel(), key.numel(), key.numel()]
 
 
 @pytest.mark.parametrize("slow", [False, True])

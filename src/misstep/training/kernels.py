@@ -3,8 +3,8 @@
 They give what PEFT and transformers give, to rounding, and tests hold them to it. A layer or an
 attention that is not of the plain kind is left as it is, and the model is afterwards as before.
 PEFT's layer casts each input to fp32 and back; here an adapter is computed as the weights are.
-What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and, on
-a processor, what a gated feed-forward layer makes of its input. There, too, several
+What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and, where
+products are cheap, what a gated feed-forward layer makes of its input. On a processor several
 micro-batches of an adapter may be computed at once.
 """
 
@@ -16,16 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from misstep.models.precision import products_dtype
+from misstep.models.precision import products_are_cheap, products_dtype
 from misstep.training import sharing
 from misstep.training.label_loss import LabelLoss
 from misstep.training.loss import CompletionLoss, body_of
 
 SMALL = 0.1
 """The share of all parameters up to which those that are trained are few."""
-COMPUTED_AGAIN_ON = frozenset({"cpu"})
-"""Where a gated layer's two inner products are computed again on the way back: they take little
-of a step's time on a processor, and half of what it keeps. Elsewhere that was not measured."""
 
 
 @contextmanager
@@ -208,7 +205,7 @@ class FusedLora(torch.autograd.Function):  # type: ignore[misc]
 class GatedLora(torch.autograd.Function):  # type: ignore[misc]
     """`down(silu(gate(x)) * up(x))` of frozen layers with their adapters.
 
-    Keeps `x`, and elsewhere than on a processor what gate and up make of it.
+    Keeps `x`, and what gate and up make of it where products are not cheap; in the type of `x`.
     """
 
     @staticmethod
@@ -224,8 +221,9 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         rows = x.flatten(0, -2)
         wide = rows.to(dtype)
         opened, raised = (_output(wide, one, wide @ one.down.t()) for one in (gate, up))
-        again = x.device.type in COMPUTED_AGAIN_ON
-        ctx.save_for_backward(rows, *weights, *(() if again else (opened, raised)))
+        again = products_are_cheap(x.device.type)
+        kept = () if again else (opened.to(x.dtype), raised.to(x.dtype))
+        ctx.save_for_backward(rows, *weights, *kept)
         ctx.scales, ctx.shape, ctx.dtype = scales, x.shape, dtype
         product = nn.functional.silu(opened, inplace=again).mul_(raised)
         return _output(product, down, product @ down.down.t()).to(x.dtype)
@@ -238,7 +236,10 @@ class GatedLora(torch.autograd.Function):  # type: ignore[misc]
         gate, up, down = _layers(weights, ctx.scales, ctx.dtype)
         wide = rows.to(ctx.dtype)
         of_gate, of_up = wide @ gate.down.t(), wide @ up.down.t()
-        opened, raised = parted or (_output(wide, gate, of_gate), _output(wide, up, of_up))
+        if parted:
+            opened, raised = (kept.to(ctx.dtype) for kept in parted)
+        else:
+            opened, raised = _output(wide, gate, of_gate), _output(wide, up, of_up)
         open_ = nn.functional.silu(opened)
         product = open_ * raised
         by_y = above[0].to(ctx.dtype)
@@ -301,7 +302,7 @@ class FrozenNorm(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """`weight * x / rms(x)`, the quotient in fp32."""
         wide = x.to(torch.float32)
-        by = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        by = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + epsilon)
         ctx.save_for_backward(x, weight, by)
         return weight * (wide * by).to(x.dtype)
 

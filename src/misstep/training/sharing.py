@@ -23,7 +23,7 @@ ATTENTION = "misstep_shared"
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"})
 """Whose positions come from `position_ids` and whose attention goes through the interface; a
 test holds each of them to the plain loss."""
-QUERIES_AT_ONCE = 128
+QUERIES_AT_ONCE = 64
 """Queries of one block; a block's keys end where its queries end."""
 LONGEST = 2048
 """Beyond it the attention weights, kept for the gradient, cost more memory than time is won."""
@@ -176,27 +176,67 @@ def shared_attention(
             query, key, value, is_causal=True, scale=1.0, enable_gqa=True
         )
     else:
-        attended = causal_attention(query, key, value)
+        attended = CausalAttention.apply(query, key, value)
     return attended.transpose(1, 2).flatten(0, 1).index_select(0, first).unsqueeze(0), None
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+class CausalAttention(torch.autograd.Function):  # type: ignore[misc]
     """Attention of scaled queries; heads that share a key are rows of one product.
 
     Shapes are (rows, heads, length, width). Torch's own kernel is slow on bf16 and short rows.
+    The weights are computed again on the way back: kept, they would be a quarter of all that a
+    step keeps.
     """
-    batch, heads, length, width = query.shape
-    shared = batch * key.shape[1]
-    queries = query.reshape(shared, -1, length, width)
-    keys = key.reshape(shared, length, width).transpose(1, 2)
-    values = value.reshape(shared, length, value.shape[3])
-    blocks = []
-    for start in range(0, length, QUERIES_AT_ONCE):
-        end = min(start + QUERIES_AT_ONCE, length)
-        block = queries[:, :, start:end]
-        shape = (shared, block.shape[1], end - start, end)
-        scores = torch.bmm(block.reshape(shared, -1, width), keys[:, :, :end]).view(shape)
-        later = query.new_full(shape[2:], float("-inf")).triu(start + 1)
-        weights = torch.softmax(scores + later, dim=-1).view(shared, -1, end)
-        blocks.append(torch.bmm(weights, values[:, :end]).view(*shape[:3], -1))
-    return torch.cat(blocks, dim=2).view(batch, heads, length, -1)
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`softmax(query key^T) value`, where a query sees the keys up to its own."""
+        keys, values = (t.flatten(0, 1).contiguous() for t in (key, value))
+        queries = query.reshape(len(keys), -1, *query.shape[2:])
+        ctx.save_for_backward(queries, keys, values)
+        found = torch.empty_like(queries)
+        for block in _blocks(query.shape[2]):
+            weights = _weights(queries[:, :, block], keys, block)
+            seen = values[:, : block.stop]
+            found[:, :, block] = torch.bmm(weights, seen).view_as(found[:, :, block])
+        return found.view(query.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of all three."""
+        queries, keys, values = ctx.saved_tensors
+        by_found = above[0].reshape(queries.shape)
+        by_queries = torch.empty_like(queries)
+        by_keys, by_values = torch.zeros_like(keys), torch.zeros_like(values)
+        for block in _blocks(queries.shape[2]):
+            seen, asking = slice(0, block.stop), queries[:, :, block]
+            weights = _weights(asking, keys, block)
+            by_block = by_found[:, :, block].flatten(1, 2)
+            by_values[:, seen] += weights.transpose(1, 2) @ by_block
+            by_weights = by_block @ values[:, seen].transpose(1, 2)
+            by_scores = torch.ops.aten._softmax_backward_data(
+                by_weights, weights, -1, weights.dtype
+            )
+            by_queries[:, :, block] = (by_scores @ keys[:, seen]).view_as(asking)
+            by_keys[:, seen] += by_scores.transpose(1, 2) @ asking.flatten(1, 2)
+        shape = above[0].shape
+        by_both = (by.view(shape[0], -1, *shape[2:]) for by in (by_keys, by_values))
+        return by_queries.view(shape), *by_both
+
+
+def _blocks(length: int) -> list[slice]:
+    """Queries that are computed at once."""
+    starts = range(0, length, QUERIES_AT_ONCE)
+    return [slice(start, min(start + QUERIES_AT_ONCE, length)) for start in starts]
+
+
+def _weights(queries: Tensor, keys: Tensor, block: slice) -> Tensor:
+    """What each query of a block gives each key that one of them sees.
+
+    `queries` are (keys' rows, heads, block, width); the result has heads and block in one. In
+    fp32 softmax is faster on a processor than in bf16.
+    """
+    scores = torch.bmm(queries.flatten(1, 2), keys[:, : block.stop].transpose(1, 2))
+    wide = scores.float().view(*queries.shape[:3], block.stop)
+    wide += wide.new_full(wide.shape[2:], float("-inf")).triu(block.start + 1)
+    return torch.softmax(wide, dim=-1).to(queries.dtype).flatten(1, 2)
