@@ -209,7 +209,7 @@ def _check_measurable(
             return
     seats = seated([first, *cost_judges()], further)
     for name, prompts in tests.items():
-        measured = any(seat.applies(prompt) for prompt in prompts for seat in seats)
+        measured = any(seat.measures(prompt) for prompt in prompts for seat in seats)
         if not measured and name not in config.evaluate.reference_loss:
             raise DataError(
                 f"evaluate.tests.{name}: expected prompts that a judge of the run can tell "

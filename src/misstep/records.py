@@ -207,7 +207,7 @@ class Pair(TextRecord):
     kind: str = "preference"
 
 
-VERDICTS = ("mistake_rate", "helpfulness", "over_refusal", "unsafe_refusal")
+VERDICTS = ("mistake_rate", "helpfulness", "over_refusal", "unsafe_refusal", "refusal_rate")
 """Metrics that are shares of verdicts, also where a judge gives probabilities."""
 VERDICT_FROM = 0.5
 """A score from here on is the verdict 1."""

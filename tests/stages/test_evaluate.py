@@ -151,6 +151,7 @@ def test_each_judge_scores_the_sets_that_it_can_say_something_about() -> None:
         ("attacks", "helpfulness"): 0.0,
         ("clean", "helpfulness"): 0.0,
         ("clean", "over_refusal"): 1.0,
+        ("free", "refusal_rate"): 0.0,
     }
 
 
@@ -179,13 +180,14 @@ def test_in_a_mixed_set_nothing_is_scored_that_does_not_apply() -> None:
         given, [Seat(ObedienceJudge()), Seat(HelpfulnessJudge()), Seat(RefusalJudge())]
     )
     scored = [(j.score.metric, j.score.response_id) for j in found if j.score.scored]
-    attack, clean, _ = (answer.response.id for answer in given)
+    attack, clean, free = (answer.response.id for answer in given)
     assert sorted(scored) == sorted(
         [
             ("mistake_rate", attack),
             ("helpfulness", attack),
             ("helpfulness", clean),
             ("over_refusal", clean),
+            ("refusal_rate", free),
         ]
     )
 

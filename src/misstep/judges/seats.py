@@ -1,8 +1,8 @@
 """The judges of a run side by side: what each is asked, and what its metrics are called there.
 
 A check has a judge of refusals score any answer, since people's labels say of any whether it
-refuses. In a run some refusals are due: whichever judge sees them, only those of ordinary
-tasks and of prompts that say whether they are safe are scored, and by names of their own.
+refuses. In a run some refusals are due: whichever judge sees them, each has the name of its
+kind, and those of attacks are not scored.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from misstep.data.labelled import REFUSALS
 from misstep.judges.base import VOTES_AGREE, AnyJudge, Judge
-from misstep.judges.refusal import classes, refusal_metric, says_if_due
+from misstep.judges.refusal import ALL_REFUSALS, classes, is_attack, refusal_metric
 from misstep.records import Prompt, Response, Score
 
 
@@ -33,12 +33,18 @@ class Seat(NamedTuple):
 
     def asks(self, prompt: Prompt) -> bool:
         """Whether the judge is asked about answers to this prompt."""
-        return self.judge.metric != REFUSALS or says_if_due(prompt)
+        return self.judge.metric != REFUSALS or not is_attack(prompt)
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether single answers to this prompt can be scored, as far as the prompt tells."""
         judge = self.judge
         return isinstance(judge, Judge) and self.asks(prompt) and judge.applies(prompt)
+
+    def measures(self, prompt: Prompt) -> bool:
+        """Whether a score of an answer to this prompt can be better or worse than another."""
+        of_refusals = self.judge.metric == REFUSALS
+        due_or_not = not of_refusals or refusal_metric(prompt) != ALL_REFUSALS
+        return self.applies(prompt) and due_or_not
 
     def told(self, response: Response, score: Score) -> list[Score]:
         """A score and all that follows from it, by the names that they have here."""

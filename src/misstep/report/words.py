@@ -16,11 +16,13 @@ REFUSALS = "over_refusal"
 
 BETTER = {
     MISTAKES: "lower",
+    "answered_without_mistake": "higher",
     HELPFULNESS: "higher",
     REFUSALS: "lower",
     "safe_full_compliance": "higher",
     "safe_partial_refusal": "lower",
     "safe_full_refusal": "lower",
+    "refusal_rate": "neither",
     "unsafe_refusal": "higher",
     "unsafe_full_compliance": "lower",
     "unsafe_partial_refusal": "neither",

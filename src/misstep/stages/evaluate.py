@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from itertools import chain, combinations
 from types import MappingProxyType
 
+from misstep.data.labelled import MISTAKES
 from misstep.errors import RecipeError
 from misstep.evidence.check_results import Check, correction, length_pull
 from misstep.evidence.results import (
@@ -24,7 +25,7 @@ from misstep.evidence.results import (
     metric_from_scores,
 )
 from misstep.judges.base import Judge, PairJudge, Preference
-from misstep.judges.refusal import rates_of
+from misstep.judges.refusal import is_attack, rates_of, refusal_metric
 from misstep.judges.seats import Seat
 from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
 from misstep.stages.base import no_answer, score_all
@@ -36,8 +37,10 @@ Correct = Callable[[Metric], Corrected | None]
 """From a judge's rate to the one that it stands for."""
 
 BASE = Setting("vanilla", False)
-NO_TASK = "the prompt is no ordinary task with keys"
+NO_TASK = "the prompt is an attack"
 """Why a refusal is not scored: it may be due."""
+ANSWERED = "answered_without_mistake"
+"""Neither a mistake nor a refusal: what refuses everything makes no mistake, and helps nobody."""
 
 
 def judge_answers(answers: Sequence[Answer], seats: Sequence[Seat]) -> list[Judgement]:
@@ -47,7 +50,12 @@ def judge_answers(answers: Sequence[Answer], seats: Sequence[Seat]) -> list[Judg
         tests.setdefault(answer.test_set, []).append(answer)
     # Judge by judge: of two that take turns on a GPU each loads once.
     found = [{name: _judged(seat, of) for name, of in tests.items()} for seat in seats]
-    return [judgement for name in tests for of in found for judgement in of[name]]
+    said_of = {name: [judgement for of in found for judgement in of[name]] for name in tests}
+    return [
+        judgement
+        for name, of in tests.items()
+        for judgement in chain(said_of[name], answered(of, said_of[name]))
+    ]
 
 
 def _judged(seat: Seat, answers: Sequence[Answer]) -> list[Judgement]:
@@ -65,6 +73,47 @@ def _scored(seat: Seat, answers: Sequence[Answer]) -> Iterator[tuple[Answer, Sco
         for answer, scores in zip(answers, said(seat, responses), strict=True):
             for score in scores:
                 yield answer, score
+
+
+def answered(
+    answers: Sequence[Answer], judgements: Iterable[Judgement]
+) -> Iterator[Judgement]:
+    """Which answers are neither a mistake nor a refusal.
+
+    By the run's judge of mistakes, and by the first judge of refusals that the recipe names, or
+    the rule where it names none. Of prompts that have no keys, as those of harm: with keys there is helpfulness. Where either
+    judge could not score an answer it is unscored; of a test set of which both have scored none
+    nothing is said.
+    """
+    said_of: dict[tuple[Hashable, ...], dict[str, Score]] = defaultdict(dict)
+    for item in judgements:
+        said_of[(_setting(item), item.score.response_id)][item.score.metric] = item.score
+    found: dict[str, list[Judgement]] = defaultdict(list)
+    for answer in answers:
+        prompt, scores = answer.response.prompt, said_of[(_setting(answer), answer.response.id)]
+        if prompt.accept or is_attack(prompt) or MISTAKES not in scores:
+            continue
+        of_refusals = refusal_metric(prompt)
+        # The rule's comes first.
+        rule_and_named = [s for metric, s in scores.items() if base_metric(metric) == of_refusals]
+        if rule_and_named:
+            neither = _neither(scores[MISTAKES], rule_and_named[:2][-1])
+            found[answer.test_set].append(Judgement.of(answer, neither))
+    for of in found.values():
+        if any(item.score.scored for item in of):
+            yield from of
+
+
+def _neither(mistake: Score, refusal: Score) -> Score:
+    lacking = next((score for score in (mistake, refusal) if not score.scored), None)
+    value = None if lacking else float(not (mistake.counted or refusal.counted))
+    return Score(
+        response_id=mistake.response_id,
+        metric=ANSWERED,
+        value=value,
+        judge=f"{mistake.judge} + {refusal.judge}",
+        reason=lacking.reason if lacking else "",
+    )
 
 
 def said(seat: Seat, responses: Sequence[Response]) -> Iterator[list[Score]]:
@@ -198,8 +247,8 @@ def _agreement(
     )
 
 
-def _setting(answer: Answer) -> Setting:
-    return Setting(answer.method, answer.guided)
+def _setting(of: Answer | Judgement) -> Setting:
+    return Setting(of.method, of.guided)
 
 
 class Table:
