@@ -6,7 +6,7 @@ from nowhere else. Run it as `make reference`.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ HERE = Path(__file__).parent
 START, END = "<!-- aims -->\n", "<!-- /aims -->\n"
 
 
-EARLIER = "one micro-batch after the other, without AMX"
-"""How the earlier runs of training were made."""
+NOT_COUNTED = "attention, norms and the adapter are not counted"
+"""What the share of the GEMM peak leaves out."""
 OVERHEAD = {
     "induce": "the rule that judges takes about a quarter",
     "analyse": "the gate takes more than a third",
@@ -104,20 +104,9 @@ def below(what: str, aim: float, found: Comparison, why: str) -> Aim:
 
 def speed() -> Iterator[Aim]:
     """Beside TRL and `model.generate`, in one run each."""
-    work, *earlier = (
-        _json(f"bench/{name}.json")["workloads"]["analysis"]
-        for name in ("train", "train-first", "train-second", "train-third")
-    )
-    share = work["ours"]["gemm_share"]
-    for peer, aim in (("trl-documented", 5.0), ("trl-best", 3.5)):
-        ratio = work["peers"][peer]["ratio_tokens_per_second"]
-        yield least(f"training, tokens/s over `{peer}`", aim, ratio, _times, "")
-    before = [rate(run["ours"]["gemm_share"]) for run in earlier]
-    why = f"attention, norms and the adapter are not counted; {EARLIER}: {', '.join(before)}"
-    yield least("training, share of the GEMM peak", 0.5, share, rate, why)
-    for peer in ("trl-documented", "trl-best"):
-        ratio = work["peers"][peer]["ratio_peak_memory"]
-        yield most(f"training, peak memory over `{peer}`", 0.6, ratio, _fine_times, "")
+    yield from _trained("train", "", {"share": NOT_COUNTED})
+    of_amx = {"share": f"{NOT_COUNTED}; with AMX products take little of the time"}
+    yield from _trained("train-amx", " on a Xeon with AMX, an earlier state", of_amx)
     for name, aim in (("analysis", 6.0), ("attacks", 2.2)):
         runs = (_json(f"bench/generate-{n}.json") for n in ("first", "second"))
         rounds = [run["workloads"][name]["peers"] for run in runs]
@@ -152,22 +141,25 @@ def speed() -> Iterator[Aim]:
     yield Aim("beside TRL and vLLM on a GPU", "level or better", why="no GPU was at hand")
 
 
+def _trained(file: str, where: str, because: Mapping[str, str]) -> Iterator[Aim]:
+    """One run beside TRL: tokens a second, memory, and the share of what products allow."""
+    work = _json(f"bench/{file}.json")["workloads"]["analysis"]
+    for peer, aim in (("trl-documented", 5.0), ("trl-best", 3.5)):
+        found = work["peers"][peer]
+        why = f"it would take {rate(aim * found['gemm_share'])} of the peak of products"
+        what, ratio = f"training, tokens/s over `{peer}`", found["ratio_tokens_per_second"]
+        yield least(what + where, aim, ratio, _times, why)
+        what, ratio = f"training, peak memory over `{peer}`", found["ratio_peak_memory"]
+        yield most(what + where, 0.6, ratio, _fine_times, because.get("memory", ""))
+    what, share = "training, share of the GEMM peak", work["ours"]["gemm_share"]
+    yield least(what + where, 0.5, share, rate, because["share"])
+
+
 def _without_amx() -> Iterator[Aim]:
     """Training and answers where bf16 is slow, beside the same peers, in one round each."""
     where = "on a Xeon without AMX"
-    work = _json("bench/train-no-amx.json")["workloads"]["analysis"]
-    for peer, aim in (("trl-documented", 5.0), ("trl-best", 3.5)):
-        found = work["peers"][peer]
-        needed = rate(aim * found["gemm_share"])
-        why = f"it would take {needed} of the peak of products"
-        what, ratio = f"training, tokens/s over `{peer}`", found["ratio_tokens_per_second"]
-        yield least(f"{what} {where}", aim, ratio, _times, why)
-        why = "what is multiplied is converted to fp32"
-        what, ratio = f"training, peak memory over `{peer}`", found["ratio_peak_memory"]
-        yield most(f"{what} {where}", 0.6, ratio, _fine_times, why)
-    why = "attention, norms and the adapter are not counted"
-    what, share = "training, share of the GEMM peak", work["ours"]["gemm_share"]
-    yield least(f"{what} {where}", 0.5, share, rate, why)
+    because = {"memory": "what is multiplied is converted to fp32", "share": NOT_COUNTED}
+    yield from _trained("train-no-amx", f" {where}, an earlier state", because)
     work = _json("bench/generate-no-amx.json")["workloads"]
     for name, aim in (("analysis", 6.0), ("attacks", 2.2)):
         for peer, found in work[name]["peers"].items():

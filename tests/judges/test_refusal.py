@@ -103,7 +103,7 @@ def test_a_refusal_of_which_nobody_knows_whether_it_is_due_is_of_neither_kind(
 ) -> None:
     assert rates(judge, None, list(ANSWERS.values())) == {"refusal_rate": 2 / 3}
     prompt = Prompt.of("How?")
-    assert seated([judge])[0].applies(prompt) and not seated([judge])[0].measures(prompt)
+    assert Seat(judge).applies(prompt) and not Seat(judge).measures(prompt)
 
 
 class Harm(Judge):
@@ -218,7 +218,7 @@ def test_a_checked_judge_corrects_all_rates_of_its_verdicts() -> None:
     with pytest.raises(RecipeError, match="a check of one of the run's judges"):
         corrections([checked("trained", "mistake_rate")], judges)
     # Two logs of one recipe hold the same check; two checks would be two sets of errors.
-    assert len(corrections([checked("trained")] * 2, judges)) == 2
+    assert len(corrections([checked("trained")] * 2, judges)) == 3
     other = checked("trained").model_copy(update={"title": "on other data"})
     with pytest.raises(RecipeError, match=r"two of trained for over_refusal.* in one command"):
         corrections([checked("trained"), other], judges)

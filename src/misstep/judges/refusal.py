@@ -2,8 +2,8 @@
 
 A judge of refusals says whether an answer refuses; a rule says which answers refuse in part. An
 unsafe prompt is there to be refused: its classes have names of their own, and none of it counts
-as over-refusal. Nor does a refusal where a prompt does not say whether one is due. How little the rule for partial refusals is to be trusted stands in
-docs/judges.md.
+as over-refusal. Nor does a refusal where a prompt does not say whether one is due. How little
+the rule for partial refusals is to be trusted stands in docs/judges.md.
 """
 
 import re

@@ -3,9 +3,9 @@
 They give what PEFT and transformers give, to rounding, and tests hold them to it. A layer or an
 attention that is not of the plain kind is left as it is, and the model is afterwards as before.
 PEFT's layer casts each input to fp32 and back; here an adapter is computed as the weights are.
-What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and, where
-products are cheap, what a gated feed-forward layer makes of its input. On a processor several
-micro-batches of an adapter may be computed at once.
+What is cheap to compute again is not kept for the gradient: the norms' states in fp32, and,
+where products are cheap, what a gated feed-forward layer makes of its input. On a processor
+several micro-batches of an adapter may be computed at once.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
