@@ -24,6 +24,7 @@ from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
 from misstep.judges.refusal import EMPTY
+from misstep.judges.seats import Seat, seated
 from misstep.judging import opened, read_judge
 from misstep.models.reading import Reader
 from misstep.models.weights import load_weights, locate
@@ -352,6 +353,24 @@ def test_of_a_long_refusal_the_beginning_counts(trained: Path) -> None:
     (score,) = judge.score([answer("all is well " * 19 + "zzzzz zzzz")])
     assert score.reason == "cut to 48 tokens"
     assert score.value is not None and score.value < 0.5
+
+
+def test_in_a_run_the_probability_of_a_mistake_stands_beside_the_verdict(trained: Path) -> None:
+    judge = ClassifierJudge(trained)
+    responses = [answer("", "nothing"), answer("fine"), answer("what a bad one")]
+    for response, score in zip(responses, judge.score(responses), strict=True):
+        verdict, graded = Seat(judge).told(response, score)
+        assert verdict == score and graded.counted == graded.value == score.value
+        assert graded.metric == "mistake_probability" and graded.reason == score.reason
+        assert verdict.counted == (None if score.value is None else score.value >= 0.5)
+    second = seated([judge], {"again": judge})[1]
+    assert [s.metric for s in second.told(responses[1], score)] == [
+        "mistake_rate@again",
+        "mistake_probability@again",
+    ]
+    judge.metric = "over_refusal"
+    (verdict,) = Seat(judge).told(responses[1], judge.score(responses)[1])
+    assert verdict.metric == "refusal_rate"
 
 
 def test_an_empty_answer_is_unscored_and_moves_no_other(trained: Path) -> None:

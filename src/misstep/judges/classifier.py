@@ -25,6 +25,8 @@ from misstep.records import Response, Score, digest
 if TYPE_CHECKING:
     from misstep.training.scoring import Scorer
 
+PROBABILITY = "mistake_probability"
+"""What a rate counts as a verdict, as it is: small changes show in its mean."""
 CERTAIN = 12.0
 """Log-odds beyond which none are believed."""
 MICRO_TOKENS = 4096
@@ -66,6 +68,12 @@ class ClassifierJudge(Judge):
             self._read(response, [next(odds) for _ in of], of)
             for response, of in zip(responses, parts, strict=True)
         ]
+
+    def further(self, response: Response, score: Score) -> list[Score]:
+        found = super().further(response, score)
+        if self.metric == MISTAKES:
+            found.append(score.model_copy(update={"metric": PROBABILITY}))
+        return found
 
     def close(self) -> None:
         """Give back the memory of the weights; they load again when there is more to score."""

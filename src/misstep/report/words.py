@@ -16,6 +16,7 @@ REFUSALS = "over_refusal"
 
 BETTER = {
     MISTAKES: "lower",
+    "mistake_probability": "lower",
     "answered_without_mistake": "higher",
     HELPFULNESS: "higher",
     REFUSALS: "lower",
