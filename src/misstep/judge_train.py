@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from misstep import __version__
-from misstep.claims import claimed
+from misstep.claims import LOCK, claimed
 from misstep.config import parse_override, put
 from misstep.data.decoys import LEARNED, NAME, beside, with_decoys
 from misstep.data.labelled import MISTAKES, Case, DataSet, Part, part_of
@@ -34,6 +34,8 @@ from misstep.evidence.judge_card import (
     Parts,
     Tested,
     Training,
+    is_trained_judge,
+    read_card,
     unseen,
     write_card,
     write_seen,
@@ -51,7 +53,7 @@ from misstep.models.reading import Reader
 from misstep.models.weights import Model, is_encoder, load_weights, locate_any
 from misstep.progress import Progress
 from misstep.records import digest
-from misstep.run_folder import beside_runs
+from misstep.run_folder import beside_runs, set_aside
 from misstep.stages.base import Settings
 from misstep.training import processes
 
@@ -199,13 +201,42 @@ def _parted(inputs: TrainInputs) -> Parted:
 def train_judge(inputs: TrainInputs, out: Path, progress: Progress) -> Path:
     """Train a judge into a folder and measure it there on the held-out questions.
 
+    A judge that the folder holds of the same data, model and settings stays as it is. Another
+    one goes to a folder `former/N` in it, once the new one is trained.
+
     Raises:
         InputError: the folder cannot be written, or is no place for this model's classifier.
         RunError: the training failed.
     """
     with claimed(beside_runs(out, OWN)) as folder:
-        _train_into(folder, inputs, progress)
+        if _is_made_of(folder, inputs):
+            progress.say("The judge is trained already, of the same data and settings.")
+        else:
+            _train_into(folder, inputs, progress)
+        _measure(folder, inputs, progress)
     return folder
+
+
+def _is_made_of(folder: Path, inputs: TrainInputs) -> bool:
+    """Whether a folder holds the judge that would come of the inputs."""
+    if not all((folder / name).exists() for name in OWN):
+        return False
+    card, sets = read_card(folder), inputs.data.items()
+    known = card.training
+    return (card.metric, card.reads, known.digest, known.settings) == (
+        inputs.metric,
+        READS,
+        inputs.model.digest,
+        inputs.settings.model_dump(),
+    ) and [(of.name, of.digest) for of in known.data] == [(n, of.digest) for n, of in sets]
+
+
+def _measure(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
+    """Put the held-out questions into the card, where they are not in it yet."""
+    card, cases = read_card(folder), _parted(inputs)
+    if not {name for name, of in cases.items() if of["held_out"]} <= set(card.data):
+        tested = _tested(inputs, cases, folder, progress)
+        write_card(folder, card.model_copy(update={"data": dict(card.data) | tested}))
 
 
 def _train_into(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
@@ -229,8 +260,6 @@ def _train_into(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
         },
     )
     write_card(folder, card)
-    tested = _tested(inputs, cases, folder, progress)
-    write_card(folder, card.model_copy(update={"data": tested}))
 
 
 class Rows(NamedTuple):
@@ -322,6 +351,8 @@ def _trained(
     model = classifier.finished(loss, reader.pad)
     seconds = time.monotonic() - began
     seen = losses[-1].epoch * sum(len(row.ids) for row in train.rows)
+    if is_trained_judge(str(folder)):
+        _set_aside(folder, progress)
     # A folder without a card is no judge: whatever is killed from here on leaves none.
     (folder / CARD).unlink(missing_ok=True)
     classifier.save_classifier(model, reader.tokenizer, folder)
@@ -348,6 +379,14 @@ def _trained(
         device=f"{platform.machine()}, {os.cpu_count()} cores",
         versions={"misstep": __version__, **{name: version(name) for name in LIBRARIES}},
     )
+
+
+def _set_aside(folder: Path, progress: Progress) -> None:
+    """Keep a judge of other inputs, with all files beside it."""
+    files = [path.name for path in folder.iterdir() if path.is_file() and path.name != LOCK]
+    # The card last: what is killed on the way is found, and the rest set aside, next time.
+    place = set_aside(folder, sorted(files, key=lambda name: name == CARD))
+    progress.say(f"The judge that was here is kept in {place}.")
 
 
 def _label_loss(

@@ -116,11 +116,12 @@ def refuse_own(folder: Path, own: Iterable[str], read: Mapping[str, str | None])
 
 
 def set_aside(folder: Path, records: Iterable[str]) -> Path:
-    """Move what a finished run left, with a copy of its manifest, to a folder that is new."""
+    """Move what was finished, with a copy of a run's manifest, to a folder that is new."""
     numbered = (folder / FORMER / str(number) for number in count(1))
     place = next(place for place in numbered if not place.exists())
     place.mkdir(parents=True)
-    copy2(folder / MANIFEST, place)
+    if (folder / MANIFEST).exists():
+        copy2(folder / MANIFEST, place)
     for name in records:
         if (folder / name).exists():
             (folder / name).rename(place / name)

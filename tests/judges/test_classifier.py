@@ -18,7 +18,7 @@ from misstep.data.sources import question_of
 from misstep.engines import turns
 from misstep.errors import EngineError, InputError
 from misstep.evidence.check_results import read_check
-from misstep.evidence.judge_card import SEEN, is_trained_judge, read_card
+from misstep.evidence.judge_card import SEEN, is_trained_judge, read_card, write_card
 from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge
 from misstep.judge_train import read_train_inputs, train_judge
@@ -225,6 +225,48 @@ def test_a_training_that_is_killed_leaves_no_judge_of_old_and_new(
     with pytest.raises(KeyboardInterrupt):
         train_judge(inputs, folder, Silent())
     assert not is_trained_judge(str(folder))
+
+
+def test_a_judge_of_the_same_inputs_is_not_trained_again(
+    trained: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(trained, tmp_path / "judge")
+    inputs = read_train_inputs(
+        [labelled(trained.parent)], str(tiny_model), "mistake_rate", [], SETTINGS
+    )
+
+    def nothing(*_: object) -> None:
+        raise AssertionError
+
+    # As if it had been killed before it was measured.
+    card = read_card(folder)
+    write_card(folder, card.model_copy(update={"data": {}}))
+    monkeypatch.setattr("misstep.training.classifier.fit", nothing)
+    train_judge(inputs, folder, Silent())
+    measured = read_card(folder)
+    assert measured.data == {name: card.data[name] for name in ("data", "data with decoys")}
+    monkeypatch.setattr("misstep.judge_train._tested", nothing)
+    train_judge(inputs, folder, Silent())
+    assert read_card(folder) == measured and not (folder / "former").exists()
+
+
+def test_a_judge_of_other_inputs_is_kept_beside_the_new_one(
+    trained: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    folder = shutil.copytree(trained, tmp_path / "judge")
+    settings = [*SETTINGS, "seed=1", "epochs=0.1"]
+    for number in (1, 2):
+        settings[-1] = f"epochs=0.{number}"
+        inputs = read_train_inputs(
+            [labelled(tmp_path)], str(tiny_model), "mistake_rate", [], settings
+        )
+        train_judge(inputs, folder, Silent())
+    former = [folder / "former" / name for name in "12"]
+    assert ClassifierJudge(former[0]).name == ClassifierJudge(trained).name
+    assert [read_card(of).training.settings["epochs"] for of in (former[1], folder)] == [
+        0.1,
+        0.2,
+    ]
 
 
 def test_a_judge_is_never_written_over_something_else(tmp_path: Path, tiny_model: Path) -> None:
