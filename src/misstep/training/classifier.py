@@ -29,7 +29,7 @@ from misstep.models.weights import Model, is_encoder, no_progress_bars, share
 from misstep.training.encoder import read_classifier
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss, balance
-from misstep.training.loss import body_of, mean_loss
+from misstep.training.loss import body_of, mean_loss, on_device, without_gradient
 from misstep.training.processes import on_one_device, place
 from misstep.training.rows import Row, in_order
 from misstep.training.scoring import ScoreHead, classifier
@@ -109,7 +109,9 @@ def fit(
     order = in_order([row.row for row in train], how.epochs, how.seed)
     steps = math.ceil(len(train) / how.batch_size)
     watch = Watch(loss, [row.row for row in dev], how.micro_tokens, steps)
-    arguments = _arguments(how, isinstance(loss, EncoderLoss))
+    arguments = _arguments(
+        how, fastest_dtype() == torch.bfloat16 and _can_mix(loss, dev[0].row)
+    )
     # What makes layers fast depends on the device that they are on.
     place(loss, loss.model, arguments)
     with fast_layers(loss) if isinstance(loss, LabelLoss) else nullcontext():
@@ -180,8 +182,24 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 parameter.copy_(self._best[name])
 
 
+def _can_mix(loss: LabelLoss | EncoderLoss, row: Row) -> bool:
+    """Whether products of fp32 weights can be computed in bf16, by trying it.
+
+    DeBERTa's first version then masks with a number that bf16 cannot hold.
+    """
+    if not isinstance(loss, EncoderLoss):
+        return False
+    batch = on_device(loss, [row])
+    with without_gradient(loss), torch.autocast(batch["ids"].device.type, torch.bfloat16):
+        try:
+            loss(**batch)
+        except RuntimeError:
+            return False
+    return True
+
+
 def _arguments(how: Fit, mixed: bool) -> TrainingArguments:
-    """Trainer's; `mixed` computes products of fp32 weights in bf16, where that is fast."""
+    """Trainer's; `mixed` computes products of fp32 weights in bf16."""
     arguments = TrainingArguments(
         output_dir=str(how.checkpoints),
         # The rows come in the order of all epochs, so for Trainer there is one.
@@ -190,7 +208,7 @@ def _arguments(how: Fit, mixed: bool) -> TrainingArguments:
         learning_rate=how.learning_rate,
         warmup_steps=0.06,
         use_cpu=not torch.cuda.is_available(),
-        bf16=mixed and fastest_dtype() == torch.bfloat16,
+        bf16=mixed,
         save_strategy="no",
         seed=how.seed,
         report_to="none",
