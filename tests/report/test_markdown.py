@@ -17,7 +17,7 @@ from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
 from misstep.report.study import write_study_picture
 from misstep.report.study_markdown import study_markdown
-from misstep.report.words import gap, p_text
+from misstep.report.words import gap, p_text, rate
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/results.json"))
@@ -172,14 +172,14 @@ def test_every_rate_stands_in_the_page() -> None:
     for run in RUNS:
         page, results = markdown_page(run), read_results(run / "results.json")
         # Of several seeds the page has the rate over all, and the lowest and highest one.
-        seeds = [p.by_seed.values() for p in results.pooled if p.n]
-        shown = [v for of in seeds for v in (min(of), max(of))]
-        shown += [p.value for p in results.pooled if p.value is not None]
-        rows = [] if seeds else [m for row in results.rows for m in row.metrics.values()]
-        shown += [metric.value for metric in rows if metric.value is not None]
+        seeds = [(p.metric, p.by_seed.values()) for p in results.pooled if p.n]
+        shown = [(metric, v) for metric, of in seeds for v in (min(of), max(of))]
+        shown += [(p.metric, p.value) for p in results.pooled if p.value is not None]
+        rows = [] if seeds else [item for row in results.rows for item in row.metrics.items()]
+        shown += [(name, metric.value) for name, metric in rows if metric.value is not None]
         assert shown
-        for value in shown:
-            assert re.search(rf"{100 * value:.1f}.%", page)
+        for name, value in shown:
+            assert rate(value, name) in page
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
