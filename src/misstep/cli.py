@@ -292,8 +292,8 @@ def judge_train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="held_out, dev, seed, epochs, learning_rate, batch_size, max_tokens, layers "
-            "or rank.",
+            help="held_out, dev, seed, epochs, learning_rate, batch_size, max_tokens, layers, "
+            "rank or decoys.",
         ),
     ] = [],  # noqa: B006
 ) -> None:

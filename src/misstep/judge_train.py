@@ -351,10 +351,9 @@ def _trained(
     model = classifier.finished(loss, reader.pad)
     seconds = time.monotonic() - began
     seen = losses[-1].epoch * sum(len(row.ids) for row in train.rows)
+    # A folder without a card is no judge: whatever is killed from here on leaves none.
     if is_trained_judge(str(folder)):
         _set_aside(folder, progress)
-    # A folder without a card is no judge: whatever is killed from here on leaves none.
-    (folder / CARD).unlink(missing_ok=True)
     classifier.save_classifier(model, reader.tokenizer, folder)
     known = {case.response.text for of in cases.values() for case in of["train"]}
     return Training(

@@ -24,9 +24,9 @@ FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2"})
 """Whose positions come from `position_ids` and whose attention goes through the interface; a
 test holds each of them to the plain loss."""
 QUERIES_AT_ONCE = 64
-"""Queries of one block; a block's keys end where its queries end. Of 32 to 256 the fastest on
-rows of 100 to 600 tokens, of eight on one core; twice as fast there as torch's own kernel, and
-level with it on one row of 2,000."""
+"""Queries of one block; a block's keys end where its queries end. Of 32 to 256 none
+was clearly faster on eight rows of 100 to 600 tokens, one core of an EPYC; torch's own kernel
+took twice as long and more, and as long on one row of 2,000."""
 TOKENS, LENGTH = 64, 16
 """Tokens of a micro-batch, and of its longest row, are filled up to a multiple of these: what a
 processor's library compiles for each shape of a product, it then compiles less often and keeps
@@ -179,8 +179,8 @@ class CausalAttention(torch.autograd.Function):  # type: ignore[misc]
     """Attention of scaled queries; heads that share a key are rows of one product.
 
     Shapes are (rows, heads, length, width). Torch's own kernel is slow on many short rows. The
-    weights are computed again on the way back: kept, they would be a quarter of all that a
-    step keeps.
+    weights are computed again on the way back: kept, they would grow with the square of the
+    length.
     """
 
     @staticmethod
