@@ -81,19 +81,19 @@ def check_inputs(config: RunConfig) -> Inputs:
         InputError: what is wrong with the policy, the data or the model.
     """
     policy = load_policy(config.policy)
-    _check_policy(config, policy)
+    _check_methods(config, policy)
     _check_trainable(config)
     for source in config.sources().values():
         check_source(source)
     model = locate(config.model)
     judge = locate_judging(config)
     seed, (prompts, given) = config.seed, _cases(config)
-    methods = _possible(config, prompts or (mistake.prompt for mistake in given))
+    methods = _possible(config, _asked(prompts, given))
     of_mistakes = read_judge_of_mistakes(config, judge)
     tests, ordinary = load_tests(config), _ordinary(config)
     helpful = load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else ()
     learned = {
-        "mistakes.data": prompts or (mistake.prompt for mistake in given),
+        "mistakes.data": _asked(prompts, given),
         "ordinary": ordinary,
         "helpful_pairs": (Prompt(messages=pair.messages) for pair in helpful),
     }
@@ -103,9 +103,7 @@ def check_inputs(config: RunConfig) -> Inputs:
     first = of_mistakes.probe() if of_mistakes else mistake_judge(policy, ScriptedEngine())
     assert isinstance(first, Judge)
     if _judges_what_is_learned(config):
-        check_judgeable(
-            "mistakes.data", prompts or (mistake.prompt for mistake in given), first
-        )
+        check_judgeable("mistakes.data", _asked(prompts, given), first)
     _check_measurable(config, tests, first, {k: of.probe() for k, of in judges.items()})
     analyst = model if config.analysis.engine == "self" else locate(config.analysis.engine)
     _check_engine(config, [model, analyst] if config.trains else [model])
@@ -144,6 +142,11 @@ def _cases(config: RunConfig) -> tuple[Sequence[Prompt], Sequence[Mistake]]:
     if of.source == "induced":
         return load_prompts(of.data, seed), []
     return [], load_mistakes(of.data, of.source, seed)
+
+
+def _asked(prompts: Sequence[Prompt], given: Sequence[Mistake]) -> Iterable[Prompt]:
+    """The prompts of mistakes, one by one: there may be more than memory holds."""
+    return prompts or (mistake.prompt for mistake in given)
 
 
 def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
@@ -260,7 +263,8 @@ def _possible(config: RunConfig, asked: Iterable[Prompt]) -> tuple[str, ...]:
     return tuple(name for name in config.methods if name not in needing)
 
 
-def _check_policy(config: RunConfig, policy: Policy) -> None:
+def _check_methods(config: RunConfig, policy: Policy) -> None:
+    """Refuse methods that the policy, the adapter or the processes cannot serve."""
     revising = [name for name in config.methods if METHODS[name].uses_revisions]
     if revising and policy.critique is None:
         raise RecipeError(

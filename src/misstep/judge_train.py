@@ -355,28 +355,33 @@ def _trained(
     if is_trained_judge(str(folder)):
         _set_aside(folder, progress)
     classifier.save_classifier(model, reader.tokenizer, folder)
-    known = {case.response.text for of in cases.values() for case in of["train"]}
     return Training(
         model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
         digest=inputs.model.digest,
         settings=settings.model_dump(),
-        data=tuple(
-            CardSource(
-                name=name,
-                digest=inputs.data[name].digest,
-                answers=Parts(**{part: len(of[part]) for part in PARTS}),
-                questions=Parts(**{part: _questions(of[part]) for part in PARTS}),
-                left_out=inputs.data[name].left_out,
-                repeated=sum(case.response.text in known for case in of["held_out"]),
-            )
-            for name, of in cases.items()
-        ),
+        data=_sources(inputs, cases),
         dev_loss=tuple((at.epoch, at.loss) for at in losses),
         cut=train.cut,
         seconds=round(time.monotonic() - started, 1),
         tokens_per_second=round(seen / seconds, 1),
         device=f"{platform.machine()}, {os.cpu_count()} cores",
         versions={"misstep": __version__, **{name: version(name) for name in LIBRARIES}},
+    )
+
+
+def _sources(inputs: TrainInputs, cases: Parted) -> tuple[CardSource, ...]:
+    """The data sets as the card names them."""
+    known = {case.response.text for of in cases.values() for case in of["train"]}
+    return tuple(
+        CardSource(
+            name=name,
+            digest=inputs.data[name].digest,
+            answers=Parts(**{part: len(of[part]) for part in PARTS}),
+            questions=Parts(**{part: _questions(of[part]) for part in PARTS}),
+            left_out=inputs.data[name].left_out,
+            repeated=sum(case.response.text in known for case in of["held_out"]),
+        )
+        for name, of in cases.items()
     )
 
 

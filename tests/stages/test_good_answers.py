@@ -48,10 +48,13 @@ class Robots(Judge):
         ]
 
 
-def draw(engine: Engine, **settings: object) -> tuple[list[Response], Tally]:
+def draw(
+    engine: Engine, judge: Judge | None = None, **settings: object
+) -> tuple[list[Response], Tally]:
     tally = Tally()
     how = GoodAnswerSettings.model_validate({"source": "self", "samples": 3, **settings})
-    found = good_answers(PROMPTS, engine, Robots(), RefusalJudge(), POLICY, how, 0, tally)
+    by = judge or Robots()
+    found = good_answers(PROMPTS, engine, by, RefusalJudge(), POLICY, how, 0, tally)
     return list(found), tally
 
 
@@ -65,6 +68,21 @@ def test_one_answer_a_prompt_that_is_no_mistake() -> None:
 def test_an_answer_that_refuses_is_taken_where_there_is_no_other() -> None:
     assert {r.text for r in draw(Drawn(REFUSAL, BAD, GOOD))[0]} == {GOOD}
     assert {r.text for r in draw(Drawn(BAD, REFUSAL, BAD))[0]} == {REFUSAL}
+
+
+class Unsure(Robots):
+    """A judge that gives probabilities: the longer a text, the less likely is it a mistake."""
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        return [self.scored(r, 1 / len(r.text)) for r in responses]
+
+
+def test_of_several_that_do_not_refuse_it_is_the_one_that_the_judge_is_surest_of() -> None:
+    longest = "Bees make honey out of nectar, in combs."
+    for texts in ((GOOD, longest, REFUSAL), (REFUSAL * 2, longest, GOOD)):
+        assert {r.text for r in draw(Drawn(*texts), judge=Unsure())[0]} == {longest}
+    # By verdicts alone all are alike.
+    assert {r.text for r in draw(Drawn(REFUSAL, GOOD, longest))[0]} == {GOOD}
 
 
 def test_unscored_is_not_good_and_a_prompt_without_a_good_answer_has_none() -> None:

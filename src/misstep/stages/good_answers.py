@@ -3,8 +3,8 @@
 The model answers each prompt several times, and the judge of mistakes keeps what is none
 (rejection sampling: RAFT, arXiv 2304.06767). So a method that learns from good answers needs no
 annotator. A judge of mistakes does not tell a good answer from one that only does no harm: of
-those that it lets through, one that refuses is taken only where there is no other. Knows no
-method and no file.
+those that it lets through, one that refuses is taken only where there is no other; of several
+that do not, the one that the judge is surest of. Knows no method and no file.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,7 +81,8 @@ def good_answers(
         tally.sampled += len(responses)
         scored = zip(responses, score_all(judge, responses), strict=True)
         for of in portions(scored, settings.samples):
-            yield from _best([r for r, score in of if _sound(r, score, tally)], refusals, tally)
+            sound = [(r, score) for r, score in of if _sound(r, score, tally)]
+            yield from _best(sound, refusals, tally)
     if not tally.kept:
         raise RunError(
             f"none of {tally.sampled} answers was good ({tally.reasons}). Try more "
@@ -137,12 +138,18 @@ def _sound(response: Response, score: Score, tally: Tally) -> bool:
     return False
 
 
-def _best(sound: Sequence[Response], refusals: Judge, tally: Tally) -> Iterator[Response]:
-    """The first answer that does not refuse, else the first; none of none."""
+def _best(
+    sound: Sequence[tuple[Response, Score]], refusals: Judge, tally: Tally
+) -> Iterator[Response]:
+    """The answer that the judge of mistakes is surest of, of those that do not refuse, if any.
+
+    A judge that gives verdicts alone is equally sure of all: then it is the first.
+    """
     if not sound:
         return
     tally.kept += 1
     if len(sound) > 1:
         tally.refused["one more good answer to the same prompt"] += len(sound) - 1
-    scored = zip(sound, refusals.score(sound), strict=True)
-    yield next((r for r, score in scored if not score.counted), sound[0])
+    refuses = [bool(score.counted) for score in refusals.score([r for r, _ in sound])]
+    best = min(range(len(sound)), key=lambda at: (refuses[at], sound[at][1].value or 0.0))
+    yield sound[best][0]
