@@ -407,6 +407,22 @@ def test_half_of_the_good_answers_are_given_to_guided_prompts() -> None:
     assert sum(row.messages in plain for row in found) == len(found) / 2
 
 
+@pytest.mark.parametrize("name", ["sft", "ordinary", "mistake_analysis", "corrected_analysis"])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
+def test_a_share_of_answers_is_learned_under_the_guide_and_nothing_else_changes(
+    name: str, share: float
+) -> None:
+    found, plain = (rows(name, ordinary=4, good_answers=4, guided=of) for of in (share, 0.0))
+    known = {p.messages: POLICY.guided_prompt(p) for p in (*ORDINARY, *ASKED)}
+    assert [row.completion for row in found] == [row.completion for row in plain]
+    for kind in {"ordinary", "good_answer"} & {row.kind for row in found}:
+        guided = [row.messages in known.values() for row in found if row.kind == kind]
+        own = 0.5 if (name, kind) == ("corrected_analysis", "good_answer") else 0.0
+        assert sum(guided) == max(share, own) * len(guided)
+    of_analyses = [[row for row in of if row.kind == "analysis"] for of in (found, plain)]
+    assert of_analyses[0] == of_analyses[1]
+
+
 def test_an_analysis_is_preferred_to_what_the_unguided_model_said_wrongly() -> None:
     found = [row for row in rows("contrastive_analysis", ordinary=9) if row.kind == "analysis"]
     assert {(row.messages, row.chosen, row.rejected) for row in found} == {

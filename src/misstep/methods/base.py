@@ -35,6 +35,10 @@ class MixSettings(Settings):
     good_answers: Annotated[float, Field(ge=0)] = 1.0
     """Good answers to the prompts that mistakes were collected on, for each of N. Ours: the
     paper trains on none; 0 is its setting."""
+    guided: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of ordinary pairs and good answers whose prompts carry the policy's guide, so
+    that guidance at inference is no stranger to the model. Ours: the paper's rows carry none,
+    and what methods make of pairs (`dpo`, `rlhf`, `coh`, `self_guard`) does not either."""
 
 
 class Materials(NamedTuple):
@@ -149,16 +153,29 @@ class Method(ABC):
         return text
 
 
-def answers(prompts: Sequence[Prompt], kind: str) -> list[Example]:
-    """Rows that teach the reference answers of prompts."""
+def answers(
+    materials: Materials, prompts: Sequence[Prompt], kind: str, guided: float = 0.0
+) -> list[Example]:
+    """Rows that teach the reference answers of prompts, in order.
+
+    A share of them, evenly spread, has the guide around its prompt: the recipe's, or `guided`
+    where that is more.
+    """
+    share = max(guided, materials.mix.guided)
+    known = ((prompt, prompt.reference) for prompt in prompts if prompt.reference)
     return [
-        Example(messages=prompt.messages, completion=prompt.reference, kind=kind)
-        for prompt in prompts
-        if prompt.reference
+        Example(
+            messages=materials.policy.guided_prompt(prompt)
+            if int((place + 1) * share) > int(place * share)
+            else prompt.messages,
+            completion=reference,
+            kind=kind,
+        )
+        for place, (prompt, reference) in enumerate(known)
     ]
 
 
-def good_rows(materials: Materials) -> list[Example]:
+def good_rows(materials: Materials, guided: float = 0.0) -> list[Example]:
     """The good answers to attacked prompts that are mixed in.
 
     Where none is known, analyses come again in their place: all methods train on equally many
@@ -166,15 +183,16 @@ def good_rows(materials: Materials) -> list[Example]:
     """
     share = materials.mix.good_answers
     if materials.answered:
-        return answers(materials.some(materials.answered, share, "answered"), "good_answer")
-    drawn = materials.some(materials.analyses, share, "analyses")
-    return [analysis_row(materials.policy, analysis) for analysis in drawn]
+        drawn = materials.some(materials.answered, share, "answered")
+        return answers(materials, drawn, "good_answer", guided)
+    again = materials.some(materials.analyses, share, "analyses")
+    return [analysis_row(materials.policy, analysis) for analysis in again]
 
 
 def ordinary_rows(materials: Materials) -> list[Example]:
     """The ordinary pairs that every method mixes in."""
     found = materials.some(materials.ordinary, materials.mix.ordinary, "ordinary")
-    return answers(found, "ordinary")
+    return answers(materials, found, "ordinary")
 
 
 def analysis_row(policy: Policy, analysis: Analysis) -> Example:

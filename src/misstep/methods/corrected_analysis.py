@@ -15,7 +15,7 @@ from misstep.methods.base import (
     ordinary_rows,
 )
 from misstep.policy import Policy
-from misstep.records import Analysis, Example, Prompt
+from misstep.records import Analysis, Example
 
 CORRECTION = "\n\nA right response: "
 
@@ -30,11 +30,7 @@ class CorrectedAnalysis(Method):
     def rows(self, materials: Materials) -> Rows:
         policy = materials.policy
         rows = [_corrected(policy, analysis) for analysis in materials.each_analysis()]
-        good = [
-            _guided(policy, row) if number % 2 and row.kind == "good_answer" else row
-            for number, row in enumerate(good_rows(materials))
-        ]
-        return rows + good + ordinary_rows(materials)
+        return rows + good_rows(materials, guided=0.5) + ordinary_rows(materials)
 
 
 def _corrected(policy: Policy, analysis: Analysis) -> Example:
@@ -42,8 +38,3 @@ def _corrected(policy: Policy, analysis: Analysis) -> Example:
     if not right:
         return row
     return row.model_copy(update={"completion": f"{row.completion}{CORRECTION}{right}"})
-
-
-def _guided(policy: Policy, row: Example) -> Example:
-    prompt = Prompt(messages=row.messages)
-    return row.model_copy(update={"messages": policy.guided_prompt(prompt)})

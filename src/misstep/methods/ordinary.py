@@ -15,4 +15,4 @@ class Ordinary(Method):
     def rows(self, materials: Materials) -> Rows:
         share = materials.lesson + materials.mix.ordinary
         found = materials.some(materials.ordinary, share, "ordinary")
-        return answers(found, "ordinary")
+        return answers(materials, found, "ordinary")

@@ -11,4 +11,4 @@ class SFT(Method):
 
     def rows(self, materials: Materials) -> Rows:
         good = materials.some(materials.answered, materials.lesson, "answered")
-        return answers(good, "good_answer") + ordinary_rows(materials)
+        return answers(materials, good, "good_answer") + ordinary_rows(materials)
