@@ -33,6 +33,23 @@ def test_an_interrupted_command_says_that_nothing_is_lost(
     assert "Interrupted. Nothing that was finished is lost" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_called_one_and_where_room_is_needed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("more than nothing")
+
+    monkeypatch.setattr(pipeline, "run", full)
+    monkeypatch.setattr(sys, "argv", ["misstep", "run", "recipe.yaml"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    said = capsys.readouterr().err
+    assert "error: a file: not written whole (No space left on device)" in said
+    assert "the same command goes on from there. Make room" in said
+
+
 @pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["no-command"], 2)])
 def test_other_ends_are_no_interruptions(
     monkeypatch: pytest.MonkeyPatch,

@@ -1,9 +1,11 @@
 """The command line: parse, call, print. Knows no model and no stage's inside."""
 
+import errno
 import gc
 import os
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -653,7 +655,11 @@ def main() -> None:
         sys.exit(status)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
-        _fail(RuntimeError(text), debug, 1, f"{_GO_ON} --debug shows where it happened.")
+        advice = "--debug shows where it happened."
+        if isinstance(error, OSError) and error.errno in FULL:
+            text = f"{error.filename or 'a file'}: not written whole ({error.strerror})"
+            advice = f"Make room, for the run and in {tempfile.gettempdir()}."
+        _fail(RuntimeError(text), debug, 1, f"{_GO_ON} {advice}")
 
 
 def _run_app() -> None:
@@ -671,6 +677,8 @@ def _run_app() -> None:
 
 INTERRUPTED = 130
 TERMINATED = 143
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where a disk, or a user's share of it, is full; often of no file."""
 _GO_ON = "Nothing that was finished is lost: the same command goes on from there."
 
 
