@@ -411,20 +411,23 @@ def report(
         return
     if markdown and _print_cards(folder):
         return
-    if markdown:
-        from misstep.report.markdown import markdown_page
-
-        print(markdown_page(folder), end="")
-        return
-    if (folder / "cells").is_dir():
+    if (folder / "cells").is_dir() and not markdown:
         from misstep.report.compared import write_comparison
 
         print(write_comparison(folder))
         return
+    _report_run(folder, markdown)
+
+
+def _report_run(folder: Path, markdown: bool) -> None:
     from misstep.evidence.judge_card import is_trained_judge
+    from misstep.report.markdown import markdown_page
     from misstep.report.page import write_run_page
     from misstep.report.reading import read_run
 
+    if markdown:
+        print(markdown_page(folder), end="")
+        return
     if is_trained_judge(str(folder)):
         raise InputError(
             f"{folder}: expected a directory that has a page, found a trained judge, whose "
