@@ -37,7 +37,15 @@ def counted(tmp_path: Path, obeyed: Callable[[Prompt], bool]) -> dict[str, Any]:
     write_jsonl(tmp_path / "responses.jsonl", answers)
     write_jsonl(tmp_path / "scores.jsonl", judgements)
     out = tmp_path / "wordings.json"
-    command = [sys.executable, SCRIPT, str(tmp_path), "--tests", "attacks-seen", "--out", out]
+    command = [
+        sys.executable,
+        SCRIPT,
+        str(tmp_path),
+        "--tests",
+        "attacks-seen",
+        "--out",
+        f"{out}",
+    ]
     shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert "| sft/unguided |" in shown.stdout
     found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))["attacks-seen"]
