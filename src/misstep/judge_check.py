@@ -1,9 +1,9 @@
 """A judge measured against people's labels, over whole data sets.
 
 The judge scores every labelled answer; check.json holds the numbers, judged.jsonl each answer
-with its score, check.html the page. The directory keeps a model's verdicts, so that the same
-command goes on after an interruption. A trained judge is measured on questions it has not
-seen. What the numbers mean stands in misstep.evidence.check_results.
+with its score, check.html the page. The directory keeps what a model or a trained judge said,
+so that the same command goes on after an interruption. A trained judge is measured on questions
+it has not seen. What the numbers mean stands in misstep.evidence.check_results.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +20,7 @@ from misstep.data.sources import Source, check_source, rows
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
 from misstep.engines.choose import Chosen
+from misstep.engines.store import CACHE
 from misstep.errors import DataError
 from misstep.evidence.check_results import (
     Check,
@@ -218,7 +219,7 @@ def _check_into(folder: Path, inputs: CheckInputs, progress: Progress) -> None:
     def engine(chosen: Chosen) -> AbstractContextManager[Engine]:
         return _cached(chosen, folder, progress)
 
-    with opened(inputs.judge, engine) as asked:
+    with opened(inputs.judge, engine, folder / CACHE) as asked:
         cases = {
             name: judge_cases(asked, name, found, progress)
             for name, found in inputs.data.items()
@@ -235,7 +236,7 @@ def _check_into(folder: Path, inputs: CheckInputs, progress: Progress) -> None:
 def _cached(chosen: Chosen, folder: Path, progress: Progress) -> Iterator[Engine]:
     """A cached engine for a judge that asks a model."""
     progress.say(f"Engine: {chosen.why}")
-    with chosen.cached(folder / "cache.sqlite") as engine:
+    with chosen.cached(folder / CACHE) as engine:
         engine.notify = partial(progress.update, "judging")
         yield engine
 

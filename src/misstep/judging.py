@@ -21,6 +21,7 @@ from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
 from misstep.judges.classifier import ClassifierJudge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.guard import GuardJudge
+from misstep.judges.kept import KeptJudge
 from misstep.models.endpoint import PREFIX
 from misstep.models.weights import Model, locate
 from misstep.policy import Policy, load_policy
@@ -168,10 +169,18 @@ def _check_members(found: JudgeInputs) -> None:
 
 
 @contextmanager
-def opened(found: JudgeInputs, engine: OpenEngine) -> Iterator[AnyJudge]:
-    """The judge with its engines, as long as it is needed."""
+def opened(
+    found: JudgeInputs, engine: OpenEngine, kept: Path | None = None
+) -> Iterator[AnyJudge]:
+    """The judge with its engines, as long as it is needed.
+
+    Args:
+        found: the judge.
+        engine: opens the engine of one that asks a model.
+        kept: a store, in which the scores of trained judges are kept.
+    """
     with ExitStack() as stack:
-        judge = _built(found, lambda of: stack.enter_context(engine(_chosen(of))))
+        judge = _built(found, lambda of: stack.enter_context(engine(_chosen(of))), kept)
         if isinstance(judge, Judge):
             stack.callback(judge.close)
         yield judge
@@ -184,16 +193,19 @@ def _chosen(found: JudgeInputs) -> Chosen:
     return choose(found.config.engine, found.model)
 
 
-def _built(found: JudgeInputs, engine: Callable[[JudgeInputs], Engine]) -> AnyJudge:
+def _built(
+    found: JudgeInputs, engine: Callable[[JudgeInputs], Engine], kept: Path | None = None
+) -> AnyJudge:
     votes, most = found.config.votes, found.config.max_tokens
     if found.members:
-        members = [_built(member, engine) for member in found.members]
+        members = [_built(member, engine, kept) for member in found.members]
         single = [member for member in members if isinstance(member, Judge)]
         return EnsembleJudge(single, found.config.needs)
     if found.config.rule is not None:
         return rule_judge(found.config.rule)
     if found.config.classifier is not None:
-        return ClassifierJudge(Path(found.config.classifier))
+        trained = ClassifierJudge(Path(found.config.classifier))
+        return KeptJudge(trained, kept) if kept else trained
     asked = engine(found) if found.model is not None else ScriptedEngine()
     if found.guard is not None:
         return GuardJudge(found.guard, asked)

@@ -20,6 +20,7 @@ from misstep.data.shelf import Names, Shelf
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
 from misstep.engines.scripted import ScriptedEngine
+from misstep.engines.store import CACHE
 from misstep.errors import RecipeError, RunError
 from misstep.evidence.results import FOCUS, Results, write_results
 from misstep.inputs import Inputs, read_inputs, seen_by_judges
@@ -564,9 +565,14 @@ class Run:
             }
             yield seated([first, *cost_judges()], further)
 
+    @property
+    def _cache(self) -> Path:
+        """Where model calls and the scores of trained judges are kept."""
+        return (self.store or self.folder) / CACHE
+
     def _opened(self, found: JudgeInputs) -> AbstractContextManager[AnyJudge]:
         whole = found.with_models(self._whole)
-        return opened(whole, lambda chosen: self._cached(chosen, "judging"))
+        return opened(whole, lambda chosen: self._cached(chosen, "judging"), self._cache)
 
     @contextmanager
     def _engine(
@@ -582,7 +588,7 @@ class Run:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        engine = chosen.cached((self.store or self.folder) / "cache.sqlite")
+        engine = chosen.cached(self._cache)
         engine.notify = lambda done, total: self.progress.update(what, done, total)
         with engine:
             yield engine

@@ -21,6 +21,7 @@ from misstep.data.sources import check_source, load_prompts, source_digest
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
+from misstep.engines.store import CACHE
 from misstep.errors import DataError, RecipeError
 from misstep.evidence.study_results import (
     Case,
@@ -236,7 +237,7 @@ class StudyRun:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        with chosen.cached(self.folder / "cache.sqlite") as engine:
+        with chosen.cached(self.folder / CACHE) as engine:
             yield engine
 
 

@@ -21,7 +21,7 @@ from misstep.data.suites import attacked_prompts
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.choose import Chosen
 from misstep.engines.scripted import ScriptedEngine
-from misstep.engines.store import Store
+from misstep.engines.store import CACHE, Store
 from misstep.inputs import Inputs
 from misstep.models.weights import Model
 from misstep.pipeline import Run
@@ -155,7 +155,7 @@ def overhead(work: dict[str, Any]) -> dict[str, Any]:
             run.analyse(mistakes)
         with took.stage("respond"):
             run.respond({"vanilla": None})
-        cache = folder / "run" / "cache.sqlite"
+        cache = folder / "run" / CACHE
         return {
             "seconds": took.seconds,
             "cpu_seconds": took.cpu_seconds,

@@ -302,6 +302,7 @@ def pipeline_ours(work: Work) -> Found:
     """A whole run in a fresh directory."""
     import sqlite3
 
+    from misstep.engines.store import CACHE
     from misstep.pipeline import run
     from misstep.progress import Silent
 
@@ -311,7 +312,7 @@ def pipeline_ours(work: Work) -> Found:
         seconds = time.monotonic() - started
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
         query = "SELECT sum(tokens) FROM answers"
-        with sqlite3.connect(Path(folder) / "cache.sqlite") as table:
+        with sqlite3.connect(Path(folder) / CACHE) as table:
             ((generated,),) = table.execute(query)
     epochs = manifest["recipe"]["train"]["epochs"]
     trained = sum(round(m["tokens"] * epochs) for m in manifest["training"].values())

@@ -17,6 +17,8 @@ from typing import NamedTuple, Self
 from misstep.engines.base import Completion
 from misstep.errors import DataError, RunError
 
+CACHE = "cache.sqlite"
+"""What the file is called in a run directory."""
 NAMES_OF_TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
 KEYS_A_QUERY = 500
 ROWS_A_DELETION = 5_000
@@ -253,7 +255,7 @@ def open_existing(path: Path, only_read: bool = False) -> Store:
     Raises:
         DataError: there is none, or the file is something else.
     """
-    file = path / "cache.sqlite" if path.is_dir() else path
+    file = path / CACHE if path.is_dir() else path
     if not file.is_file():
         raise DataError(
             f"{file}: expected a cache of model answers, found no file. Name a run directory, "
