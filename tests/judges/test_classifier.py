@@ -130,6 +130,22 @@ def test_a_check_leaves_out_what_the_judge_has_seen(trained: Path, tmp_path: Pat
     assert f"| again | {found.whole.n} | 0 |" in cards_markdown(trained)
 
 
+def test_a_check_that_is_done_again_reads_no_answer_twice(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (labelled(tmp_path, f"{name}.jsonl", 60) for name in ("one", "other"))
+    given: tuple[Any, ...] = (tmp_path / "out", None, [], Silent())
+    folder = check_judge(str(trained), [one], *given)
+    first = (folder / "check.json").read_bytes()
+    monkeypatch.setattr(ClassifierJudge, "_loaded", lambda _: pytest.fail("it loads again"))
+    check_judge(str(trained), [one], *given)
+    assert (folder / "check.json").read_bytes() == first
+    # Equal answers in another file are equal answers.
+    check_judge(str(trained), [one, other], *given)
+    found, again = read_check(folder / "check.json").data
+    assert found.whole == again.whole
+
+
 def test_pairs_are_checked_and_are_not_on_the_card(tiny_model: Path, tmp_path: Path) -> None:
     # Of mistakes LLMBar's pairs say nothing.
     data, settings = [labelled(tmp_path)], [*SETTINGS, "epochs=1"]
