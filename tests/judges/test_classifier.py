@@ -133,7 +133,7 @@ def test_a_check_leaves_out_what_the_judge_has_seen(trained: Path, tmp_path: Pat
 def test_a_check_that_is_done_again_reads_no_answer_twice(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, other = (labelled(tmp_path, f"{name}.jsonl", 60) for name in ("one", "other"))
+    one, other = (labelled(tmp_path, f"{name}.jsonl", 60) for name in ("twice", "thrice"))
     given: tuple[Any, ...] = (tmp_path / "out", None, [], Silent())
     folder = check_judge(str(trained), [one], *given)
     first = (folder / "check.json").read_bytes()
