@@ -91,7 +91,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield "| --- " * (2 + len(ways)) + "|"
     for name, of in found.items():
         cells = [
-            f"{points(of[way]['low'])} to {points(of[way]['high'])} "
+            f"{points(of[way]['low']).removesuffix('points').strip()} to "
+            f"{points(of[way]['high']).removesuffix('points').strip()} "
             f"({count(of[way]['clusters'])})"
             for way in ways
         ]
