@@ -60,7 +60,6 @@ def width(interval: dict[str, float]) -> float:
 def test_what_follows_the_wording_is_less_sure_and_what_does_not_is_as_sure(
     tmp_path: Path,
 ) -> None:
-    # Two attacks of one kind and wording begin and end alike.
     by_wording = counted(tmp_path, lambda prompt: "gnore" in prompt.text)
     assert by_wording["by prompts"]["clusters"] == len(PROMPTS)
     assert by_wording["by wordings"]["clusters"] == 30
