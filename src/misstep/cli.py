@@ -295,7 +295,7 @@ def judge_train(
             "--set",
             metavar="KEY=VALUE",
             help="held_out, dev, seed, epochs, learning_rate, batch_size, max_tokens, layers, "
-            "rank or decoys.",
+            "adapted, rank or decoys.",
         ),
     ] = [],  # noqa: B006
 ) -> None:

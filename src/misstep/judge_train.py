@@ -89,6 +89,9 @@ class JudgeTraining(Settings):
     layers: Annotated[float, Field(gt=0, le=1)] = 2 / 3
     """The share of a language model's layers that is kept, from below; an encoder is kept
     whole."""
+    adapted: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of a language model's kept layers, from above, that learn; what is below costs
+    no more than reading, and so a larger model can be had for the time of a small one."""
     rank: Annotated[int, Field(ge=1)] = 16
     """The rank of the adapter that is trained."""
     decoys: Annotated[float, Field(ge=0, le=1)] = 0.3
@@ -171,11 +174,12 @@ def _settings(overrides: Sequence[str], model: Model, metric: str) -> JudgeTrain
 def _refuse_unfit(settings: JudgeTraining, model: Model) -> None:
     """Refuse what an encoder cannot do."""
     longest = Reader.for_model(model).longest
-    if settings.layers != 1:
-        raise RecipeError(
-            f"judge train: expected no `layers` for {model.name}, found {settings.layers:g}. "
-            "It is an encoder, which is kept whole: leave the key out."
-        )
+    for key, value in (("layers", settings.layers), ("adapted", settings.adapted)):
+        if value != 1:
+            raise RecipeError(
+                f"judge train: expected no `{key}` for {model.name}, found {value:g}. It is an "
+                "encoder, which is kept whole and learns in all layers: leave the key out."
+            )
     if settings.max_tokens > longest:
         raise RecipeError(
             f"judge train: expected max_tokens of {longest} at most, which {model.name} reads, "
@@ -406,7 +410,7 @@ def _label_loss(
         return of_encoder(encoder, pad, labels, settings.rank, settings.seed)
     lm = load_weights(inputs.model)
     keep_lower_layers(lm, settings.layers)
-    return of_language_model(lm, labels, settings.rank, settings.seed)
+    return of_language_model(lm, labels, settings.rank, settings.seed, settings.adapted)
 
 
 def _questions(cases: Sequence[Case]) -> int:

@@ -650,6 +650,23 @@ def test_upper_layers_are_left_out(tiny_model: Path) -> None:
     assert list(lm.model.layers) == [kept] and lm.config.num_hidden_layers == 1
 
 
+def test_layers_below_those_that_learn_stay_as_they_are(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    found = locate(str(tiny_model))
+    reader, lm = Reader.for_model(found), load_weights(found)
+    rows = some_rows(reader)
+    lower, upper = (dict(layer.state_dict()) for layer in load_weights(found).model.layers)
+    loss = of_language_model(lm, [row.label for row in rows], rank=4, seed=0, share=0.5)
+    learning = [name for name, p in loss.named_parameters() if p.requires_grad]
+    assert all(".layers.1." in name or name == "score.weight" for name in learning)
+    how = Fit(4, 0.01, 4, 0, 4096, tmp_path / "checkpoints", lambda *_: None)
+    fit(loss, rows, rows, how)
+    below, above = (layer.state_dict() for layer in finished(loss, reader.pad).model.layers)
+    assert all(torch.equal(below[name], weight) for name, weight in lower.items())
+    assert not all(torch.equal(above[name], weight) for name, weight in upper.items())
+
+
 @pytest.mark.model
 def test_the_embedded_model_makes_a_judge_by_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "misstep.cli", "judge", "train", labelled(tmp_path, n=60)]

@@ -291,6 +291,7 @@ def test_a_head_that_is_new_is_drawn_by_the_seed(tiny_encoder: Path) -> None:
     ("settings", "why"),
     [
         (["layers=0.5", "max_tokens=48"], "no `layers`.*found 0.5.*kept whole"),
+        (["adapted=0.5", "max_tokens=48"], "no `adapted`.*found 0.5.*kept whole"),
         (["max_tokens=65"], "max_tokens of 64 at most.*found 65"),
     ],
 )

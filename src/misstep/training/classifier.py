@@ -93,9 +93,28 @@ def keep_lower_layers(lm: Any, share: float) -> None:
         config.layer_types = config.layer_types[:count]
 
 
-def of_language_model(lm: Any, labels: Sequence[bool], rank: int, seed: int) -> LabelLoss:
-    """The loss of a language model's body with an adapter and a head; consumes the model."""
-    return LabelLoss(adapted(lm, rank, 2 * rank, seed), lm, balance(labels))
+def of_language_model(
+    lm: Any, labels: Sequence[bool], rank: int, seed: int, share: float = 1.0
+) -> LabelLoss:
+    """The loss of a language model's body with an adapter and a head; consumes the model.
+
+    The adapter is on this share of the layers, from above. Nothing below it has a gradient, so
+    there a step costs what reading costs.
+    """
+    modules = None if share == 1 else _upper_linear(lm, share)
+    return LabelLoss(adapted(lm, rank, 2 * rank, seed, modules), lm, balance(labels))
+
+
+def _upper_linear(lm: Any, share: float) -> list[str]:
+    """The names of the linear layers in this share of a model's layers, from above."""
+    layers = body_of(lm).layers
+    upper = layers[len(layers) - max(1, round(share * len(layers))) :]
+    inside = {module for layer in upper for module in layer.modules()}
+    return [
+        name
+        for name, module in lm.named_modules()
+        if isinstance(module, nn.Linear) and module in inside
+    ]
 
 
 def fit(

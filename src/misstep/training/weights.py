@@ -4,7 +4,7 @@ This module knows PEFT and transformers' files; it knows no row and no training 
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,16 @@ def with_adapter(lm: Any, rank: int, alpha: float, seed: int) -> CompletionLoss:
     return CompletionLoss(adapted(lm, rank, alpha, seed), lm)
 
 
-def adapted(lm: Any, rank: int, alpha: float, seed: int) -> Any:
+def adapted(
+    lm: Any, rank: int, alpha: float, seed: int, modules: Sequence[str] | None = None
+) -> Any:
     """The model with a LoRA adapter in fp32 on every linear layer but the head.
 
-    What `unfit` names learns nothing, either.
+    Of named `modules` on these alone. What `unfit` names learns nothing, either.
     """
     left = sorted(unfit(lm)) or None
-    config = lora_config(rank, alpha, task_type="CAUSAL_LM", exclude_modules=left)
+    chosen = {} if modules is None else {"target_modules": [*modules]}
+    config = lora_config(rank, alpha, task_type="CAUSAL_LM", exclude_modules=left, **chosen)
     return with_peft(lm, config, seed)
 
 
