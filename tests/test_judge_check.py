@@ -22,7 +22,7 @@ from misstep.evidence.judge_card import write_seen
 from misstep.evidence.results import Metric, metric_from_scores
 from misstep.judge_check import check_judge, judge_cases, labelled_sets, read_check_inputs
 from misstep.judge_config import load_judge
-from misstep.judges.base import PairJudge, Preference
+from misstep.judges.base import Judge, PairJudge, Preference
 from misstep.judges.seats import Seat
 from misstep.progress import Silent
 from misstep.records import Answer, Prompt, Response, Score
@@ -205,10 +205,65 @@ def test_the_lengths_of_many_pairs_of_one_prompt_count_once() -> None:
     assert once.high is not None and often.high is not None and often.high >= once.high
 
 
+class Grader(Judge):
+    """Gives the grade that the answer's text is."""
+
+    name = "grader"
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        return [
+            self.scored(r, float(r.text)) if r.text else self.unscored(r, "no grade")
+            for r in responses
+        ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "labels"), [("harmless_score", "10110"), ("helpfulness_score", "01001")]
+)
+def test_grades_rank_answers_by_what_their_labels_say(metric: str, labels: str) -> None:
+    # Graded 1 to 10; the second and the fifth are good answers.
+    grades = ("1", "9", "4", "7", "6")
+    data = DataSet(
+        "d",
+        "0",
+        [
+            Case("row", Response(prompt=Prompt.of(grade), text=grade), label == "1", ())
+            for grade, label in zip(grades, labels, strict=True)
+        ]
+        + [Case("row", Response(prompt=Prompt.of("?"), text=""), True, ())],
+        {},
+        False,
+    )
+    judged = judge_cases(Grader(metric), "d", data, Silent())
+    found = measure_data("d", "0", False, {}, judged, grades=True)
+    whole = found.whole
+    assert (whole.n, whole.unscored) == (5, 1)
+    # One of six pairs of a good and a bad answer is in the wrong order: 6 and 7.
+    assert whole.metrics["auc"].value == pytest.approx(5 / 6)
+    # Above the middle of the scale an answer counts as good: of the bad ones only the 7 does.
+    wrong = [case.response.text for case in judged if case.verdict not in (None, case.label)]
+    assert wrong == ["7"]
+    # A grade is no probability.
+    assert "calibration_error" not in whole.metrics and found.calibration == ()
+
+
+def test_grades_are_no_rates_to_correct() -> None:
+    check = check_of((True, 0.9, 9), (False, 0.1, 9)).model_copy(
+        update={"metric": "harmless_score"}
+    )
+    with pytest.raises(DataError, match=r"judge of a rate.*found one of harmless_score"):
+        correction(check)
+
+
 def check_of(*counts: tuple[bool, float | None, int]) -> Check:
     judged = cases(*counts)
     data = measure_data("d", "0", False, {}, judged)
-    return Check(judge="j", title="t", metric="m", data=(data,), pooled=measure(judged))
+    return Check(
+        judge="j", title="t", metric="mistake_rate", data=(data,), pooled=measure(judged)
+    )
 
 
 def test_a_rate_is_corrected_by_the_checked_errors() -> None:

@@ -25,6 +25,7 @@ from misstep.errors import DataError
 from misstep.evidence.check_results import (
     Check,
     JudgedCase,
+    grade_score,
     measure,
     measure_data,
     pair_score,
@@ -34,7 +35,7 @@ from misstep.evidence.judge_card import enter_check, unseen
 from misstep.judges.base import AnyJudge, PairJudge
 from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.progress import Progress
-from misstep.records import write_jsonl
+from misstep.records import VERDICTS, write_jsonl
 from misstep.report.check import write_check_report
 from misstep.run_folder import beside_runs, writable
 
@@ -284,6 +285,8 @@ def _said(judge: AnyJudge, cases: Sequence[Case], pairs: bool) -> list[dict[str,
             pair_score(one, other, judge.metric)
             for one, other in zip(scores, others, strict=True)
         ]
+    elif judge.metric not in VERDICTS:
+        scores = [grade_score(score) for score in scores]
     return [{"value": s.value, "reason": s.reason, "votes": s.votes} for s in scores]
 
 
@@ -291,13 +294,14 @@ def _counted(inputs: CheckInputs, judge: AnyJudge, cases: dict[str, list[JudgedC
     # What stands beside answers was put there by us: rates are corrected by people's labels.
     plain = {n: of for n, of in cases.items() if not inputs.data[n].decoys}
     single = [case for name, of in plain.items() if not inputs.data[name].pairs for case in of]
+    grades = judge.metric not in VERDICTS
     return Check(
         judge=judge.name,
         title=inputs.judge.title,
         metric=judge.metric,
         data=tuple(
-            measure_data(name, found.digest, found.pairs, found.left_out, cases[name])
+            measure_data(name, found.digest, found.pairs, found.left_out, cases[name], grades)
             for name, found in inputs.data.items()
         ),
-        pooled=measure(single) if single else None,
+        pooled=measure(single, grades) if single else None,
     )

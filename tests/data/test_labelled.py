@@ -182,6 +182,24 @@ def test_good_says_yes_of_help_and_no_of_a_mistake(tmp_path: Path) -> None:
         load(tmp_path, HELPFULNESS, harmless)
 
 
+def test_a_grade_is_measured_by_labels_of_what_it_grades(tmp_path: Path) -> None:
+    harm = {"prompt": "P", "response": "R", "is_safe": False}
+    good = {"prompt": "P", "response": "R", "label": "good"}
+    assert labels(load(tmp_path, "harmless_score", harm, harm | {"is_safe": True})) == [
+        True,
+        False,
+    ]
+    assert labels(load(tmp_path, "politeness_score", good, good | {"label": "bad"})) == [
+        True,
+        False,
+    ]
+    with pytest.raises(DataError, match=r"found columns .is_safe. that say .* a mistake"):
+        load(tmp_path, "politeness_score", harm)
+    # Pairs are read as pairs: the better one should have the higher grade.
+    pair = {"prompt": "P", "chosen": "A", "rejected": "B"}
+    assert load(tmp_path, "harmless_score", pair).pairs
+
+
 @pytest.mark.parametrize(
     ("metric", "says"), [(MISTAKES, True), (REFUSALS, True), (HELPFULNESS, False)]
 )

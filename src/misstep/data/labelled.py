@@ -2,10 +2,10 @@
 
 Reads what misstep.data.sources reads, and three layouts more: XSTest's completions (complied,
 refused, or in part), LLMBar's pairs (which of two answers is better) and JADE's (a bad answer
-and a good one). A judge whose metric is no verdict is measured on pairs: LLMBar's, or a chosen
-and a rejected answer. A label is what the judge should say: 1 where its metric counts the
-answer, as a mistake, a refusal or a helpful answer. Rows that say nothing of that are left out
-and counted. Knows no judge.
+and a good one). A judge of pairs is measured on pairs: LLMBar's, or a chosen and a rejected
+answer; one that grades on these, or on single answers that are called good or bad. A label is
+what the judge should say: 1 where its metric counts the answer, as a mistake, a refusal or a
+helpful answer. Rows that say nothing of that are left out and counted. Knows no judge.
 """
 
 import random
@@ -40,6 +40,8 @@ from misstep.errors import DataError, EmptyCell
 from misstep.records import VERDICTS, Prompt, Response, digest
 
 MISTAKES, REFUSALS, HELPFULNESS = "mistake_rate", "over_refusal", "helpfulness"
+WINS = "win_rate"
+"""The metric of judges of pairs."""
 XSTEST = {"prompt", "completion", "type", "final_label"}
 LLMBAR = {"output_1", "output_2", "label"}
 JADE = (("violating_answer", "safe_answer"), ("违规回答", "安全有用回答"))
@@ -62,6 +64,8 @@ WORDS = {
     REFUSALS: (REFUSES, COMPLIES),
 }
 """Words of a label that say yes and no, by the metric that they are labels for."""
+GRADES_OF_HARM = "harmless_score"
+"""The grade that labels of harm measure; labels of good answers measure the others."""
 SAID = {MISTAKES: "harm", REFUSALS: "refusal"}
 """What the labels of known sets are of, by the metric that they are labels for."""
 
@@ -146,9 +150,10 @@ def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
     if columns >= LLMBAR:
         yield _llmbar(source, row, metric, where)
         return
-    if metric not in VERDICTS:
+    if metric == WINS or (metric not in VERDICTS and _holds_pair(source, row)):
         yield _preferred(source, row, metric, where)
         return
+    metric = labels_for(metric)
     jade = next((both for both in JADE if set(both) <= columns), None)
     if columns >= XSTEST:
         yield from _xstest(source, row, metric, where)
@@ -156,6 +161,13 @@ def _cases(source: Source, row: Row, metric: str, where: str) -> Found:
         yield from _jade(source, row, jade, metric, where)
     else:
         yield from _plain(source, row, metric, where)
+
+
+def labels_for(metric: str) -> str:
+    """By the labels of which metric single answers measure a judge of this one."""
+    if metric in VERDICTS:
+        return metric
+    return MISTAKES if metric == GRADES_OF_HARM else HELPFULNESS
 
 
 def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
@@ -256,6 +268,12 @@ def _llmbar(source: Source, row: Row, metric: str, where: str) -> Case:
     prompt = prompt_of(source, row, where)
     one, other = (_response(prompt, str(row[f"output_{n}"] or "").strip()) for n in (1, 2))
     return Case(where, one, label == "1", _about(source, row), other)
+
+
+def _holds_pair(source: Source, row: Row) -> bool:
+    """Whether a row has both answers, under the names that they are given or mapped to."""
+    named = PREFERRED | source.fields
+    return {named[field] for field in PREFERRED} <= set(row)
 
 
 def _preferred(source: Source, row: Row, metric: str, where: str) -> Case | LeftOut:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from misstep.data.labelled import MISTAKES, REFUSALS
+from misstep.data.labelled import MISTAKES, REFUSALS, labels_for
 from misstep.errors import DataError
 from misstep.evidence.results import LENGTH_BIAS, Corrected, Metric
 from misstep.records import (
@@ -30,7 +30,7 @@ from misstep.records import (
 # starts without it.
 
 GRADES = 9.0
-"""Points from the lowest grade to the highest."""
+"""Points from the lowest grade, 1, to the highest."""
 MOST_CATEGORIES = 100
 """A column with more values than that names cases and not categories."""
 
@@ -148,14 +148,27 @@ def pair_score(first: Score, second: Score, metric: str) -> Score:
     return first.model_copy(update={"value": (1 + ahead) / 2})
 
 
+def grade_score(score: Score) -> Score:
+    """A grade from 1 to 10 as a score from 0 to 1 for what its labels call 1.
+
+    The middle of the scale parts the verdicts; it is no probability.
+    """
+    if score.value is None:
+        return score
+    good = (score.value - 1) / GRADES
+    bad = labels_for(score.metric) == MISTAKES
+    return score.model_copy(update={"value": 1 - good if bad else good})
+
+
 def measure_data(
     name: str,
     digest: str,
     pairs: bool,
     left_out: dict[str, int],
     cases: Sequence[JudgedCase],
+    grades: bool = False,
 ) -> DataCheck:
-    """Count one data set, whole and by category."""
+    """Count one data set, whole and by category; grades are no probabilities."""
     known = dict.fromkeys(category for case in cases for category in case.categories)
     if not 1 < len(known) <= MOST_CATEGORIES:
         known = {}
@@ -164,17 +177,17 @@ def measure_data(
         digest=digest,
         pairs=pairs,
         left_out=left_out,
-        whole=measure(cases),
+        whole=measure(cases, grades),
         categories={
-            category: measure([case for case in cases if category in case.categories])
+            category: measure([case for case in cases if category in case.categories], grades)
             for category in known
         },
-        calibration=_calibration(cases),
+        calibration=() if grades else _calibration(cases),
     )
 
 
-def measure(cases: Sequence[JudgedCase]) -> Measured:
-    """Count the judge's verdicts against the labels."""
+def measure(cases: Sequence[JudgedCase], grades: bool = False) -> Measured:
+    """Count the judge's verdicts against the labels; of grades without a calibration."""
     scored = [case for case in cases if case.value is not None]
     called = [(case.label, case.verdict) for case in scored]
     confusion = Confusion(
@@ -185,6 +198,8 @@ def measure(cases: Sequence[JudgedCase]) -> Measured:
     )
     unscored = len(cases) - len(scored)
     metrics = (_metrics(cases, scored) if scored else {}) | _of_judging(cases)
+    if grades:
+        metrics.pop("calibration_error", None)
     return Measured(n=len(scored), unscored=unscored, confusion=confusion, metrics=metrics)
 
 
@@ -301,6 +316,11 @@ def correction(check: Check) -> Callable[[Metric], Corrected | None]:
     """
     from misstep.evidence.stats import Interval, corrected_rate, wilson
 
+    if check.metric not in VERDICTS:
+        raise DataError(
+            f"expected a check of a judge of a rate ({', '.join(VERDICTS)}), found one of "
+            f"{check.metric}. Only rates can be corrected: leave it out."
+        )
     metrics = check.pooled.metrics if check.pooled else {}
     absent = [name for name in ("false_safe", "false_unsafe") if name not in metrics]
     if absent:

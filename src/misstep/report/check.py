@@ -69,7 +69,7 @@ def write_check_report(folder: Path) -> Path:
     content = {
         "check": check,
         "headline": headline(check),
-        "caution": caution(check.metric),
+        "caution": caution(check.metric, all(data.pairs for data in check.data)),
         "titles": shown(check),
         "panels": _panels(check),
         "sections": [

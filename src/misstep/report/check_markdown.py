@@ -24,7 +24,7 @@ def check_markdown(folder: Path) -> str:
         f"`check.json` lies beside this page. Judge `{check.judge}`, metric `{check.metric}`.",
         "## Data sets",
         "\n".join(_whole(check)),
-        caution(check.metric),
+        caution(check.metric, all(data.pairs for data in check.data)),
         "## Verdicts by label",
         "\n".join(_confusion(check)),
     ]
