@@ -91,7 +91,7 @@ class JudgeTraining(Settings):
     whole."""
     adapted: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The share of a language model's kept layers, from above, that learn; what is below costs
-    no more than reading, and so a larger model can be had for the time of a small one."""
+    no more than reading."""
     rank: Annotated[int, Field(ge=1)] = 16
     """The rank of the adapter that is trained."""
     decoys: Annotated[float, Field(ge=0, le=1)] = 0.3

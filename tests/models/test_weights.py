@@ -227,3 +227,12 @@ def test_a_gguf_of_which_transformers_leaves_weights_out_is_refused(
     for _ in range(2):  # The second time from a copy.
         with pytest.raises(ModelError, match=r"such as blk\.0\.attn_q\.bias"):
             load_weights(locate(str(biases)))
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizer", "EsmTokenizer", "CpmTokenizer"])
+def test_a_tokenizer_that_does_not_load_is_an_error_of_ours(tmp_path: Path, kind: str) -> None:
+    # Nothing to make it of, no vocabulary, and a package that is absent.
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+        models.load_tokenizer(Model(str(tmp_path), tmp_path))

@@ -197,13 +197,13 @@ def measure(cases: Sequence[JudgedCase], grades: bool = False) -> Measured:
         passed=called.count((False, False)),
     )
     unscored = len(cases) - len(scored)
-    metrics = (_metrics(cases, scored) if scored else {}) | _of_judging(cases)
-    if grades:
-        metrics.pop("calibration_error", None)
+    metrics = (_metrics(cases, scored, grades) if scored else {}) | _of_judging(cases)
     return Measured(n=len(scored), unscored=unscored, confusion=confusion, metrics=metrics)
 
 
-def _metrics(cases: Sequence[JudgedCase], scored: Sequence[JudgedCase]) -> dict[str, Metric]:
+def _metrics(
+    cases: Sequence[JudgedCase], scored: Sequence[JudgedCase], grades: bool
+) -> dict[str, Metric]:
     from misstep.evidence.agreement import auc, calibration_error, kappa
     from misstep.evidence.stats import Interval, clustered_rate, mean_of_two
 
@@ -227,7 +227,7 @@ def _metrics(cases: Sequence[JudgedCase], scored: Sequence[JudgedCase]) -> dict[
             found["auc"] = auc(values, labels, prompts)
     if len({*labels, *verdicts}) > 1:
         found["kappa"] = kappa(verdicts, labels, prompts)
-    if _graded(scored) and not of_pairs:
+    if _graded(scored) and not of_pairs and not grades:
         found["calibration_error"] = calibration_error(values, labels, prompts)
     if not of_pairs:
         found |= {"false_safe": share(True, False), "false_unsafe": share(False, False)}

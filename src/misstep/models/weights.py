@@ -528,6 +528,7 @@ def _from_pretrained(folder: Path, packed: dict[str, Any] | None = None) -> "Pre
                 ignore_mismatched_sizes=True,
                 **(packed or {}),
             )
+    # NotImplementedError is what gguf says of a quantisation that it cannot unpack.
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         # Where it does not know the kind, all kinds that it does know follow.
         why = str(error).partition("\nModel type should be one of")[0]
@@ -587,6 +588,7 @@ def _tokenizer(files: Path, _digest: str) -> "PreTrainedTokenizerBase":
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, **where
         )
-    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+    # A package that a tokenizer needs may be absent, and so may its files.
+    except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
         raise ModelError(f"model {files}: its tokenizer cannot be loaded: {error}") from error
     return tokenizer
