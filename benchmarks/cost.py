@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from misstep.config import RunConfig, load_recipe, trained
+from misstep.config import RunConfig, load_recipe
 from misstep.data.sources import load_mistakes, load_prompts
 
 
@@ -45,7 +45,7 @@ def works(config: RunConfig, row_tokens: int) -> Iterator[Work]:
     asked = found * (config.analysis.n if config.analysis.temperature else 1)
     yield Work("analyse", asked, "mistakes x `analysis.n`", asked * config.analysis.max_tokens)
     share = 1 + config.mix.ordinary + config.mix.good_answers
-    rows = round(found * share * config.train.epochs) * len(trained(config.methods))
+    rows = round(found * share * config.train.epochs) * len(config.trained)
     what = "analyses x (1 + `mix.ordinary` + `mix.good_answers`) x `train.epochs` x methods"
     yield Work("train", rows, what, rows * row_tokens)
     tests = sum(len(load_prompts(s, config.seed)) for s in config.evaluate.tests.values())

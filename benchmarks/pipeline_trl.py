@@ -35,6 +35,7 @@ from misstep.records import Analysis, Example, Message, Mistake, Prompt, Respons
 from misstep.stages.analyse import gate
 from misstep.stages.evaluate import said
 from misstep.stages.induce import some_mistakes
+from misstep.training.trl_rows import as_trl
 
 BATCH = 32
 ROWS_AT_ONCE = 8
@@ -136,15 +137,6 @@ class Model:
             self.trained += round(tokens * settings.epochs)
             trainer.train()
         return trainer.model.merge_and_unload().eval()
-
-
-def as_trl(row: Example) -> dict[str, Any]:
-    if row.prefill:
-        raise SystemExit("this script knows prompts and completions, no begun answers")
-    return {
-        "prompt": [message.model_dump() for message in row.messages],
-        "completion": [{"role": "assistant", "content": row.completion}],
-    }
 
 
 def induce(model: Model, lm: Any, inputs: Inputs) -> list[Mistake]:

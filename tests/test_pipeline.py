@@ -16,6 +16,7 @@ import pytest
 from served import serve
 
 from misstep import pipeline
+from misstep.cli import rows as rows_command
 from misstep.cli import train
 from misstep.data.sources import question_of
 from misstep.errors import InputError, RecipeError
@@ -880,3 +881,130 @@ def test_pairs_on_helpfulness_leave_harmlessness_to_the_mistakes(
     safe = Run(inputs, tmp_path / "safe", Silent())._feedback([mistaken])
     assert [pair.chosen for pair in safe.pairs] == ["x"] and safe.harmless == [mistaken]
     assert safe.prompts == plain.prompts
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_rows_for_another_trainer_are_those_that_ours_trains_on(
+    recipe: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = "methods=[vanilla, sft, dpo, coh, mistake_analysis]"
+    heard = Heard()
+    folder = run(recipe, tmp_path / "rows", [methods], heard, "rows")
+    named = {path.stem: path for path in (folder / "rows").glob("*")}
+    assert set(named) == {"sft", "dpo", "mistake_analysis"}
+    assert any("Left out: coh" in line for line in heard.lines), "it is asked with a marker"
+    assert not (folder / "adapter").exists() and not (folder / "examples.jsonl").exists()
+    found = {name: json_lines(path) for name, path in named.items()}
+    # What the finished run trained its two methods on, one after the other.
+    trained_on = json_lines(finished / "examples.jsonl")
+    for method in ("sft", "mistake_analysis"):
+        rows = [(row["prompt"], row["completion"][0]["content"]) for row in found[method]]
+        place = next(
+            i
+            for i, row in enumerate(trained_on)
+            if (row["messages"], row["completion"]) == rows[0]
+        )
+        part = trained_on[place : place + len(rows)]
+        assert rows == [(row["messages"], row["completion"]) for row in part], method
+    pairs = {
+        (row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in found["dpo"]
+    }
+    assert pairs == {(answer, "The moon is soup") for answer in ANSWERS}
+    rows_command(recipe, folder, ["methods=[mistake_analysis]"])
+    assert capsys.readouterr().out.splitlines()[-1:] == [str(named["mistake_analysis"])]
+    assert [*(folder / "rows").glob("*")] == [named["mistake_analysis"]]
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ("[vanilla, guided]", "found vanilla, guided"),
+        ("[coh]", "asked as any other; found coh"),
+    ],
+)
+def test_rows_that_nobody_could_train_on_are_refused(
+    recipe: Path, tmp_path: Path, methods: str, said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        run(recipe, tmp_path / "run", [f"methods={methods}"], Silent(), "rows")
+    assert not (tmp_path / "run/mistakes.jsonl").exists(), "before any work"
+
+
+def numbers(folder: Path, method: str) -> dict[tuple[bool, str], Any]:
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    return {(r["guided"], r["test_set"]): r["metrics"] for r in rows if r["method"] == method}
+
+
+def test_what_was_trained_elsewhere_stands_beside_the_methods(
+    recipe: Path, finished: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(finished / "adapter", tmp_path / "mine")
+    others = [f"others.mine={mine}", f"others.whole={tiny_model}"]
+    run(recipe, finished, [*others, "evaluate.reference_loss=[clean]"], Silent())
+    assert numbers(finished, "mine") == numbers(finished, "mistake_analysis") != {}
+    assert numbers(finished, "whole") == numbers(finished, "vanilla") != {}
+    results = json.loads((finished / "results.json").read_text())
+    rows = [row for row in results["rows"] if row["method"] in ("mine", "whole")]
+    assert {(r["mistake_source"], r["analysis_source"]) for r in rows} == {(None, None)}
+    compared = {(c["a"], c["b"]) for c in results["comparisons"]}
+    assert {
+        ("mine/unguided", "vanilla/unguided"),
+        ("mistake_analysis/guided", "mine/guided"),
+    } <= compared
+    assert "mine, guided" in (finished / "report.html").read_text(encoding="utf-8")
+    heard, name = Heard(), "adapter_model.safetensors"
+    shutil.copy(finished / "adapters/sft" / name, mine / name)
+    run(recipe, finished, [*others, "evaluate.reference_loss=[clean]"], heard)
+    assert any("parts.others.mine" in line for line in heard.lines), "another content"
+    assert numbers(finished, "mine") == numbers(finished, "sft")
+
+
+def test_models_from_elsewhere_are_tested_without_any_training(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    given = [f"others.mine={finished / 'adapter'}", "methods=[vanilla]"]
+    folder = run(untrained(recipe), tmp_path / "bare", given, Silent())
+    assert numbers(folder, "mine") == numbers(finished, "mistake_analysis") != {}
+    assert not (folder / "mistakes.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("others.sft=.", "names of your own, found that of a method: sft"),
+        ("others.a/b=.", "others"),
+        ("others.mine=no-such-folder", "others.mine: model no-such-folder"),
+    ],
+)
+def test_an_other_that_cannot_be_tested_is_refused_at_once(
+    recipe: Path, other: str, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        read_inputs(recipe, [other, "evaluate.reference_loss=[clean]"])
+
+
+def test_an_others_folder_is_not_written_over(recipe: Path, finished: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"others\.mine: expected a path that the run does not"
+    ):
+        run(recipe, finished, [f"others.mine={finished / 'adapter'}"], Silent())
+
+
+def test_a_served_model_is_tested_beside_others(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openai")
+    with serve() as served:
+        name, mine = f"openai:m@{served.url}", f"others.mine={finished / 'adapter'}"
+        given = [f"others.served={name}", "methods=[vanilla]"]
+        folder = run(untrained(recipe), tmp_path / "bare", given, Silent())
+        assert len(served.calls) == 2 * 8
+        assert numbers(folder, "served").keys() == numbers(folder, "vanilla").keys() != set()
+        losses = "evaluate.reference_loss=[clean]"
+        with pytest.raises(RecipeError, match=r"others\.served: .*no loss can be measured"):
+            read_inputs(untrained(recipe), [*given, losses])
+        with pytest.raises(RecipeError, match=r"others\.mine: .*no adapter can be put on it"):
+            read_inputs(untrained(recipe), [f"model={name}", mine, "methods=[vanilla]"])

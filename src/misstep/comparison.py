@@ -39,7 +39,7 @@ from misstep.evidence.results import (
     write_results,
 )
 from misstep.inputs import Inputs, check_inputs
-from misstep.methods.registry import METHODS
+from misstep.methods.registry import method_of
 from misstep.pipeline import Run
 from misstep.progress import Progress
 from misstep.records import Answer, Judgement, digest, read_jsonl, write_text
@@ -327,14 +327,14 @@ def _against(a: Setting, others: Sequence[Setting]) -> Iterator[Setting]:
         return
     if base in same:
         yield base
-    if METHODS[a.method].uses_analyses:
+    if method_of(a.method).uses_analyses:
         later = same[same.index(a) + 1 :]
         # Two of ours are compared once.
         yield from (
             other
             for other in same
             if other not in (a, base)
-            and (other in later or not METHODS[other.method].uses_analyses)
+            and (other in later or not method_of(other.method).uses_analyses)
         )
 
 

@@ -48,6 +48,7 @@ OTHERS: dict[Command, tuple[Command, ...]] = {
 """Whose keys are refused; a comparison's recipe is a run's with keys of its own."""
 
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
+OwnName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -63,9 +64,7 @@ class EvaluateSettings(Settings):
     """Names for several of the sets taken together."""
     reference_loss: tuple[str, ...] = ()
     """The sets on whose reference answers the loss of every model is measured, too."""
-    judges: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], str] = Field(
-        default_factory=dict
-    )
+    judges: dict[OwnName, str] = Field(default_factory=dict)
     """Further judges by name, each written as `misstep judge check` takes it. One that names no
     model asks the run's judge. Of one metric, the second's is called `METRIC@NAME`."""
     judge_check: tuple[str, ...] = ()
@@ -102,7 +101,7 @@ class EvaluateSettings(Settings):
 class RunConfig(Settings):
     """One run: a model, a policy, where its mistakes come from, and what is done about them."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: OwnName
     """Names the run, in letters, digits, `.`, `_` and `-`."""
     policy: str
     """A shipped policy, or the path of a policy file."""
@@ -147,6 +146,9 @@ class RunConfig(Settings):
         tuple[MethodName, ...], Field(min_length=1), AfterValidator(each_once)
     ] = MAIN_JOB
     """What is trained, or left as it is, and tested."""
+    others: dict[OwnName, str] = Field(default_factory=dict)
+    """What was trained elsewhere, by name, to be tested beside the methods: PEFT folders on the
+    recipe's model, or models, named as `model` is."""
     respond: RespondSettings = RespondSettings()
     evaluate: EvaluateSettings
 
@@ -178,6 +180,13 @@ class RunConfig(Settings):
             raise ValueError(f"no method {', '.join(map(repr, unknown))}.{meant}")
         return methods
 
+    @field_validator("others")
+    @classmethod
+    def _own_names(cls, others: dict[str, str]) -> dict[str, str]:
+        if taken := [name for name in others if name in METHODS]:
+            raise ValueError(f"expected names of your own, found that of a method: {taken[0]}")
+        return others
+
     @model_validator(mode="after")
     def _something_to_learn_from(self) -> "RunConfig":
         given = {"mistakes": self.mistakes, "ordinary": self.ordinary}
@@ -185,7 +194,7 @@ class RunConfig(Settings):
         if missing and self.trains:
             raise ValueError(
                 f"the key '{missing[0]}' is missing, which methods learn from. Give it, or "
-                f"leave out the methods that train ({', '.join(trained(self.methods))})"
+                f"leave out the methods that train ({', '.join(self.trained)})"
             )
         return self
 
@@ -200,9 +209,14 @@ class RunConfig(Settings):
         return self
 
     @property
+    def trained(self) -> list[str]:
+        """The methods that train something."""
+        return [name for name in self.methods if METHODS[name].trains]
+
+    @property
     def trains(self) -> bool:
         """Whether any method does; else mistakes, analyses and training have no reader."""
-        return bool(trained(self.methods))
+        return bool(self.trained)
 
     @property
     def judge_file(self) -> str | None:
@@ -239,12 +253,8 @@ class RunConfig(Settings):
     def paths(self) -> dict[str, str | None]:
         """What the run reads and a run may have written, by its key: data, model, adapter."""
         data = {key: source.path for key, source in self.sources().items()}
-        return {**data, "model": self.model, "adapter": self.adapter}
-
-
-def trained(methods: Sequence[str]) -> list[str]:
-    """The methods that train something."""
-    return [name for name in methods if METHODS[name].trains]
+        others = {f"others.{name}": path for name, path in self.others.items()}
+        return {**data, **others, "model": self.model, "adapter": self.adapter}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -6,16 +6,17 @@ the stages need; runs none of them and writes nothing.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
-from misstep.config import RunConfig, load_recipe, trained
+from misstep.config import RunConfig, load_recipe
 from misstep.data.held_out import Overlaps, overlaps
 from misstep.data.labelled import MISTAKES
 from misstep.data.preferred import load_preferred
 from misstep.data.sources import check_source, load_mistakes, load_prompts
 from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import DataError, NoPrompts, RecipeError
+from misstep.errors import DataError, InputError, NoPrompts, RecipeError
 from misstep.evidence.check_results import Check, correction, read_check
 from misstep.evidence.judge_card import seen_questions, was_seen
 from misstep.judges.base import AnyJudge, Judge, PairJudge
@@ -26,12 +27,25 @@ from misstep.judging import JudgeInputs, locate_judging, read_judge
 from misstep.methods.registry import METHODS
 from misstep.models.endpoint import PREFIX
 from misstep.models.folding import check_adapter
-from misstep.models.weights import Model, locate
+from misstep.models.weights import Model, adapter_digest, locate
 from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Pair, Prompt
 from misstep.stages.reward import require_trl
 from misstep.stages.train_settings import check_trackers
 from misstep.training import processes
+
+
+class OtherModel(NamedTuple):
+    """What was trained elsewhere."""
+
+    model: Model
+    """Its own, or the recipe's where it is an adapter."""
+    adapter: Path | None
+
+    @property
+    def digest(self) -> str:
+        """Names it by its content."""
+        return adapter_digest(self.adapter) if self.adapter else self.model.digest
 
 
 class Inputs(NamedTuple):
@@ -63,6 +77,8 @@ class Inputs(NamedTuple):
     """Of the tests with what is learned from."""
     helpful: Sequence[Pair] = ()
     """On helpfulness alone, for RLHF; without them mistakes and good answers are its pairs."""
+    others: Mapping[str, OtherModel] = MappingProxyType({})
+    """To be tested beside the methods, by name."""
 
 
 def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
@@ -123,6 +139,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         tests=tests,
         checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
         helpful=helpful,
+        others=_others(config, model),
         overlaps=overlaps(tests, learned) if config.trains else {},
     )
 
@@ -302,7 +319,7 @@ def _check_trainable(config: RunConfig) -> None:
         able = ", ".join(name for name, method in METHODS.items() if not method.trains)
         raise RecipeError(
             f"methods: expected methods that train nothing ({able}), since the weights of "
-            f"{config.model} are not here; found {', '.join(trained(config.methods))}. Leave "
+            f"{config.model} are not here; found {', '.join(config.trained)}. Leave "
             "these out, or name a model's folder, GGUF file or Hub id as model."
         )
     if config.adapter:
@@ -320,6 +337,29 @@ def _check_engine(config: RunConfig, models: Sequence[Model]) -> None:
     if config.engine != "auto" and not config.engine.startswith("ray"):
         for model in models:
             choose(config.engine, model)
+
+
+def _others(config: RunConfig, base: Model) -> dict[str, OtherModel]:
+    found = {}
+    for name, path in config.others.items():
+        try:
+            found[name] = _other(config, path, base)
+        except InputError as error:
+            raise RecipeError(f"others.{name}: {error}") from error
+    return found
+
+
+def _other(config: RunConfig, path: str, base: Model) -> OtherModel:
+    """A PEFT folder is an adapter on the recipe's model, anything else a model of its own."""
+    is_adapter = (Path(path).expanduser() / "adapter_config.json").is_file()
+    model, adapter = (base, check_adapter(path)) if is_adapter else (locate(path), None)
+    if model.endpoint is not None and (adapter or config.evaluate.reference_loss):
+        lacking = "no adapter can be put on it" if adapter else "no loss can be measured"
+        raise RecipeError(f"the weights of {model.name} are not here, so that {lacking}.")
+    if not config.engine.startswith("ray"):
+        # What cannot be served is known before hours of training.
+        choose(config.engine, model, adapter)
+    return OtherModel(model, adapter)
 
 
 def _ordinary(config: RunConfig) -> list[Prompt]:

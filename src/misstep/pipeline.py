@@ -23,14 +23,14 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE
 from misstep.errors import RecipeError, RunError
 from misstep.evidence.results import FOCUS, Results, write_results
-from misstep.inputs import Inputs, read_inputs, seen_by_judges
+from misstep.inputs import Inputs, OtherModel, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.rule import RefusalJudge
 from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
-from misstep.methods.registry import METHODS
+from misstep.methods.registry import METHODS, method_of
 from misstep.models.folding import folded
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model
@@ -67,8 +67,9 @@ from misstep.stages.respond import respond, whole_counted
 from misstep.stages.revise import revise
 from misstep.stages.train import input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
+from misstep.training.trl_rows import write_trl
 
-Stage = Literal["induce", "analyse", "train", "respond", "evaluate"]
+Stage = Literal["induce", "analyse", "rows", "train", "respond", "evaluate"]
 LOOKING: tuple[Stage, ...] = ("induce", "analyse")
 """Stages that are worth their while though nothing is trained."""
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
@@ -140,6 +141,11 @@ class Run:
         """
         if last in LOOKING and self.config.mistakes is None:
             raise RecipeError(f"mistakes: expected a source, which {last} reads; found none.")
+        if last == "rows" and not any(METHODS[name].plain for name in self.config.trained):
+            raise RecipeError(
+                "methods: expected one that trains, and whose model is asked as any other; "
+                f"found {', '.join(self.config.methods)}."
+            )
         try:
             self._through(last)
         finally:
@@ -170,7 +176,7 @@ class Run:
 
     def _through(self, last: Stage) -> None:
         adapters = self.adapters = self._learned(last)
-        if last in (*LOOKING, "train"):
+        if last in (*LOOKING, "rows", "train"):
             return
         answers = self.respond(adapters)
         if last == "respond":
@@ -187,14 +193,19 @@ class Run:
         mistakes = self.induce()
         if last == "induce":
             return {}
-        if last != "analyse" and not self._needs_analyses:
+        analyses: Iterable[Analysis] = []
+        if last == "analyse" or self._needs_analyses:
+            analyses = self.analyse(mistakes)
+            if last == "analyse":
+                return {}
+            mistakes, analyses = self.further_rounds(mistakes, analyses)
+        else:
             self.progress.say("No method of the recipe reads analyses: none is made.")
-            return self.train(self.collected(mistakes, []))
-        analyses = self.analyse(mistakes)
-        if last == "analyse":
+        collected = self.collected(mistakes, analyses)
+        if last == "rows":
+            self.write_rows(collected)
             return {}
-        mistakes, analyses = self.further_rounds(mistakes, analyses)
-        return self.train(self.collected(mistakes, analyses))
+        return self.train(collected)
 
     @property
     def _needs_analyses(self) -> bool:
@@ -353,6 +364,21 @@ class Run:
                 adapters[method] = self._train(method, of) if of else None
         return adapters
 
+    def write_rows(self, collected: Collected) -> None:
+        """Write the rows of every method for another trainer, into rows/."""
+        files = {name: self.folder / "rows" / f"{name}.jsonl" for name in METHODS}
+        for file in files.values():
+            # Those of an earlier recipe would be taken for this one's.
+            file.unlink(missing_ok=True)
+        for method, rows in self.rows(collected).items():
+            if rows and METHODS[method].plain:
+                write_trl(files[method], rows)
+            elif rows:
+                self.progress.say(
+                    f"Left out: {method}, whose model is asked, or read, in a way of its own, "
+                    "which another trainer's would not be."
+                )
+
     def rows(self, collected: Collected, only: tuple[str, ...] = ()) -> dict[str, Rows]:
         """The training rows of every method of the recipe."""
         mistakes, analyses = collected.mistakes, collected.analyses
@@ -428,6 +454,16 @@ class Run:
         prompts, helpful = distinct(asked), self.inputs.helpful
         return rewarded.Feedback(prompts, helpful or pairs, pairs if helpful else ())
 
+    def _tested(self, adapters: Mapping[str, Path | None]) -> dict[str, OtherModel]:
+        """What is tested, by name: the methods' adapters, then what was trained elsewhere."""
+        ours = {name: OtherModel(self.model, adapter) for name, adapter in adapters.items()}
+        # An adapter that was trained elsewhere is put on what a method's is put on.
+        others = {
+            name: of._replace(model=self.model) if of.adapter else of
+            for name, of in self.inputs.others.items()
+        }
+        return ours | others
+
     def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
         tally = Tally()
@@ -438,9 +474,9 @@ class Run:
         return found
 
     def _all_answers(self, adapters: Mapping[str, Path | None]) -> Iterator[Answer]:
-        for method, adapter in adapters.items():
-            with self._engine(self.model, f"answering, {method}", adapter) as engine:
-                yield from self._answers(method, engine)
+        for name, (model, adapter) in self._tested(adapters).items():
+            with self._engine(model, f"answering, {name}", adapter) as engine:
+                yield from self._answers(name, engine)
 
     def _adapter_folder(self, method: str, rows: Rows, place: str) -> Path:
         """Named by the method; in a shared store by all that it is trained from."""
@@ -456,7 +492,7 @@ class Run:
         return self.store / "adapters" / f"{method}-{name}"
 
     def _answers(self, name_of: str, engine: CachedEngine) -> Iterator[Answer]:
-        config, policy, method = self.config, self.inputs.policy, METHODS[name_of]
+        config, policy, method = self.config, self.inputs.policy, method_of(name_of)
         longest = config.respond.max_tokens + method.spare_tokens
         settings = config.respond.model_copy(update={"max_tokens": longest})
         sets = [
@@ -498,14 +534,15 @@ class Run:
     ) -> Iterator[Judgement]:
         config, policy = self.config, self.inputs.policy
         measured = [a for a in answers if a.test_set in config.evaluate.reference_loss]
-        for method in dict.fromkeys(answer.method for answer in measured):
+        tested = self._tested(adapters)
+        for name in dict.fromkeys(answer.method for answer in measured):
+            method = method_of(name)
             yield from reference_losses(
-                [answer for answer in measured if answer.method == method],
+                [answer for answer in measured if answer.method == name],
                 policy,
-                partial(METHODS[method].ask, policy),
-                partial(METHODS[method].write, policy),
-                self.model,
-                adapters[method],
+                partial(method.ask, policy),
+                partial(method.write, policy),
+                *tested[name],
                 config.train.max_length,
                 (self.store or self.folder) / "reference_losses.json",
             )
@@ -527,7 +564,7 @@ class Run:
         )
 
     def _sources_of(self, method: str) -> dict[str, Any]:
-        config, of = self.config, METHODS[method]
+        config, of = self.config, method_of(method)
         return {
             "mistake_source": self._settings.source if of.uses_mistakes else None,
             "analysis_source": config.analysis.engine if of.uses_analyses else None,

@@ -154,7 +154,7 @@ RUN = Kind(
         *("good_answers.jsonl", "examples.jsonl"),
         *("responses.jsonl", "scores.jsonl", "report.html", "results.json"),
     ),
-    work=("adapter", "adapters", "rounds", "scratch"),
+    work=("adapter", "adapters", "rounds", "rows", "scratch"),
     mark="evaluate",
     content=("policy", "model", "data", "parts"),
     counted=("stages", "yields", "training"),
@@ -282,7 +282,7 @@ def _part_digests(inputs: Inputs) -> dict[str, str]:
         found["judge"] = inputs.of_mistakes.digest
     if inputs.adapter is not None:
         found["adapter"] = adapter_digest(inputs.adapter)
-    return found
+    return found | {f"others.{name}": of.digest for name, of in inputs.others.items()}
 
 
 def _versions() -> dict[str, str]:

@@ -1,18 +1,22 @@
 """The OpenVINO engine with a stand-in for its pipeline: what it takes, refuses and leaves."""
 
+import json
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from gguf_files import make_tiny_gguf
+from safetensors.numpy import save_file
 
 from misstep.engines import openvino
 from misstep.engines.base import Request
+from misstep.engines.choose import _openvino_obstacle, choose
 from misstep.engines.openvino import BLOCK, COMPANIONS, LEAST_ROOM, ROOM, OpenVinoEngine
-from misstep.errors import EngineError
+from misstep.errors import EngineError, ModelError
 from misstep.models.openvino_export import Shape
 from misstep.models.rendering import Renderer
 from misstep.models.weights import EMBEDDED, Model, load_tokenizer, locate
@@ -171,3 +175,29 @@ def test_what_it_stumbles_over_is_told_in_words(monkeypatch: pytest.MonkeyPatch)
     genai = SimpleNamespace(SchedulerConfig=SimpleNamespace, ContinuousBatchingPipeline=stumble)
     with pytest.raises(EngineError, match="Use the `transformers` engine"):
         openvino._pipeline(genai, Path("m.gguf"), 8, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "named"),
+    [({"use_dora": True}, 32, "use_dora True"), ({}, 8, "no such tensor")],
+)
+def test_an_adapter_that_it_cannot_add_leaves_the_model_to_another_engine(
+    tmp_path: Path, options: dict[str, Any], width: int, named: str
+) -> None:
+    model = locate(str(make_tiny_gguf(tmp_path / "m.gguf")))
+    module = "base_model.model.model.layers.0.mlp.up_proj"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    pair = {
+        f"{module}.lora_A.weight": np.ones((2, width), np.float32),
+        f"{module}.lora_B.weight": np.ones((width, 2), np.float32),
+    }
+    plain, odd = tmp_path / "plain", tmp_path / "odd"
+    for folder, added in ((plain, {}), (odd, options)):
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config | added))
+        save_file(pair, folder / "adapter_model.safetensors")
+    assert (_openvino_obstacle(model, plain) is None) == (width == 32)
+    obstacle = str(_openvino_obstacle(model, odd))
+    assert obstacle.startswith("OpenVINO cannot read what was trained") and named in obstacle
+    with pytest.raises(ModelError, match=named):
+        choose("openvino", model, odd)

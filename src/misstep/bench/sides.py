@@ -27,6 +27,7 @@ from misstep.errors import RunError
 from misstep.models.precision import device, fastest_dtype
 from misstep.models.weights import Model, load_tokenizer, load_weights, locate
 from misstep.records import Example, Message
+from misstep.training.trl_rows import as_trl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +88,7 @@ def train_trl(work: Work) -> Found:
                 **place,
                 **given["options"],
             ),
-            train_dataset=Dataset.from_list([_as_trl(row) for row in _rows(work)]),
+            train_dataset=Dataset.from_list([as_trl(row) for row in _rows(work)]),
             processing_class=load_tokenizer(model),
             peft_config=LoraConfig(
                 r=ours.rank,
@@ -100,13 +101,6 @@ def train_trl(work: Work) -> Found:
         started = time.monotonic()
         trainer.train()
         return _found(tokens, time.monotonic() - started)
-
-
-def _as_trl(row: Example) -> dict[str, Any]:
-    return {
-        "prompt": [message.model_dump() for message in row.messages],
-        "completion": [{"role": "assistant", "content": row.completion}],
-    }
 
 
 def generate_ours(work: Work) -> Found:

@@ -14,10 +14,10 @@ from pydantic import AfterValidator
 
 from misstep.engines.base import AT_ONCE, Engine
 from misstep.engines.cached import CachedEngine
-from misstep.errors import InputError
+from misstep.errors import InputError, ModelError
 from misstep.guard import Guard
 from misstep.models.endpoint import Endpoint
-from misstep.models.weights import Model, is_full_fine_tune
+from misstep.models.weights import Model
 
 LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
 KIND = f"{LOCAL}|ray(:{LOCAL})?"
@@ -207,12 +207,15 @@ def _openvino_obstacle(model: Model, adapter: Path | None) -> str | None:
     """Why OpenVINO is not the choice on this CPU, or None."""
     from importlib.util import find_spec
 
-    from misstep.engines.openvino import OpenVinoEngine
+    from misstep.engines.openvino import OpenVinoEngine, check_adapter
 
     if find_spec("openvino_genai") is None:
         return "OpenVINO GenAI is not installed"
-    if adapter is not None and is_full_fine_tune(adapter):
-        return "the trained model is a full fine-tune, which OpenVINO does not read"
     if reason := OpenVinoEngine.reads(model):
         return f"OpenVINO cannot read the model: {reason}"
+    try:
+        if adapter is not None:
+            check_adapter(model, adapter)
+    except ModelError as error:
+        return f"OpenVINO cannot read what was trained: {error}"
     return None

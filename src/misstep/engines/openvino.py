@@ -37,7 +37,7 @@ from misstep.engines.base import (
 )
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.gguf_header import read_header
-from misstep.models.gguf_merge import merge_adapter
+from misstep.models.gguf_merge import check_merge, merge_adapter, plain_lora
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.models.precision import bf16_is_slow, memory_bytes
 from misstep.models.rendering import Renderer, named_stops
@@ -388,6 +388,23 @@ def _pipeline(genai: Any, files: Path, blocks: int, added: Any) -> Any:
         ) from error
 
 
+def check_adapter(model: Model, adapter: Path) -> None:
+    """Pass where an adapter can be added to this model's weights; loads none.
+
+    Raises:
+        ModelError: it cannot, and why.
+    """
+    if is_full_fine_tune(adapter):
+        raise ModelError(
+            f"{adapter}: expected a LoRA adapter, found a full fine-tune, which OpenVINO "
+            "cannot read from safetensors. Use the `transformers` engine."
+        )
+    if model.is_gguf:
+        check_merge(adapter, read_header(model.files))
+    else:
+        plain_lora(adapter)
+
+
 def identity(model: Model, adapter: Path | None) -> str:
     """What an engine for this model will be called; loads no weights.
 
@@ -401,11 +418,8 @@ def identity(model: Model, adapter: Path | None) -> str:
             f"model {model.name}: OpenVINO cannot read it, because {reason}. "
             "Use the `transformers` engine."
         )
-    if adapter is not None and is_full_fine_tune(adapter):
-        raise ModelError(
-            f"{adapter}: expected a LoRA adapter, found a full fine-tune, which OpenVINO "
-            "cannot read from safetensors. Use the `transformers` engine."
-        )
+    if adapter is not None:
+        check_adapter(model, adapter)
     trained = adapter_digest(adapter) if adapter else "base"
     release = version("openvino-genai")
     form = "f16" if model.is_gguf else "exported-f16"

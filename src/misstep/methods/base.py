@@ -137,6 +137,11 @@ class Method(ABC):
     def rows(self, materials: Materials) -> Rows:
         """The training rows; none for a method that trains nothing."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether the trained model is asked, and its answers read, as any other's."""
+        return type(self).ask is Method.ask and type(self).read is Method.read
+
     def ask(self, policy: Policy, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         """How the trained model is asked; as it stands, unless the method says otherwise."""
         del policy

@@ -10,6 +10,7 @@ from misstep.methods.dpo import DPO
 from misstep.methods.guided import Guided
 from misstep.methods.mistake_analysis import MistakeAnalysis
 from misstep.methods.ordinary import Ordinary
+from misstep.methods.other import Other
 from misstep.methods.published import Published
 from misstep.methods.rlhf import RLHF
 from misstep.methods.self_guard import SelfGuard
@@ -35,3 +36,9 @@ METHODS: dict[str, Method] = {
         ContrastiveAnalysis(),
     )
 }
+OTHER = Other()
+
+
+def method_of(name: str) -> Method:
+    """The method that a row of results is named after; any other name is a recipe's own."""
+    return METHODS.get(name, OTHER)

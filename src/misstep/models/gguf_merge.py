@@ -11,7 +11,7 @@ This module knows LoRA and the file layout; it knows no backend.
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 F32, F16 = 0, 1
 TEMPLATE = "tokenizer.chat_template"
+TENSORS = "adapter_model.safetensors"
 LARGEST_F16 = 65504.0
 
 # Options of an adapter that say where it came from, which modules it has (its tensors say that
@@ -191,28 +192,60 @@ def read_deltas(adapter: Path, header: Header) -> dict[str, Delta]:
     Raises:
         ModelError: the adapter is no plain LoRA, or a target has no tensor in this file.
     """
-    scale = _scale(adapter)
-    shapes = {place.name: place.shape for place in header.tensors}
-    deltas = {}
-    for module, down, up in _pairs(adapter):
-        name = _tensor_name(module, header)
-        if shapes.get(name) != (down.shape[1], up.shape[0]):
+    import torch
+    from safetensors import safe_open
+
+    scale, names = _scale(adapter), check_merge(adapter, header)
+    with safe_open(adapter / TENSORS, framework="pt") as tensors:
+
+        def matrix(key: str) -> "Matrix":
+            found: Matrix = tensors.get_tensor(key).to(torch.float32).numpy()
+            return found
+
+        return {
+            names[module]: Delta(matrix(down), matrix(up), scale)
+            for module, (down, up) in _pairs(adapter).items()
+        }
+
+
+def check_merge(adapter: Path, header: Header) -> dict[str, str]:
+    """The GGUF tensor of every module that an adapter changes; loads no weights.
+
+    Raises:
+        ModelError: the adapter is no plain LoRA, or a target has no tensor in this file.
+    """
+    _, modules = plain_lora(adapter)
+    found = {place.name: place.shape for place in header.tensors}
+    names = {module: _tensor_name(module, header) for module in modules}
+    for module, shape in modules.items():
+        if (there := found.get(names[module])) != shape:
             raise ModelError(
-                f"{adapter}: the adapter changes {module} ({up.shape[0]} x {down.shape[1]}), "
-                f"for which the GGUF has no such tensor (found {shapes.get(name)}). "
-                "Serve it with the `transformers` engine, or train it on this model."
+                f"{adapter}: the adapter changes {module} ({shape[1]} x {shape[0]}), for which "
+                f"the GGUF has no such tensor (found {there}). Serve it with the "
+                "`transformers` engine, or train it on this model."
             )
-        deltas[name] = Delta(down, up, scale)
-    return deltas
+    return names
 
 
-def plain_scale(adapter: Path) -> tuple[float, set[str]]:
-    """What the product of an adapter's matrices is multiplied by, and the modules it changes.
+def plain_lora(adapter: Path) -> tuple[float, dict[str, tuple[int, int]]]:
+    """What the product of an adapter's matrices is multiplied by, and what it changes.
+
+    The modules come with their inputs and outputs.
 
     Raises:
         ModelError: the adapter is no plain LoRA.
     """
-    return _scale(adapter), {module for module, _, _ in _pairs(adapter)}
+    from safetensors import safe_open
+
+    scale = _scale(adapter)
+    with safe_open(adapter / TENSORS, framework="numpy") as tensors:
+
+        def shape(key: str) -> list[int]:
+            found: list[int] = tensors.get_slice(key).get_shape()
+            return found
+
+        modules = _pairs(adapter).items()
+        return scale, {name: (shape(down)[1], shape(up)[0]) for name, (down, up) in modules}
 
 
 def _scale(adapter: Path) -> float:
@@ -243,24 +276,25 @@ def _refuse_unmergeable(adapter: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _pairs(adapter: Path) -> Iterator[tuple[str, "Matrix", "Matrix"]]:
-    """Each module that the adapter changes, with its two matrices in fp32."""
-    import torch
-    from safetensors.torch import load_file
+def _pairs(adapter: Path) -> dict[str, tuple[str, str]]:
+    """Each module that the adapter changes, with the names of its two matrices."""
+    from safetensors import safe_open
 
     down_end, up_end = ".lora_A.weight", ".lora_B.weight"
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    modules = {key.removesuffix(down_end) for key in tensors if key.endswith(down_end)}
+    with safe_open(adapter / TENSORS, framework="numpy") as tensors:
+        keys = set(tensors.keys())
+    modules = {key.removesuffix(down_end) for key in keys if key.endswith(down_end)}
     known = {module + end for module in modules for end in (down_end, up_end)}
-    if odd := sorted(known.symmetric_difference(tensors)):
+    if odd := sorted(known.symmetric_difference(keys)):
         raise ModelError(
             f"{adapter}: expected pairs of lora_A and lora_B, found {odd[0]} "
             f"({len(odd)} such tensors), which cannot be merged into weights here. "
             "Serve it with the `transformers` engine."
         )
-    for module in sorted(modules):
-        pair = (tensors[module + end].to(torch.float32).numpy() for end in (down_end, up_end))
-        yield module.removeprefix("base_model.model."), *pair
+    return {
+        module.removeprefix("base_model.model."): (module + down_end, module + up_end)
+        for module in sorted(modules)
+    }
 
 
 def _tensor_name(module: str, header: Header) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from misstep.errors import EngineError, ModelError
-from misstep.models.gguf_merge import plain_scale
+from misstep.models.gguf_merge import plain_lora
 from misstep.models.unpacked import UNFINISHED, cache_folder
 from misstep.models.weights import Model, count_weights
 
@@ -121,9 +121,9 @@ def adapter_scale(folder: Path, adapter: Path) -> float:
         ModelError: the adapter is no plain LoRA, or changes what the export has no layer for,
             which OpenVINO would leave out without a word.
     """
-    scale, changed = plain_scale(adapter)
+    scale, changed = plain_lora(adapter)
     named = set(MODULE.findall((folder / MODEL).read_text(encoding="utf-8")))
-    if missing := sorted(changed - named):
+    if missing := sorted(set(changed) - named):
         raise ModelError(
             f"{adapter}: the adapter changes {missing[0]} ({len(missing)} such modules), for "
             "which the exported model has no layer of that name. Serve it with the "

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from misstep.methods.registry import METHODS
 from misstep.records import base_metric
 
 MISTAKES = "mistake_rate"
@@ -58,7 +59,9 @@ _MINUS = "\u2212"
 
 
 def method_title(method: str) -> str:
-    """A method's name as a reader would write it."""
+    """A method's name as a reader would write it; one of a recipe's own as it is."""
+    if method not in METHODS:
+        return method
     return METHOD_TITLES.get(method, capitalised(method.replace("_", " ")))
 
 

@@ -27,8 +27,8 @@ class PreferenceSettings(Settings):
     TRL's."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     """In place of `train.learning_rate`, at which training on pairs makes a model forget how to
-    write. TRL 1.16 trains
-    all weights at 1e-6 and adapters, in its example of a 0.5B, at 5e-6."""
+    write. TRL 1.16 trains all weights at 1e-6 and adapters, in its example of a 0.5B, at 5e-6.
+    """
 
 
 class TrainSettings(Settings):
