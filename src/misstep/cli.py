@@ -135,7 +135,7 @@ def analyse(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:
 
 @app.command()
 def rows(recipe: Recipe, out: Out = None, overrides: Overrides = []) -> None:  # noqa: B006
-    """Write every method's training rows, in TRL's format, for a trainer of your own."""
+    """Write the training rows of all methods as TRL reads them, for a trainer of your own."""
     for file in sorted((_run(recipe, out, overrides, "rows") / "rows").glob("*.jsonl")):
         print(file)
 

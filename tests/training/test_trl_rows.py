@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from misstep.models.folding import check_adapter
 from misstep.models.rendering import Renderer
 from misstep.models.weights import locate
 from misstep.records import Example, Message, Pair
@@ -109,3 +111,23 @@ def test_a_file_has_one_row_a_line_and_nothing_of_ours(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [set(row) for row in rows] == [{"prompt", "completion", "chat_template_kwargs"}] * 2
     assert rows[1]["prompt"][0] == {"role": "user", "content": "你好"}
+
+
+def test_the_page_shows_a_training_that_works(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl")
+    page = (Path(__file__).parents[2] / "docs/own-trainer.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    changed = {
+        '"runs/repair/rows/mistake_analysis.jsonl"': '"rows.jsonl"',
+        '"Qwen/Qwen2.5-0.5B-Instruct"': repr(str(tiny_model)),
+        "args=SFTConfig(": "args=SFTConfig(use_cpu=True, bf16=False, report_to='none', ",
+    }
+    for shown, here in changed.items():
+        assert shown in code
+        code = code.replace(shown, here)
+    monkeypatch.chdir(tmp_path)
+    write_trl(tmp_path / "rows.jsonl", ROWS * 4)
+    exec(code, {})
+    assert check_adapter("my-adapter") == Path("my-adapter")
