@@ -28,7 +28,7 @@ KEY = re.compile(r"`([a-z_]+(?:\.[a-z_]+)+)(?:[:=][^`]*)?`")
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md"))
 LINK = re.compile(r'(?:\]\(<?|src=")([^)>"\s]+)')
 REFERENCE = runpy.run_path(str(ROOT / "docs/recipe.py"))
-FILES = ("py", "yaml", "json", "jsonl", "md", "html", "sqlite")
+FILES = ("py", "yaml", "toml", "json", "jsonl", "md", "html", "sqlite")
 
 
 def models_in(model: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -1,5 +1,13 @@
-"""The methods by name."""
+"""The methods by name: those that come with the package, and those that are installed.
 
+A package of somebody's own adds a method by an entry point of the group `misstep.methods`, as
+plugins of pytest or inspect_ai are added; a recipe names it as any other.
+"""
+
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+
+from misstep.errors import InputError
 from misstep.methods.analysis_only import AnalysisOnly
 from misstep.methods.base import Method
 from misstep.methods.coh import ChainOfHindsight
@@ -17,7 +25,8 @@ from misstep.methods.self_guard import SelfGuard
 from misstep.methods.sft import SFT
 from misstep.methods.vanilla import Vanilla
 
-METHODS: dict[str, Method] = {
+GROUP = "misstep.methods"
+SHIPPED: dict[str, Method] = {
     method.name: method
     for method in (
         Vanilla(),
@@ -36,6 +45,33 @@ METHODS: dict[str, Method] = {
         ContrastiveAnalysis(),
     )
 }
+
+
+def _installed() -> Iterator[Method]:
+    """The methods of other packages.
+
+    Raises:
+        InputError: one is none, or its name is none or another's.
+    """
+    names = set(SHIPPED)
+    for entry in entry_points(group=GROUP):
+        said = f"{entry.value}, installed as a method ({GROUP})"
+        try:
+            method = entry.load()()
+        except Exception as error:
+            raise InputError(f"{said}: cannot be loaded: {error}.") from error
+        if not isinstance(method, Method):
+            raise InputError(f"{said}: expected a Method, found {type(method).__name__}.")
+        if method.name in names or not method.name.isidentifier():
+            raise InputError(
+                f"{said}: expected a name of its own, in letters, digits and '_'; found "
+                f"'{method.name}'."
+            )
+        names.add(method.name)
+        yield method
+
+
+METHODS: dict[str, Method] = SHIPPED | {method.name: method for method in _installed()}
 OTHER = Other()
 
 
