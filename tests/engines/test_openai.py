@@ -18,7 +18,7 @@ from served import Call, Reply, Served, after, answer, echo, serve, text_of
 
 from misstep.engines.base import Completion, Request
 from misstep.engines.cached import CachedEngine
-from misstep.engines.choose import choose
+from misstep.engines.choose import MANY, choose
 from misstep.engines.openai import Fault, OpenAIEngine, Patience, read, retry_after
 from misstep.errors import EngineError, ModelError
 from misstep.models.endpoint import Endpoint, check_endpoint, parse_endpoint
@@ -441,6 +441,7 @@ def test_the_key_goes_to_its_host_only_and_nowhere_else(
         assert all("another" not in str(headers) for headers in served.headers)
         monkeypatch.setenv("MISSTEP_KEY_127_0_0_1", "sk-secret")
         chosen = choose("auto", locate(name))
+        assert chosen.at_once == MANY, "a call's last answers leave the endpoint idle"
         with CachedEngine(chosen.identity, chosen.open, tmp_path / "cache.sqlite") as cached:
             assert texts(cached.generate(asks(1))) == ["question 0"]
     assert all("another" not in str(headers) for headers in served.headers)

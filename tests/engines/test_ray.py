@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from misstep.engines.base import AT_ONCE, Completion, Engine, Request, in_order
-from misstep.engines.choose import ON_GPU, Chosen, choose
+from misstep.engines.choose import MANY, Chosen, choose
 from misstep.engines.ray import COMPLETIONS, RayEngine, Share, Worker
 from misstep.engines.ray import REQUESTS as REQUEST_LIST
 from misstep.engines.scripted import ScriptedEngine
@@ -107,7 +107,7 @@ def test_workers_get_whole_paths_and_each_a_large_part_of_a_call(
     assert kind == "transformers"
     assert model.path == tiny_model.resolve()
     assert adapter == tmp_path / "adapter"
-    assert found.at_once == 64 * ON_GPU and found.alone
+    assert found.at_once == 64 * MANY and found.alone
     monkeypatch.setattr("misstep.engines.ray.share", lambda _: Share(64, 8, 0))
     assert choose("ray:transformers", locate("./model")).at_once == 64 * AT_ONCE
 

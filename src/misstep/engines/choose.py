@@ -21,8 +21,9 @@ from misstep.models.weights import Model
 
 LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
 KIND = f"{LOCAL}|ray(:{LOCAL})?"
-ON_GPU = 16 * AT_ONCE
-"""Requests of a call to an engine on a GPU: a judge on the same one may take turns with it."""
+MANY = 16 * AT_ONCE
+"""Requests of a call to an engine on a GPU, with which a judge may take turns, and to an
+endpoint, which has little to do while the last answers of a call are waited for."""
 KINDS = "auto, openvino, transformers, vllm, vllm:GPUS, ray or ray:ENGINE"
 
 
@@ -62,7 +63,7 @@ class Chosen(NamedTuple):
 
     def on_gpu(self) -> "Chosen":
         """The same, where it runs on a GPU."""
-        return self._replace(at_once=ON_GPU, alone=True)
+        return self._replace(at_once=MANY, alone=True)
 
 
 def choose(
@@ -169,7 +170,7 @@ def _on_ray(inner: str, model: Model, adapter: Path | None) -> Chosen:
         f"ray, {share.actors} times {why}",
         lambda: ray.RayEngine(local, identity, share),
         # So that each engine has as much of a call as a single one would: it starts with it.
-        at_once=(ON_GPU if share.gpus else AT_ONCE) * share.actors,
+        at_once=(MANY if share.gpus else AT_ONCE) * share.actors,
         # This machine's GPUs may be of the cluster.
         alone=share.gpus > 0,
     )
@@ -182,6 +183,7 @@ def _endpoint(endpoint: Endpoint) -> Chosen:
         openai.identity(endpoint),
         f"openai, because {endpoint.model} is behind {endpoint.url}",
         lambda: openai.OpenAIEngine(endpoint),
+        at_once=MANY,
     )
 
 
