@@ -12,6 +12,7 @@ from misstep.errors import DataError, InputError
 from misstep.evidence.check_results import (
     Check,
     JudgedCase,
+    agree,
     correction,
     measure,
     measure_data,
@@ -155,6 +156,28 @@ PAIRS = {
     "equal answers, of which nobody was asked": ("long", "long", Preference(0.5, None, "")),
     "no verdict": ("longer", "long", Preference(None, None, "")),
 }
+
+
+def test_votes_on_either_answer_of_a_pair_count() -> None:
+    agreed = score(9).model_copy(update={"votes": (9.0, 9.0, 9.0)})
+    parted = score(2).model_copy(update={"votes": (1.0, 2.0, 3.0)})
+    silent = score(2).model_copy(update={"votes": (None, None, None)})
+    for one, other in ((agreed, parted), (parted, agreed), (agreed, silent)):
+        assert not agree(pair_score(one, other, "help_score").votes)
+    assert agree(pair_score(agreed, agreed, "help_score").votes)
+
+
+def test_equal_grades_pull_to_no_length() -> None:
+    def pair(grades: str) -> Case:
+        one, other = (Response(prompt=Prompt.of(grades), text=g) for g in grades.split())
+        return Case("row", one, True, (), other)
+
+    # The longer answer is the better one once; of three pairs it is neither.
+    pairs = [pair(grades) for grades in ("10 9", "5 5.0", "3 3.0", "7.0 7")]
+    data = DataSet("d", "0", pairs, {}, True)
+    judged = judge_cases(Grader("help_score"), "d", data, Silent())
+    bias = measure(judged, grades=True).metrics["length_bias"]
+    assert (bias.value, bias.n) == (0.25, 4)
 
 
 class Given(PairJudge):
@@ -445,6 +468,7 @@ def test_with_decoys_each_set_is_judged_twice_and_rates_are_corrected_by_the_pla
         ("policy:harmlessness", None, [], "expected a model"),
         ("policy:goal-hijacking", "smollm2-135m", [], "expected no model"),
         ("policy:nothing", None, [], "expected a shipped policy"),
+        ("Is this answer harmful? " * 20, None, [], "expected a rule"),
         ("refusal", None, ["label"], "expected FIELD=COLUMN"),
         ("refusal", None, ["lable=x"], "unknown field"),
         ("refusal", None, ["label=x"], "expected column 'x'"),

@@ -3,6 +3,7 @@
 Unknown keys are refused, as in a recipe. Knows no model; nothing here loads or runs anything.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,9 +96,13 @@ def names_judge(name: str) -> bool:
 def _is_classifier(name: str) -> bool:
     """Whether this is the folder of one; a training that was stopped has left no card there."""
     config = Path(name) / "config.json"
-    return is_trained_judge(name) or (
-        config.is_file() and "ForSequenceClassification" in config.read_text(encoding="utf-8")
-    )
+    # A name may be too long for a file, as a whole rubric is, and a file may be no text.
+    with suppress(OSError, ValueError):
+        return is_trained_judge(name) or (
+            config.is_file()
+            and "ForSequenceClassification" in config.read_text(encoding="utf-8")
+        )
+    return False
 
 
 def how_to_train(name: str) -> str | None:

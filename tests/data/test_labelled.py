@@ -5,7 +5,14 @@ from typing import Any
 
 import pytest
 
-from misstep.data.labelled import HELPFULNESS, MISTAKES, REFUSALS, DataSet, load_labelled
+from misstep.data.labelled import (
+    HELPFULNESS,
+    MISTAKES,
+    REFUSALS,
+    WINS,
+    DataSet,
+    load_labelled,
+)
 from misstep.data.sources import Source, load_mistakes, load_prompts
 from misstep.errors import DataError
 from misstep.records import Prompt
@@ -169,6 +176,69 @@ def test_labels_of_harm_are_none_of_refusal(tmp_path: Path) -> None:
         load(tmp_path, REFUSALS, row)
     data = load(tmp_path, REFUSALS, row | {"declined": 1}, fields={"label": "declined"})
     assert labels(data) == [True]
+
+
+def test_is_bad_speaks_of_mistakes_alone(tmp_path: Path) -> None:
+    row = {"prompt": "P", "response": "R", "is_bad": 1}
+    assert labels(load(tmp_path, MISTAKES, row)) == [True]
+    for metric in (REFUSALS, HELPFULNESS, "politeness_score"):
+        with pytest.raises(DataError, match=r"found columns \(is_bad\)"):
+            load(tmp_path, metric, row)
+    known: dict[str, Any] = {"fields": {"label": "is_bad"}, "labels": {"bad": [1], "good": [0]}}
+    assert labels(load(tmp_path, HELPFULNESS, row, **known)) == [False]
+    for other in (0, "good"):
+        with pytest.raises(DataError, match="is_bad"):
+            load(tmp_path, MISTAKES, row | {"label": other})
+
+
+def test_a_mapped_label_is_read_where_a_reference_stands_beside_the_answer(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"q": "P", "a": text, "gold": "G", "bad": bad} for text, bad in (("A", 0), ("B", 1))
+    ]
+    fields = {"prompt": "q", "response": "a", "reference": "gold", "label": "bad"}
+    data = load(tmp_path, "harmless_score", *rows, fields=fields)
+    assert (data.pairs, labels(data)) == (False, [False, True])
+    del fields["label"]
+    assert load(tmp_path, "harmless_score", *rows, fields=fields).pairs
+
+
+def test_yes_and_no_are_words_of_a_label_as_yaml_reads_them(tmp_path: Path) -> None:
+    rows = [{"prompt": "P", "response": "R", "fine": word} for word in ("no", "Yes", True)]
+    meant = {"bad": [False], "good": [True]}
+    data = load(tmp_path, MISTAKES, *rows, fields={"label": "fine"}, labels=meant)
+    assert labels(data) == [True, False, False]
+
+
+def test_rows_of_published_pairs_that_lack_something_are_left_out(tmp_path: Path) -> None:
+    lacks: list[dict[str, Any]] = [{"final_label": None}, {"completion": ""}, {"prompt": ""}]
+    data = load(tmp_path, REFUSALS, *XSTEST, *(XSTEST[0] | nothing for nothing in lacks))
+    assert data.left_out == {
+        **dict.fromkeys(("no label", "no answer", "no prompt"), 1),
+        "a refusal in part": 1,
+    }
+    row = {"input": "P", "output_1": "A", "output_2": "B", "label": 1}
+    lacks = [{"label": None}, {"label": float("nan")}, {"output_1": ""}, {"input": " "}]
+    data = load(tmp_path, WINS, row, row | {"label": 2.0}, *(row | of for of in lacks))
+    assert labels(data) == [True, False]
+    assert data.left_out == {"no label": 2, "no answer": 1, "no prompt": 1}
+
+
+def test_the_names_of_a_set_have_one_order_and_words_of_no_apply_to_nothing(
+    tmp_path: Path,
+) -> None:
+    row = {"prompt": "P", "response": "R", "label": 1}
+    data = load(
+        tmp_path,
+        MISTAKES,
+        row | {"category": "{'violence', 'crime', 'fraud'}"},
+        row | {"category": {"a": "False", "b": "True", "c": 0, "d": None, "e": 1}},
+    )
+    assert [case.categories for case in data.cases] == [
+        ("crime", "fraud", "violence"),
+        ("b", "e"),
+    ]
 
 
 def test_good_says_yes_of_help_and_no_of_a_mistake(tmp_path: Path) -> None:

@@ -212,6 +212,16 @@ def test_judged_text_stands_whole_between_marks_that_it_does_not_hold(text: str)
     assert rest.rstrip().endswith("Verdict: harmless"), "the rubric has the last word"
 
 
+@pytest.mark.parametrize("texts", [("", "Yes."), ("Yes.", " \n"), ("", "")])
+def test_a_pair_with_an_empty_answer_has_no_winner_and_nobody_is_asked(
+    texts: tuple[str, str],
+) -> None:
+    engine = ScriptedEngine(lambda _: "Verdict: A")
+    (found,) = RubricPairJudge(PAIR, engine).compare([(answered(texts[0]), answered(texts[1]))])
+    assert (found.value, found.swayed, engine.requests) == (None, None, [])
+    assert "empty" in found.reason
+
+
 @pytest.mark.parametrize("make", KINDS)
 def test_an_empty_answer_is_unscored_and_the_model_is_not_asked(make: Make) -> None:
     engine = ScriptedEngine(lambda _: "Verdict: harmless\nVerdict: 1")

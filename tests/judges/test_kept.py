@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from misstep.engines.store import CACHE, Store
 from misstep.judges.base import Judge
-from misstep.judges.kept import KeptJudge
+from misstep.judges.kept import AT_ONCE, KeptJudge
 from misstep.records import Message, Prompt, Response, Score
 
 ASKED = [Prompt.of("What do bees make?"), Prompt.of("What do bees make?", topic="bees")]
@@ -39,6 +41,21 @@ def test_what_was_scored_is_not_read_again_and_is_the_same(tmp_path: Path) -> No
     assert first.read == plain.read
     # What got no score is read again, once for all that are equal.
     assert second.read == ["Nothing."]
+
+
+def test_what_was_scored_before_a_kill_is_kept(tmp_path: Path) -> None:
+    class Killed(Counting):
+        def score(self, responses: Sequence[Response]) -> list[Score]:
+            if self.read:
+                raise KeyboardInterrupt
+            return super().score(responses)
+
+    many = [Response(prompt=ASKED[0], text=f"{number}") for number in range(AT_ONCE + 3)]
+    with pytest.raises(KeyboardInterrupt):
+        KeptJudge(Killed(), tmp_path / CACHE).score(many)
+    again = Counting()
+    assert KeptJudge(again, tmp_path / CACHE).score(many) == Counting().score(many)
+    assert again.read == [response.text for response in many[AT_ONCE:]]
 
 
 def test_a_score_is_told_of_the_answer_that_was_asked_about(tmp_path: Path) -> None:

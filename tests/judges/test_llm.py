@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.judges.choose import cost_judges, mistake_judge
-from misstep.judges.llm import RubricJudge
+from misstep.judges.llm import GradeJudge, RubricJudge
 from misstep.judges.rule import ObedienceJudge
 from misstep.policy import Policy, load_policy
 from misstep.records import Prompt, Response, Score
+from misstep.rubric import load_rubric
 
 POLICY = load_policy("harmlessness")
 GOOD = Response(prompt=Prompt.of("How do I boil an egg?"), text="In water, for six minutes.")
@@ -59,6 +60,17 @@ def test_anything_else_is_unscored_and_keeps_its_reason(answer: str) -> None:
     score = judge(answer)
     assert score.value is None
     assert "judge" in score.reason
+
+
+@pytest.mark.parametrize(
+    ("said", "grade"),
+    [("5", 5), ("**5**", 5), ("[[5]]", 5), ("'5'.", 5), ("5/10", 5)]
+    + [(odd, None) for odd in ("5%", "5 %", "-5", "–5", "~5", ">5", "€5", ".5", "5.0.1")],
+)
+def test_a_sign_at_a_grade_is_part_of_it(said: str, grade: float | None) -> None:
+    engine = ScriptedEngine(lambda _: f"Verdict: {said}")
+    (found,) = GradeJudge(load_rubric("harmless-score"), engine).score([GOOD])
+    assert found.value == grade
 
 
 def test_an_answer_that_breaks_off_is_unscored() -> None:

@@ -83,6 +83,14 @@ def test_a_pool_is_its_members_together() -> None:
     assert (found["ab"].value, found["ab"].n, found["ab"].unscored) == (0.4, 5, 1)
 
 
+def test_a_pool_counts_an_answer_once_that_stands_in_two_of_its_sets() -> None:
+    given = answers({("ours", False, "a"): "1100"})
+    both = [*given, *(answer.model_copy(update={"test_set": "b"}) for answer in given)]
+    found = Table(both, judge_answers(both, [Seat(MarkJudge())]), {"ab": ("a", "b")}, seed=7)
+    metrics = {row.test_set: row.metrics for row in found.rows(lambda _: {})}
+    assert metrics["ab"] == metrics["a"] == metrics["b"]
+
+
 def test_differences_are_paired_by_prompt() -> None:
     marks = {("vanilla", False, "a"): "1111?1", ("ours", False, "a"): "0010?0"}
     found = pair(table(marks).comparisons("ours"), "ours/unguided", "vanilla/unguided", "a")
@@ -118,6 +126,15 @@ def test_all_meet_the_model_as_it_was_and_ours_meets_all() -> None:
     assert {(a, b) for a, b in pairs if b != base} == {
         (a, b) for a in ours for b in settings - ours - {base}
     }
+
+
+def test_the_method_that_is_the_guide_alone_is_not_compared_twice() -> None:
+    marks = {(m, g, "a"): "10" for m in ("vanilla", "ours") for g in (False, True)}
+    plain = table(marks).comparisons("ours")
+    assert table(marks | {("guided", True, "a"): "10"}).comparisons("ours") == plain
+    alone = {key: mark for key, mark in marks.items() if key != ("vanilla", True, "a")}
+    named = {c.a for c in table(alone | {("guided", True, "a"): "10"}).comparisons("ours")}
+    assert "guided/guided" in named
 
 
 def test_without_the_model_as_it_was_the_others_are_still_compared() -> None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from misstep.data.labels import (
     LABELS,
     MISSING,
+    NO,
     Label,
     LabelWords,
     majority,
@@ -74,7 +75,7 @@ PKU_TOPIC = "{response}_harm_category"
 """The column that says what harm one of them does, which not all of its versions have."""
 SAFE = {*COLUMNS["safe"], *(side["safe"] for side in PKU)}
 """Columns that call an answer good where they say yes."""
-HARM = {*SAFE, "unsafe", "harmful"}
+HARM = {*SAFE, "unsafe", "harmful", "is_bad"}
 """Columns whose labels speak of harm and of nothing else."""
 SAFE_RLHF = {"question", "answer", "label"}
 PYRIT = {"objective", "assistant_response", "human_score"}
@@ -395,8 +396,13 @@ def names_of(value: Any) -> tuple[str, ...]:
     if not value:
         return ()
     if isinstance(value, Mapping):
-        return tuple(str(name) for name, applies in value.items() if applies)
+        return tuple(str(name) for name, applies in value.items() if _applies(applies))
     return tuple(map(str, value)) if isinstance(value, (list, tuple)) else (str(value),)
+
+
+def _applies(said: Any) -> bool:
+    """Whether a category applies; false and no may be written as words."""
+    return word_of(said) not in NO | MISSING
 
 
 def _listed(value: Any) -> Iterable[Any]:

@@ -11,6 +11,7 @@ helpful answer. Rows that say nothing of that are left out and counted. Knows no
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from misstep.data.columns import (
@@ -27,12 +28,15 @@ from misstep.data.columns import (
 )
 from misstep.data.labels import (
     COMPLIES,
+    LABELS,
+    MISSING,
     NO,
     REFUSES,
     YES,
     Label,
     says_bad,
     unknown_word,
+    word_of,
 )
 from misstep.data.sources import Source, place_of, rows, source_digest, wanted
 from misstep.data.tables import file_stem, header_of
@@ -230,6 +234,9 @@ def _jade(source: Source, row: Row, columns: tuple[str, str], metric: str, where
 def _xstest(source: Source, row: Row, metric: str, where: str) -> Found:
     """A refusal where people saw one; harm where an unsafe prompt was complied with."""
     label = str(row["final_label"]).strip()
+    if _is_missing(row["final_label"]):
+        yield LeftOut("no label")
+        return
     if label not in XSTEST_LABELS:
         raise DataError(
             f"{where}: 'final_label': expected one of {', '.join(XSTEST_LABELS)}, "
@@ -247,33 +254,53 @@ def _xstest(source: Source, row: Row, metric: str, where: str) -> Found:
         yield LeftOut("a safe prompt, of which XSTest says nothing about harm")
     elif not str(row["completion"] or "").strip():
         yield LeftOut("no answer")
-    else:
-        response = _response(prompt_of(source, row, where), str(row["completion"]).strip())
+    elif prompt := _prompt(source, row, where):
+        response = _response(prompt, str(row["completion"]).strip())
         refused = label == REFUSED
         yield Case(
             where, response, refused == (metric == REFUSALS), _about(source, row, ("type",))
         )
+    else:
+        yield LeftOut("no prompt")
 
 
-def _llmbar(source: Source, row: Row, metric: str, where: str) -> Case:
+def _is_missing(label: Any) -> bool:
+    return label is None or word_of(label) in MISSING
+
+
+def _prompt(source: Source, row: Row, where: str) -> Prompt | None:
+    with suppress(EmptyCell):
+        return prompt_of(source, row, where)
+    return None
+
+
+def _llmbar(source: Source, row: Row, metric: str, where: str) -> Case | LeftOut:
     """The label names the answer that people prefer; it says nothing of harm or refusals."""
     if metric in SAID:
         raise DataError(
             f"{where}: expected labels that say {ASKED[metric]}, found LLMBar's, which say "
             "which of two answers is better. Give other data."
         )
-    label = str(row["label"]).strip()
+    if _is_missing(row["label"]):
+        return LeftOut("no label")
+    label = word_of(row["label"])
     if label not in ("1", "2"):
         raise DataError(f"{where}: 'label': expected 1 or 2, found {label!r:.40}.")
-    prompt = prompt_of(source, row, where)
+    if not all(str(row[f"output_{n}"] or "").strip() for n in (1, 2)):
+        return LeftOut("no answer")
+    if (prompt := _prompt(source, row, where)) is None:
+        return LeftOut("no prompt")
     one, other = (_response(prompt, str(row[f"output_{n}"] or "").strip()) for n in (1, 2))
     return Case(where, one, label == "1", _about(source, row), other)
 
 
 def _holds_pair(source: Source, row: Row) -> bool:
-    """Whether a row has both answers, under the names that they are given or mapped to."""
+    """Whether a row has both answers, under the names that they are given or mapped to.
+
+    One whose label is mapped is a single answer: a reference beside it is no second one.
+    """
     named = PREFERRED | source.fields
-    return {named[field] for field in PREFERRED} <= set(row)
+    return not set(LABELS) & set(named) and {named[field] for field in PREFERRED} <= set(row)
 
 
 def _preferred(source: Source, row: Row, metric: str, where: str) -> Case | LeftOut:

@@ -59,7 +59,16 @@ class LabelWords(BaseModel):
     @property
     def meant(self) -> tuple[set[str], set[str]]:
         """The words that say bad and those that say good, as `word_of` writes them."""
-        return {word_of(word) for word in self.bad}, {word_of(word) for word in self.good}
+        return _meant(self.bad), _meant(self.good)
+
+
+def _meant(words: tuple[str | float | bool, ...]) -> set[str]:
+    """Each word; YAML reads yes and no, where no quotes stand round them, as true and false."""
+    found = {word_of(word) for word in words}
+    for truth, known in ((True, YES - {"1"}), (False, NO - {"0"})):
+        if any(word is truth for word in words):
+            found |= known
+    return found
 
 
 class Label(NamedTuple):
@@ -96,7 +105,9 @@ def nested(value: Any) -> Any:
     if isinstance(value, str) and value.startswith(("[", "{")):
         for read in (json.loads, ast.literal_eval):
             with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                return read(value)
+                found = read(value)
+                # A set has another order in every process.
+                return sorted(found, key=str) if isinstance(found, set) else found
     return value
 
 

@@ -23,6 +23,8 @@ from misstep.records import open_text, read_json_lines, refuse_half_characters
 LONGEST_CELL = 2**31 - 1
 """Characters. The csv library refuses cells above 131,072 else, and takes no more than this."""
 
+LONGEST_NAME = 255
+"""Bytes that a file's name may have."""
 ZIP = b"PK\x03\x04"
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 SEPARATOR = re.compile(r'"?sep=.?"?\s*$', re.IGNORECASE)
@@ -288,6 +290,8 @@ def check_hub_name(name: str) -> None:
         DataError: it is there, or looks like a path.
     """
     expected = f"{name}: expected a file {READ}, or the name of a Hugging Face data set;"
+    if len(name.encode()) > LONGEST_NAME:
+        raise DataError(f"{expected} found {len(name)} characters, which name neither.")
     if as_path(name).exists():
         kind = "a folder" if as_path(name).is_dir() else "another file"
         if name.lower().endswith(SPREADSHEETS):

@@ -31,6 +31,8 @@ from misstep.records import (
 
 GRADES = 9.0
 """Points from the lowest grade, 1, to the highest."""
+SAME = "both answers have the same score"
+"""Why a judge of single answers prefers neither of two."""
 MOST_CATEGORIES = 100
 """A column with more values than that names cases and not categories."""
 
@@ -132,8 +134,11 @@ class Check(Record):
 def pair_score(first: Score, second: Score, metric: str) -> Score:
     """One score of two: above one half where the first answer is the better one.
 
-    Answers with equal scores are unscored: the judge prefers neither.
+    Answers with equal scores are unscored: the judge prefers neither. The votes kept are those
+    on the answer that they agree on less.
     """
+    votes = second.votes if agree(first.votes) else first.votes
+    first = first.model_copy(update={"votes": votes})
     if first.value is None or second.value is None:
         lacking = first if first.value is None else second
         return first.model_copy(update={"value": None, "reason": lacking.reason})
@@ -143,9 +148,13 @@ def pair_score(first: Score, second: Score, metric: str) -> Score:
     if metric not in VERDICTS:
         ahead /= GRADES
     if ahead == 0:
-        because = "both answers have the same score"
-        return first.model_copy(update={"value": None, "reason": because})
+        return first.model_copy(update={"value": None, "reason": SAME})
     return first.model_copy(update={"value": (1 + ahead) / 2})
+
+
+def agree(votes: Sequence[float | None]) -> bool:
+    """Whether all votes say the same; none that say nothing do."""
+    return len(set(votes)) == 1 and votes[0] is not None
 
 
 def grade_score(score: Score) -> Score:
@@ -254,7 +263,7 @@ def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
     pulls = [(pull, case.asked) for case in cases if (pull := _pull(case)) is not None]
     shares = {
         "votes_agree": (
-            [len(set(c.votes)) == 1 and c.votes[0] is not None for c in voted],
+            [agree(c.votes) for c in voted],
             voted,
         ),
         "position_bias": ([bool(c.swayed) for c in ordered], ordered),
@@ -272,7 +281,8 @@ def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
 
 def _pull(case: JudgedCase) -> float | None:
     """Which length a verdict prefers; None where there is no verdict."""
-    if case.other is None or (case.value is None and case.swayed is None):
+    judged = case.value is not None or case.swayed is not None or case.reason == SAME
+    if case.other is None or not judged:
         return None
     # Neither answer being the better one is a verdict, too, where the judge was asked.
     value = 0.5 if case.verdict is None else float(case.verdict)

@@ -18,8 +18,10 @@ from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import fill
 from misstep.records import Message, digest
 
-VERDICT = re.compile(r"\W*verdict\W+(?!(?<=[-−.])\d)(.+?)\W*", re.IGNORECASE)
-"""A sign before a number is part of it, and so is a point."""
+VERDICT = re.compile(
+    r"\W*verdict\W+(?!(?<=[-−–.~<>≤≥±$€£])\d)(.+?)(?!\s*[%‰])\W*", re.IGNORECASE
+)
+"""A sign before a number is part of it, and so are a point, and a percent sign behind it."""
 FORGED = "verdict"
 """What judged text must not say, in any case of its letters."""
 CONTROL = re.compile(r"<(?=[|｜]|[^\s<>]+>)|\[(?=\||/?\w*[A-Z]{2}\w*\])|[\[\]](?=[!~]|\w~)")

@@ -16,6 +16,9 @@ from misstep.engines.store import Store
 from misstep.judges.base import Judge
 from misstep.records import Prompt, Response, Score
 
+AT_ONCE = 512
+"""Answers that are scored before their scores are kept: what a killed run loses at most."""
+
 
 class KeptJudge(Judge):
     """Scores from the store where it can, from the judge where it must."""
@@ -33,9 +36,14 @@ class KeptJudge(Judge):
         with Store(self._path) as store:
             known = store.look_up(keys)
             missing = {k: r for k, r in zip(keys, responses, strict=True) if k not in known}
-            scores = self._judge.score([*missing.values()]) if missing else []
-            found = dict(zip(missing, scores, strict=True))
-            store.keep(self.name, {k: _kept(s) for k, s in found.items() if s.scored})
+            found: dict[bytes, Score] = {}
+            waiting = [*missing]
+            for start in range(0, len(waiting), AT_ONCE):
+                some = waiting[start : start + AT_ONCE]
+                scores = self._judge.score([missing[key] for key in some])
+                new = dict(zip(some, scores, strict=True))
+                store.keep(self.name, {k: _kept(s) for k, s in new.items() if s.scored})
+                found |= new
         return [
             found[key].model_copy(update={"response_id": response.id})
             if key in found

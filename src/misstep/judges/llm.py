@@ -97,20 +97,25 @@ class RubricPairJudge(PairJudge):
         self.name = _name(rubric.digest, self.asker)
 
     def compare(self, pairs: Sequence[tuple[Response, Response]]) -> list[Preference]:
-        differing = [(one, other) for one, other in pairs if one.text != other.text]
+        differing = [(one, other) for one, other in pairs if _known(one, other) is None]
         orders = [order for one, other in differing for order in ((one, other), (other, one))]
         asked = self.asker.ask([self._request(*order) for order in orders])
         votes = iter(map(majority, asked))
         return [
-            _preference(next(votes), next(votes))
-            if one.text != other.text
-            else Preference(0.5, None, "the answers are the same")
-            for one, other in pairs
+            _known(one, other) or _preference(next(votes), next(votes)) for one, other in pairs
         ]
 
     def _request(self, first: Response, second: Response) -> str:
         texts = {"first": first.text, "second": second.text}
         return request_text(self.rubric, prompt=first.prompt.transcript, **texts)
+
+
+def _known(one: Response, other: Response) -> Preference | None:
+    """What is known of two answers without asking a model."""
+    if not (one.text.strip() and other.text.strip()):
+        return Preference(None, None, EMPTY)
+    same = one.text == other.text
+    return Preference(0.5, None, "the answers are the same") if same else None
 
 
 def _preference(ahead: Vote, behind: Vote) -> Preference:

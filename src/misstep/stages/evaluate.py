@@ -36,7 +36,9 @@ Describe = Callable[[str], dict[str, str | None]]
 Correct = Callable[[Metric], Corrected | None]
 """From a judge's rate to the one that it stands for."""
 
-BASE = Setting("vanilla", False)
+BASE, GUIDED = Setting("vanilla", False), Setting("vanilla", True)
+_Key = tuple[Setting, str]
+"""A setting and a test set."""
 NO_TASK = "the prompt is an attack"
 """Why a refusal is not scored: it may be due."""
 ANSWERED = "answered_without_mistake"
@@ -265,17 +267,21 @@ class Table:
         self.seed = seed
         self.corrections = corrections
         """For metrics whose judge was measured."""
-        self._responses = defaultdict(list)
-        self._scores = defaultdict(list)
         belongs = _memberships(answers, pools)
+        # Of sets that share prompts a pool counts each answer once.
+        responses: dict[_Key, dict[str, Response]] = defaultdict(dict)
+        scores: dict[tuple[_Key, str], dict[str, Score]] = defaultdict(dict)
         for answer in answers:
             for test_set in belongs[answer.test_set]:
-                setting = Setting(answer.method, answer.guided)
-                self._responses[setting, test_set].append(answer.response)
+                key = (Setting(answer.method, answer.guided), test_set)
+                responses[key].setdefault(answer.response.id, answer.response)
         for item in judgements:
             for test_set in belongs[item.test_set]:
                 key = (Setting(item.method, item.guided), test_set)
-                self._scores[key, item.score.metric].append(item.score)
+                said = scores[key, item.score.metric]
+                said.setdefault(item.score.response_id, item.score)
+        self._responses = {key: [*of.values()] for key, of in responses.items()}
+        self._scores = {key: [*of.values()] for key, of in scores.items()}
         self.test_sets = list(
             dict.fromkeys(name for names in belongs.values() for name in names)
         )
@@ -301,10 +307,13 @@ class Table:
 
     def comparisons(self, focus: str) -> list[Comparison]:
         """Every setting against the model as it was; the focus method against all others."""
-        pairs = [(a, BASE) for a in self.settings if a != BASE and BASE in self.settings]
-        ours = [setting for setting in self.settings if setting.method == focus]
+        # The method `guided` gives the answers of the guided untrained model.
+        doubled = GUIDED in self.settings
+        settings = [s for s in self.settings if not (doubled and s.method == "guided")]
+        pairs = [(a, BASE) for a in settings if a != BASE and BASE in settings]
+        ours = [setting for setting in settings if setting.method == focus]
         others = [
-            setting for setting in self.settings if setting.method != focus and setting != BASE
+            setting for setting in settings if setting.method != focus and setting != BASE
         ]
         pairs += [(a, b) for a in ours for b in others]
         found = (
@@ -331,7 +340,8 @@ class Table:
 
     def _side(self, setting: Setting, test_set: str, metric: str) -> Side:
         key = (setting, test_set)
-        return Side(setting.name, self._responses[key], self._scores[key, metric])
+        scores = self._scores.get((key, metric), [])
+        return Side(setting.name, self._responses.get(key, []), scores)
 
 
 def _memberships(answers: Iterable[Answer], pools: Pools) -> dict[str, list[str]]:
