@@ -864,8 +864,21 @@ def test_where_nothing_trains_nothing_is_collected(recipe: Path, tmp_path: Path)
 def test_methods_that_train_need_something_to_learn_from(
     recipe: Path, tmp_path: Path, key: str
 ) -> None:
-    with pytest.raises(RecipeError, match=f"'{key}' is missing.*that train \\(sft\\)"):
+    with pytest.raises(RecipeError, match=f"'{key}' is missing.*sft"):
         run(untrained(recipe, key), tmp_path / "run", ["methods=[vanilla, sft]"], Silent())
+
+
+def test_ordinary_pairs_are_asked_of_those_alone_that_mix_them_in(recipe: Path) -> None:
+    def check(*overrides: str) -> None:
+        read_inputs(recipe, ["ordinary=null", *overrides])
+
+    check("methods=[vanilla, dpo, contrastive_analysis]")
+    check("methods=[vanilla, sft, mistake_analysis]", "mix.ordinary=0")
+    for methods in ("dpo, coh", "published"):
+        with pytest.raises(RecipeError, match="'ordinary' is missing"):
+            check(f"methods=[{methods}]")
+    with pytest.raises(RecipeError, match="'ordinary' is missing"):
+        check("methods=[ordinary]", "mix.ordinary=0")
 
 
 def test_pairs_on_helpfulness_leave_harmlessness_to_the_mistakes(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from misstep.errors import InputError
 from misstep.progress import Silent
@@ -88,11 +89,20 @@ class Heard(Silent):
         self.lines.append(text)
 
 
-KIND = Kind(("found.jsonl",), ("scratch",), "kept", ("data",), ("stages", "yields"))
+class Recipe(BaseModel):
+    """With a key that came after the others."""
+
+    name: str
+    kept: int
+    later: bool = False
+
+
+KIND = Kind(("found.jsonl",), ("scratch",), "kept", ("data",), ("stages", "yields"), Recipe)
 
 
 def described(value: int = 1, data: str = "a") -> dict[str, Any]:
-    return {"recipe": {"name": "r", "kept": value}, "data": {"file": data}}
+    recipe = {"name": "r", "kept": value, "later": False}
+    return {"recipe": recipe, "data": {"file": data}}
 
 
 def test_a_stage_that_goes_on_adds_to_its_time_and_a_changed_recipe_begins_at_nothing(
@@ -134,6 +144,16 @@ def test_what_a_changed_recipe_finds_is_set_aside_and_said(
     assert (tmp_path / "former/1/found.jsonl").exists() == bool(changed)
     assert len(heard.lines) == 2 * bool(changed)
     assert all(key in heard.lines[0] for key in changed)
+
+
+def test_a_key_that_is_new_since_is_no_change_at_its_default(tmp_path: Path) -> None:
+    before = described()
+    del before["recipe"]["later"]
+    Manifest(tmp_path, before, KIND).save()
+    assert Manifest(tmp_path, described(), KIND).changed == []
+    now = described()
+    now["recipe"]["later"] = True
+    assert Manifest(tmp_path, now, KIND).changed == ["later"]
 
 
 def test_the_directory_of_another_kind_or_recipe_is_refused(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """What the terminal shows of results."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from misstep.evidence.check_results import Check, JudgedCase, measure_data, write_check
 from misstep.evidence.results import Metric, Pooled, Results, Row, write_results
-from misstep.records import Prompt, Response
+from misstep.records import Judgement, Prompt, Response, Score, write_jsonl
 from misstep.summary import print_check, print_comparison, print_summary
 
 NOTHING = Metric(value=None, low=None, high=None, n=0, unscored=6)
@@ -24,11 +25,25 @@ def test_a_metric_without_any_score_is_said_to_have_none(
         )
     )
     write_results(tmp_path / "results.json", Results(policy="p", model="m", rows=rows))
-    print_summary(tmp_path)
-    shown = capsys.readouterr().out
-    assert "mistake_rate: no answer has a score" in shown
-    assert "(judge)" in shown
-    assert "helpfulness: no answer" not in shown
+
+    def shown(*reasons: str) -> str:
+        scores = (
+            Score(response_id="r", metric="mistake_rate", value=None, judge="j", reason=reason)
+            for reason in reasons
+        )
+        given: dict[str, Any] = {"method": "vanilla", "guided": False, "test_set": "t"}
+        write_jsonl(
+            tmp_path / "scores.jsonl", (Judgement(**given, seed=0, score=s) for s in scores)
+        )
+        print_summary(tmp_path)
+        return capsys.readouterr().out
+
+    silent = shown(*["the judge gave no verdict: 'x'", "the judge gave no verdict: 'y'", "no"])
+    assert "mistake_rate: no answer has a score; 2 of 3: the judge gave no verdict." in silent
+    assert "(judge)" in silent and "helpfulness: no answer" not in silent
+    # Where no model was asked a better one is no remedy.
+    empty = shown(*["the answer is empty"] * 3)
+    assert "3 of 3: the answer is empty" in empty and "(judge)" not in empty
 
 
 def test_the_terminal_shows_all_numbers_of_a_check_and_what_was_left_out(

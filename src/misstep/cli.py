@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from misstep import __version__
-from misstep.errors import InputError, MisstepError
+from misstep.errors import InputError, MisstepError, RunError
 
 if TYPE_CHECKING:
     from misstep.bench.measure import Bench
@@ -656,12 +656,13 @@ def main() -> None:
     try:
         _run_app()
     except MisstepError as error:
-        _fail(error, debug, error.exit_status, "" if isinstance(error, InputError) else _GO_ON)
+        advice = error.advice if isinstance(error, RunError) else ""
+        _fail(error, debug, error.exit_status, advice)
     except (KeyboardInterrupt, SystemExit) as end:
         # Within a command Typer makes an exit of the interruption, and says nothing.
         status = end.code if isinstance(end, SystemExit) else INTERRUPTED
         if status in (INTERRUPTED, TERMINATED):
-            print(f"\nInterrupted. {_GO_ON}", file=sys.stderr)
+            print(f"\nInterrupted. {RunError.advice}", file=sys.stderr)
         sys.exit(status)
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
@@ -669,7 +670,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in FULL:
             text = f"{error.filename or 'a file'}: not written whole ({error.strerror})"
             advice = f"Make room, for the run and in {tempfile.gettempdir()}."
-        _fail(RuntimeError(text), debug, 1, f"{_GO_ON} {advice}")
+        _fail(RuntimeError(text), debug, 1, f"{RunError.advice} {advice}")
 
 
 def _run_app() -> None:
@@ -689,7 +690,6 @@ INTERRUPTED = 130
 TERMINATED = 143
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says where a disk, or a user's share of it, is full; often of no file."""
-_GO_ON = "Nothing that was finished is lost: the same command goes on from there."
 
 
 def _fail(error: Exception, debug: bool, status: int, advice: str) -> None:

@@ -12,6 +12,7 @@ This module knows runs and their files; it trains and generates nothing itself.
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from itertools import combinations, product
 from pathlib import Path
@@ -47,6 +48,9 @@ from misstep.report.compared import write_comparison
 from misstep.run_folder import (
     MANIFEST,
     RUN,
+    as_now,
+    changes,
+    described_run,
     refuse_foreign,
     refuse_own,
     set_aside,
@@ -151,7 +155,7 @@ def compare_methods(
     inputs = [check_inputs(cell.config) for cell in cells]
     with claimed(writable(out or Path("runs") / cells[0].config.name)) as folder:
         _check_folder(folder, cells)
-        standing = _standing(folder, cells, progress)
+        standing = _standing(folder, cells, inputs, progress)
         corrections: Corrections = {}
         for number, (cell, read) in enumerate(zip(cells, inputs, strict=True), 1):
             progress.say(f"Cell {number} of {len(cells)}: {cell.folder}")
@@ -164,18 +168,32 @@ def compare_methods(
     return folder
 
 
-def _standing(folder: Path, cells: Sequence[Cell], progress: Progress) -> int:
+def _standing(
+    folder: Path, cells: Sequence[Cell], inputs: Sequence[Inputs], progress: Progress
+) -> int:
     """How many of these cells the results in the folder hold; those of others are set aside."""
-    if not (folder / MANIFEST).is_file():
+    data = _read_manifest(folder)
+    if not data:
         return 0
-    try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError:
-        return 0
-    if data.get("recipe") == _recipe(cells[0].config.model_dump(mode="json")):
+    known = _recipe(as_now(data.get("recipe") or {}, RUN))
+    same = known == _recipe(cells[0].config.model_dump(mode="json"))
+    if same and not any(_changed(folder, *pair) for pair in zip(cells, inputs, strict=True)):
         return len({cell.folder for cell in cells} & set(data["cells"]))
     progress.say(f"What the former recipe left is in {set_aside(folder, OWN[1:3])}.")
     return 0
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest that was written here; empty where there is none."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    return {}
+
+
+def _changed(folder: Path, cell: Cell, inputs: Inputs) -> bool:
+    """Whether a cell that was run reads something else now under the same names."""
+    before = _read_manifest(folder / CELLS / cell.folder)
+    return "recipe" in before and bool(changes(before, described_run(inputs), RUN))
 
 
 def _recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:

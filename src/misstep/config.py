@@ -17,9 +17,11 @@ from misstep.data.sources import Source
 from misstep.documents import KeyPath, Places, check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
+from misstep.evidence.results import FOCUS
 from misstep.judge_config import names_judge
 from misstep.methods.base import MixSettings
 from misstep.methods.registry import METHODS
+from misstep.policy import is_policy
 from misstep.records import digest
 from misstep.stages.analyse import AnalyseSettings
 from misstep.stages.base import Settings, each_once
@@ -30,7 +32,9 @@ from misstep.stages.respond import RespondSettings
 from misstep.stages.revise import ReviseSettings
 from misstep.stages.train_settings import TrainSettings
 
-MAIN_JOB = ("vanilla", "ordinary", "sft", "mistake_analysis")
+CONTROL = "ordinary"
+"""The method that learns from ordinary pairs alone."""
+MAIN_JOB = ("vanilla", CONTROL, "sft", FOCUS)
 """The model as it was, the method, and the two controls that its effect is read against."""
 
 Command = Literal["run", "compare", "study"]
@@ -49,8 +53,11 @@ OTHERS: dict[Command, tuple[Command, ...]] = {
 
 MethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 OwnName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+KeyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+"""Without a dot, so that `--set` and `sweep` reach it."""
 
 
+DATA = (".csv", ".tsv", ".jsonl", ".parquet", ".gz")
 NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 """What of a file's name cannot stand in the name of its recipe."""
 
@@ -131,7 +138,8 @@ class RunConfig(Settings):
     good_answers: GoodAnswerSettings = GoodAnswerSettings()
     """Where good answers to the prompts of mistakes come from."""
     ordinary: Source | None = None
-    """Ordinary prompts with reference answers; needed where a method trains."""
+    """Ordinary prompts with good answers, of any instruction data; needed where a method mixes
+    them in, as all do that train but for those on pairs."""
     mix: MixSettings = MixSettings()
     train: TrainSettings = TrainSettings()
     reinforce: ReinforceSettings = ReinforceSettings()
@@ -146,7 +154,7 @@ class RunConfig(Settings):
         tuple[MethodName, ...], Field(min_length=1), AfterValidator(each_once)
     ] = MAIN_JOB
     """What is trained, or left as it is, and tested."""
-    others: dict[OwnName, str] = Field(default_factory=dict)
+    others: dict[KeyName, str] = Field(default_factory=dict)
     """What was trained elsewhere, by name, to be tested beside the methods: PEFT folders on the
     recipe's model, or models, named as `model` is."""
     respond: RespondSettings = RespondSettings()
@@ -171,6 +179,17 @@ class RunConfig(Settings):
                     source["path"] = place
         return given
 
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _judge_is_text(cls, judge: Any) -> Any:
+        if isinstance(judge, dict):
+            raise ValueError(
+                "expected text: a model, or a judge as `misstep judge check` takes it, such as "
+                "the path of a file. A rule, patterns or a rubric stand in the policy's file, "
+                "under its key judge"
+            )
+        return judge
+
     @field_validator("methods")
     @classmethod
     def _known_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
@@ -189,12 +208,19 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _something_to_learn_from(self) -> "RunConfig":
-        given = {"mistakes": self.mistakes, "ordinary": self.ordinary}
-        missing = [key for key, of in given.items() if of is None]
-        if missing and self.trains:
+        if self.mistakes is None and self.trains:
             raise ValueError(
-                f"the key '{missing[0]}' is missing, which methods learn from. Give it, or "
-                f"leave out the methods that train ({', '.join(self.trained)})"
+                "the key 'mistakes' is missing, which methods learn from. Give it, or leave "
+                f"out the methods that train ({', '.join(self.trained)})"
+            )
+        mixing = [name for name in self.trained if METHODS[name].uses_ordinary]
+        if self.rounds > 1:
+            mixing.append(FOCUS)
+        if self.ordinary is None and mixing and (self.mix.ordinary or CONTROL in mixing):
+            raise ValueError(
+                "the key 'ordinary' is missing: prompts with good answers and nothing wrong, "
+                f"of any instruction data, which {', '.join(mixing)} mix in. Give it, or leave "
+                "them out; mix.ordinary: 0 trains without"
             )
         return self
 
@@ -275,8 +301,17 @@ def read_recipe(
     Raises:
         RecipeError: the file is no YAML, an override is none, or it is for another command.
     """
+    if path.suffix.lower() in DATA:
+        raise RecipeError(
+            f"{path}: expected a recipe, a YAML file that names your data; found a file of "
+            "data. Write one: docs/quickstart.md, Your own failures."
+        )
     data, written = read_yaml(path, RecipeError)
     lines: Places = written
+    if is_policy(data):
+        raise RecipeError(
+            f"{path}: expected a recipe, found a policy. Name it in a recipe: policy: {path}"
+        )
     data.setdefault("name", _name_of(path.stem))
     for override in overrides:
         keys, value = parse_override(override)

@@ -42,6 +42,8 @@ WORDS = {
 }
 """For kinds of faults that pydantic names in Python's words."""
 
+STRANGE = 3
+"""So many keys that are nothing like the known ones, and half of all, make another kind."""
 UNQUOTED = (
     "expected text, found what YAML reads as a number, a date, or true or false "
     "(yes, no, on, off, too): put it in quotes"
@@ -104,6 +106,7 @@ def check(
     Raises:
         InputError: (the given class) one line for each fault: file, line, key, expected, found.
     """
+    _refuse_another_kind(schema, data, error, source)
     try:
         return schema.model_validate(data)
     except ValidationError as fault:
@@ -116,6 +119,21 @@ def check(
             if f["type"] != "too_short" or f["loc"] not in broken
         ]
         raise error("\n".join(phrases)) from fault
+
+
+def _refuse_another_kind(
+    schema: type[BaseModel], data: Mapping[str, Any], error: type[InputError], source: str
+) -> None:
+    """Say of a file of another kind that it is one, and not what is wrong with each key."""
+    known = list(schema.model_fields)
+    strange = [
+        str(key) for key in data if not difflib.get_close_matches(str(key), known, cutoff=0.75)
+    ]
+    if len(strange) >= STRANGE and 2 * len(strange) >= len(data):
+        raise error(
+            f"{source}: expected keys such as {', '.join(known[:5])}; found mostly others: "
+            f"{', '.join(strange[:5])}. It looks like another kind of file."
+        )
 
 
 def _phrase(

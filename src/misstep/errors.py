@@ -10,6 +10,7 @@
     │   ├── ModelError        a model that is absent or cannot be used
     │   └── MissingExtra      an optional library; names the install command
     └── RunError              a run failed; nothing done so far is lost   exit status 1
+        ├── NothingKept       a stage kept nothing of all that it saw
         ├── EngineError       a backend could not answer
         └── TrainingError     the training rows or the training itself
 
@@ -69,6 +70,14 @@ class MissingExtra(InputError):
 
 class RunError(MisstepError):
     """A run failed; what was finished stays on disk and the same command goes on from there."""
+
+    advice = "Nothing that was finished is lost: the same command goes on from there."
+
+
+class NothingKept(RunError):
+    """A stage kept nothing of all that it saw, and would keep nothing of it again."""
+
+    advice = "Nothing that was finished is lost: change the recipe and run it again."
 
 
 class EngineError(RunError):

@@ -89,8 +89,13 @@ def find(run: Path, name: str, guided: bool) -> Source:
             prompt, are no longer those of the run.
     """
     manifest = read_manifest(run)
-    method = _method(name)
     recipe = manifest["recipe"]
+    if name in (recipe.get("others") or {}):
+        raise InputError(
+            f"--method {name}: expected a method, found one of the recipe's `others`, which is "
+            "a model, or an adapter for PEFT, already."
+        )
+    method = _method(run, name)
     if "model" not in recipe:
         raise DataError(
             f"{run}: expected the directory of a run or of a comparison, found that of a "
@@ -99,7 +104,7 @@ def find(run: Path, name: str, guided: bool) -> Source:
     model = locate(str(recipe["model"]))
     _refuse_changed(run, "model", model.digest, manifest)
     if recipe.get("adapter"):
-        model = folded(model, check_adapter(recipe["adapter"]), run / "base")
+        model = folded(model, check_adapter(recipe["adapter"], model), run / "base")
     adapter = _adapter(run, name) if method.trains else None
     if adapter is not None:
         _refuse_other_base(adapter, model)
@@ -200,8 +205,10 @@ def _measured(source: Source, run: Path) -> Iterator[str]:
         yield rows_table(results.model_copy(update={"rows": rows}))
 
 
-def _method(name: str) -> Method:
-    found = METHODS.get(name) or METHODS.get(name.rpartition("-")[0])
+def _method(run: Path, name: str) -> Method:
+    found = METHODS.get(name)
+    if found is None and (run / "adapters" / name).is_dir():
+        found = METHODS.get(name.rpartition("-")[0])
     if found is None:
         raise InputError(
             f"--method {name}: expected a method ({', '.join(METHODS)}), or of a comparison a "

@@ -5,6 +5,7 @@ the stages need; runs none of them and writes nothing.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -99,15 +100,17 @@ def check_inputs(config: RunConfig) -> Inputs:
     policy = load_policy(config.policy)
     _check_methods(config, policy)
     _check_trainable(config)
-    for source in config.sources().values():
-        check_source(source)
+    for key, source in config.sources().items():
+        with under(key):
+            check_source(source)
     model = locate(config.model)
     judge = locate_judging(config)
     seed, (prompts, given) = config.seed, _cases(config)
     methods = _possible(config, _asked(prompts, given))
     of_mistakes = read_judge_of_mistakes(config, judge)
     tests, ordinary = load_tests(config), _ordinary(config)
-    helpful = load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else ()
+    with under("helpful_pairs"):
+        helpful = load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else ()
     learned = {
         "mistakes.data": _asked(prompts, given),
         "ordinary": ordinary,
@@ -128,7 +131,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         left_out=tuple(name for name in config.methods if name not in methods),
         policy=policy,
         model=model,
-        adapter=check_adapter(config.adapter) if config.adapter else None,
+        adapter=check_adapter(config.adapter, model) if config.adapter else None,
         analyst=analyst,
         judge=judge,
         of_mistakes=of_mistakes,
@@ -144,6 +147,17 @@ def check_inputs(config: RunConfig) -> Inputs:
     )
 
 
+@contextmanager
+def under(key: str) -> Iterator[None]:
+    """Say of what is wrong with data by which key of the recipe they are read."""
+    try:
+        yield
+    except NoPrompts as fault:
+        raise NoPrompts(f"{key}: {fault}") from fault
+    except DataError as fault:
+        raise DataError(f"{key}: {fault}") from fault
+
+
 def _judges_what_is_learned(config: RunConfig) -> bool:
     """Whether the judge of mistakes is asked before anything is trained."""
     if not config.trains or config.mistakes is None:
@@ -156,9 +170,10 @@ def _cases(config: RunConfig) -> tuple[Sequence[Prompt], Sequence[Mistake]]:
     of, seed = config.mistakes, config.seed
     if of is None:
         return [], []
-    if of.source == "induced":
-        return load_prompts(of.data, seed), []
-    return [], load_mistakes(of.data, of.source, seed)
+    with under("mistakes.data"):
+        if of.source == "induced":
+            return load_prompts(of.data, seed), []
+        return [], load_mistakes(of.data, of.source, seed)
 
 
 def _asked(prompts: Sequence[Prompt], given: Sequence[Mistake]) -> Iterable[Prompt]:
@@ -204,7 +219,10 @@ def load_tests(config: RunConfig) -> dict[str, Sequence[Prompt]]:
     Raises:
         InputError: the data are wrong, or what a judge needs is not installed.
     """
-    found = {k: load_prompts(s, config.seed) for k, s in config.evaluate.tests.items()}
+    found = {}
+    for name, source in config.evaluate.tests.items():
+        with under(f"evaluate.tests.{name}"):
+            found[name] = load_prompts(source, config.seed)
     check_instructions(prompt for prompts in found.values() for prompt in prompts)
     for name in config.evaluate.reference_loss:
         if not any(prompt.reference for prompt in found[name]):
@@ -351,8 +369,15 @@ def _others(config: RunConfig, base: Model) -> dict[str, OtherModel]:
 
 def _other(config: RunConfig, path: str, base: Model) -> OtherModel:
     """A PEFT folder is an adapter on the recipe's model, anything else a model of its own."""
-    is_adapter = (Path(path).expanduser() / "adapter_config.json").is_file()
-    model, adapter = (base, check_adapter(path)) if is_adapter else (locate(path), None)
+    if (Path(path).expanduser() / "adapter_config.json").is_file():
+        if config.adapter:
+            raise RecipeError(
+                f"expected a model, found the adapter {path} beside the recipe's own, of which "
+                "nobody knows whether it goes on top. Merge it by PEFT and name the sum."
+            )
+        model, adapter = base, check_adapter(path, base)
+    else:
+        model, adapter = _located(path), None
     if model.endpoint is not None and (adapter or config.evaluate.reference_loss):
         lacking = "no adapter can be put on it" if adapter else "no loss can be measured"
         raise RecipeError(f"the weights of {model.name} are not here, so that {lacking}.")
@@ -362,12 +387,22 @@ def _other(config: RunConfig, path: str, base: Model) -> OtherModel:
     return OtherModel(model, adapter)
 
 
+def _located(path: str) -> Model:
+    try:
+        return locate(path)
+    except InputError as error:
+        raise RecipeError(
+            f"{error} Of an adapter name the folder that holds its adapter_config.json."
+        ) from error
+
+
 def _ordinary(config: RunConfig) -> list[Prompt]:
     if config.ordinary is None:
         return []
     source = config.ordinary.model_copy(update={"answered": True})
     try:
-        return list(load_prompts(source, config.seed))
+        with under("ordinary"):
+            return list(load_prompts(source, config.seed))
     except NoPrompts as fault:
         raise RecipeError(
             "ordinary: expected prompts with reference answers, found none. Map the column "

@@ -15,6 +15,7 @@ from misstep.errors import RecipeError
 from misstep.evidence.judge_card import CARD, is_trained_judge
 from misstep.judges.choose import RULES
 from misstep.judges.llm import MAX_TOKENS
+from misstep.policy import is_policy
 from misstep.stages.base import Settings
 
 NAMED = ("policy", "rubric", "guard")
@@ -124,6 +125,8 @@ def load_judge(name: str, model: str | None = None) -> JudgeConfig:
         return check(JudgeConfig, {kind: of} | given, RecipeError, f"judge {name}")
     if name.endswith((".yaml", ".yml")):
         data, lines = read_yaml(Path(name), RecipeError)
+        if is_policy(data):
+            raise RecipeError(f"{name}: expected a judge, found a policy: write policy:{name}")
         return check(JudgeConfig, data | given, RecipeError, name, lines)
     if _is_classifier(name):
         return check(JudgeConfig, {"classifier": name} | given, RecipeError, f"judge {name}")

@@ -21,7 +21,7 @@ from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE
-from misstep.errors import RecipeError, RunError
+from misstep.errors import NothingKept, RecipeError
 from misstep.evidence.results import FOCUS, Results, write_results
 from misstep.inputs import Inputs, OtherModel, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
@@ -31,7 +31,7 @@ from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS, method_of
-from misstep.models.folding import folded
+from misstep.models.folding import base_of, folded
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model
 from misstep.progress import Progress
@@ -63,7 +63,7 @@ from misstep.stages.evaluate import (
 from misstep.stages.good_answers import distinct, good_answers, with_answer
 from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
-from misstep.stages.respond import respond, whole_counted
+from misstep.stages.respond import CUT, respond, whole_counted
 from misstep.stages.revise import revise
 from misstep.stages.train import input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
@@ -122,6 +122,13 @@ class Run:
             )
         for warning in seen_by_judges(inputs):
             progress.say(warning)
+        for name, (tested_on, adapter) in inputs.others.items():
+            said = base_of(adapter) if adapter else None
+            if said not in (None, tested_on.published, str(tested_on.path)):
+                progress.say(
+                    f"others.{name} says that it was trained on {said}; it is tested on "
+                    f"{tested_on.published}."
+                )
         for phrase in told(inputs.overlaps):
             progress.say(f"Not held out: {phrase}.")
         self.manifest.begin_anew(progress)
@@ -309,11 +316,12 @@ class Run:
         given = ("analyses.jsonl", self.analyst, self.config.analysis)
         found, tally = self._analysed("analyse", mistakes, *given)
         if not tally.kept:
-            raise RunError(
+            settings = self.config.analysis
+            raise NothingKept(
                 f"none of {tally.sampled} analyses was accepted "
                 f"({tally.reasons}). Read {found.path}; try another "
-                "analysis.engine, a larger analysis.n or analysis.max_tokens, or "
-                "analysis.gate=false."
+                f"analysis.engine, a larger analysis.n (now {settings.n}) or "
+                f"analysis.max_tokens (now {settings.max_tokens}), or analysis.gate=false."
             )
         return found
 
@@ -371,13 +379,16 @@ class Run:
             # Those of an earlier recipe would be taken for this one's.
             file.unlink(missing_ok=True)
         for method, rows in self.rows(collected).items():
-            if rows and METHODS[method].plain:
+            begun = any(isinstance(row, Example) and row.prefill for row in rows)
+            if rows and METHODS[method].plain and not begun:
                 write_trl(files[method], rows)
             elif rows:
                 self.progress.say(
-                    f"Left out: {method}, whose model is asked, or read, in a way of its own, "
-                    "which another trainer's would not be."
+                    f"Left out: {method}, whose model is asked, read or taught in a way of its "
+                    "own, which TRL's rows have no place for."
                 )
+        if self.inputs.helpful and "rlhf" in self.config.methods:
+            self.progress.say("rlhf.jsonl has the pairs of mistakes; helpful_pairs are yours.")
 
     def rows(self, collected: Collected, only: tuple[str, ...] = ()) -> dict[str, Rows]:
         """The training rows of every method of the recipe."""
@@ -457,12 +468,7 @@ class Run:
     def _tested(self, adapters: Mapping[str, Path | None]) -> dict[str, OtherModel]:
         """What is tested, by name: the methods' adapters, then what was trained elsewhere."""
         ours = {name: OtherModel(self.model, adapter) for name, adapter in adapters.items()}
-        # An adapter that was trained elsewhere is put on what a method's is put on.
-        others = {
-            name: of._replace(model=self.model) if of.adapter else of
-            for name, of in self.inputs.others.items()
-        }
-        return ours | others
+        return {**ours, **self.inputs.others}
 
     def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
@@ -471,6 +477,12 @@ class Run:
             found = RecordFile(self.folder / "responses.jsonl", Answer)
             found.fill(whole_counted(self._all_answers(adapters), tally))
         self._yield("respond", tally)
+        if cut := sum(n for why, n in tally.refused.items() if why.startswith(CUT)):
+            self.progress.say(
+                f"{cut} of {tally.sampled} answers were cut at respond.max_tokens "
+                f"({self.config.respond.max_tokens}) and are judged as they stand: rates of "
+                "mistakes and of help are too low."
+            )
         return found
 
     def _all_answers(self, adapters: Mapping[str, Path | None]) -> Iterator[Answer]:

@@ -6,11 +6,11 @@ contains `{response}` or Jinja code stays as it is. Knows no model, no engine an
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -306,6 +306,11 @@ def load_policy(name: str) -> Policy:
         PolicyError: no such policy, or all that is wrong with it, a line each.
     """
     return load_document(Policy, name, SHIPPED, "policy", PolicyError)
+
+
+def is_policy(data: Mapping[str, Any]) -> bool:
+    """Whether the keys of a YAML file are a policy's and no other file's."""
+    return {"mistake", "guide"} <= set(data)
 
 
 def matches(patterns: Sequence[str], text: str) -> str | None:

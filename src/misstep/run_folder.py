@@ -9,12 +9,14 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from shutil import copy2
 from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
 
 from misstep import __version__
 from misstep.claims import LOCK
@@ -23,6 +25,7 @@ from misstep.data.sources import source_digest
 from misstep.errors import InputError
 from misstep.evidence.check_results import Check
 from misstep.inputs import Inputs
+from misstep.methods.registry import SHIPPED, source_of
 from misstep.models.weights import adapter_digest
 from misstep.policy import Policy
 from misstep.progress import Progress
@@ -141,6 +144,8 @@ class Kind(NamedTuple):
     """Keys of the manifest beside the recipe's; other content there is a change, too."""
     counted: tuple[str, ...]
     """Keys that are filled while the stages pass."""
+    config: type[BaseModel]
+    """What its recipes are; a key that an earlier version did not know had its default."""
 
     @property
     def own(self) -> tuple[str, ...]:
@@ -151,14 +156,31 @@ class Kind(NamedTuple):
 RUN = Kind(
     records=(
         *("mistakes.jsonl", "analyses.jsonl", "unguided.jsonl", "revisions.jsonl"),
-        *("good_answers.jsonl", "examples.jsonl"),
+        *("good_answers.jsonl", "examples.jsonl", "rows"),
         *("responses.jsonl", "scores.jsonl", "report.html", "results.json"),
     ),
-    work=("adapter", "adapters", "rounds", "rows", "scratch"),
+    work=("adapter", "adapters", "rounds", "scratch"),
     mark="evaluate",
     content=("policy", "model", "data", "parts"),
     counted=("stages", "yields", "training"),
+    config=RunConfig,
 )
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], kind: Kind) -> list[str]:
+    """Keys of the recipe; where it is the same, what it names and has another content."""
+    # A manifest of an earlier version may lack some.
+    content = {key: now[key] for key in kind.content if key in before}
+    return changed_keys(as_now(before["recipe"], kind), now["recipe"]) or changed_keys(
+        {key: before[key] for key in content}, content
+    )
+
+
+def as_now(recipe: Mapping[str, Any], kind: Kind) -> Mapping[str, Any]:
+    """A recipe as this version would write it, with the keys that are new since."""
+    with suppress(ValidationError):
+        return kind.config.model_validate(recipe).model_dump(mode="json")
+    return recipe
 
 
 class Manifest:
@@ -217,11 +239,7 @@ class Manifest:
                 f"{self.path.parent}: this is the directory of the recipe '{old.get('name')}', "
                 f"found when running '{new['name']}'. Give another --out."
             )
-        # A manifest of an earlier version may lack some.
-        content = {key: now[key] for key in self.kind.content if key in self.data}
-        return changed_keys(old, new) or changed_keys(
-            {key: self.data[key] for key in content}, content
-        )
+        return changes(self.data, now, self.kind)
 
     def save(self) -> None:
         """Write the file in one step."""
@@ -282,7 +300,9 @@ def _part_digests(inputs: Inputs) -> dict[str, str]:
         found["judge"] = inputs.of_mistakes.digest
     if inputs.adapter is not None:
         found["adapter"] = adapter_digest(inputs.adapter)
-    return found | {f"others.{name}": of.digest for name, of in inputs.others.items()}
+    found |= {f"others.{name}": of.digest for name, of in inputs.others.items()}
+    installed = (name for name in inputs.config.methods if name not in SHIPPED)
+    return found | {f"methods.{name}": source_of(name) for name in installed}
 
 
 def _versions() -> dict[str, str]:

@@ -127,6 +127,7 @@ KIND = Kind(
     mark="models",
     content=("policy", "models", "judge", "data"),
     counted=("stages",),
+    config=StudyConfig,
 )
 
 

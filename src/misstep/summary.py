@@ -1,5 +1,6 @@
 """What the terminal shows of a directory: of a run, a study or a check of a judge."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,9 @@ from misstep.evidence.judge_card import CARD, read_card
 from misstep.evidence.ratings import Ratings
 from misstep.evidence.results import Metric, Results, read_results
 from misstep.evidence.study_results import Study, Task, read_study
+from misstep.records import Judgement, read_jsonl
 from misstep.report.check_words import shown
+from misstep.stages.base import kind_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,14 +72,20 @@ def _serving(folder: Path) -> Iterator[str]:
 
 
 def _without_scores(results: Results, metrics: Sequence[str], folder: Path) -> Iterator[str]:
-    """What to do about metrics of which the run has no score at all."""
-    for name in metrics:
-        found = [row.metrics[name] for row in results.rows if name in row.metrics]
-        if not any(metric.n for metric in found):
-            yield (
-                f"{name}: no answer has a score; {folder / 'scores.jsonl'} has the reason for "
-                "each. A model that gives no verdict needs a better one in its place (judge)."
-            )
+    """Metrics of which the run has no score at all, each with the commonest reason."""
+    scored = {name for row in results.rows for name, metric in row.metrics.items() if metric.n}
+    reasons = {name: Counter[str]() for name in metrics if name not in scored}
+    if not reasons:
+        return
+    scores = folder / "scores.jsonl"
+    for item in read_jsonl(scores, Judgement) if scores.is_file() else ():
+        if item.score.metric in reasons:
+            reasons[item.score.metric][kind_of(item.score.reason)] += 1
+    for name, found in reasons.items():
+        told = [f"; {n} of {found.total()}: {why}" for why, n in found.most_common(1)]
+        yield f"{name}: no answer has a score{''.join(told)}."
+    if any("judge" in why for found in reasons.values() for why in found):
+        yield "A model that gives no verdict needs a better one in its place (judge)."
 
 
 def print_study(folder: Path) -> None:

@@ -130,4 +130,4 @@ def test_the_page_shows_a_training_that_works(
     monkeypatch.chdir(tmp_path)
     write_trl(tmp_path / "rows.jsonl", ROWS * 4)
     exec(code, {})
-    assert check_adapter("my-adapter") == Path("my-adapter")
+    assert check_adapter("my-adapter", locate(str(tiny_model))) == Path("my-adapter")

@@ -172,6 +172,11 @@ def command(vllm: str, model: Model, adapter: Path | None, gpus: int) -> list[st
 def _rank(adapter: Path) -> int:
     """The smallest rank that vLLM has room for and the adapter fits into."""
     config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise ModelError(
+            f"{adapter}: expected a LoRA adapter, which vLLM serves, found one of the type "
+            f"{kind}. Use the `transformers` engine."
+        )
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         raise ModelError(

@@ -118,6 +118,8 @@ class Method(ABC):
     name: ClassVar[str]
     trains: ClassVar[bool] = True
     """Whether there are rows at all; without them the model answers as it is."""
+    uses_ordinary: ClassVar[bool] = True
+    """Whether ordinary pairs are mixed in, as many as `mix.ordinary` says."""
     uses_mistakes: ClassVar[bool] = False
     uses_analyses: ClassVar[bool] = False
     uses_revisions: ClassVar[bool] = False

@@ -19,6 +19,7 @@ class ContrastiveAnalysis(Method):
     uses_analyses = True
     uses_unguided = True
     pairs = True
+    uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:
         share = materials.lesson + materials.mix.ordinary

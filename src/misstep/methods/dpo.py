@@ -14,6 +14,7 @@ class DPO(Method):
     needs_good_answers = True
     uses_mistakes = True
     pairs = True
+    uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:
         share = materials.lesson + materials.mix.ordinary

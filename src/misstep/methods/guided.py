@@ -8,6 +8,7 @@ class Guided(Method):
 
     name = "guided"
     trains = False
+    uses_ordinary = False
     guided = (True,)
 
     def rows(self, materials: Materials) -> Rows:

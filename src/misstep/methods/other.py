@@ -12,6 +12,7 @@ class Other(Method):
 
     name = "other"
     trains = False
+    uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:
         del materials

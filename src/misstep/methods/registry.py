@@ -4,6 +4,7 @@ A package of somebody's own adds a method by an entry point of the group `misste
 plugins of pytest or inspect_ai are added; a recipe names it as any other.
 """
 
+import inspect
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
@@ -24,6 +25,7 @@ from misstep.methods.rlhf import RLHF
 from misstep.methods.self_guard import SelfGuard
 from misstep.methods.sft import SFT
 from misstep.methods.vanilla import Vanilla
+from misstep.records import digest
 
 GROUP = "misstep.methods"
 SHIPPED: dict[str, Method] = {
@@ -62,17 +64,25 @@ def _installed() -> Iterator[Method]:
             raise InputError(f"{said}: cannot be loaded: {error}.") from error
         if not isinstance(method, Method):
             raise InputError(f"{said}: expected a Method, found {type(method).__name__}.")
-        if method.name in names or not method.name.isidentifier():
+        name = str(getattr(method, "name", ""))
+        if name in names or not name.isidentifier():
             raise InputError(
                 f"{said}: expected a name of its own, in letters, digits and '_'; found "
-                f"'{method.name}'."
+                f"'{name}'."
             )
-        names.add(method.name)
+        names.add(name)
         yield method
 
 
 METHODS: dict[str, Method] = SHIPPED | {method.name: method for method in _installed()}
 OTHER = Other()
+
+
+def source_of(name: str) -> str:
+    """Names the code of a method by its content."""
+    return digest(
+        inspect.getsource(inspect.getmodule(type(METHODS[name])) or type(METHODS[name]))
+    )
 
 
 def method_of(name: str) -> Method:

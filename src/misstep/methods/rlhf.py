@@ -15,6 +15,7 @@ class RLHF(Method):
     needs_good_answers = True
     uses_mistakes = True
     pairs = True
+    uses_ordinary = False
     trainer = "reinforce"
 
     def rows(self, materials: Materials) -> Rows:

@@ -4,11 +4,15 @@ Everything after it knows models only: a run that trains on top of an adapter tr
 Knows files and PEFT; loads nothing that was folded before.
 """
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from misstep.errors import ModelError
-from misstep.models.gguf_merge import merge_adapter
+from misstep.models.gguf_header import read_header
+from misstep.models.gguf_merge import TENSORS, lora_shapes, merge_adapter, tensors_by_module
 from misstep.models.weights import (
     Model,
     adapter_digest,
@@ -24,21 +28,66 @@ from misstep.records import digest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CONFIG = "adapter_config.json"
 
-def check_adapter(adapter: str) -> Path:
-    """The folder of a PEFT adapter.
+
+def check_adapter(adapter: str, model: Model) -> Path:
+    """The folder of a PEFT adapter that fits a model; loads no weights.
 
     Raises:
-        ModelError: it is no such folder.
+        ModelError: it is no such folder, or it changes what the model has not got.
     """
     folder = Path(adapter).expanduser()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (CONFIG, TENSORS):
         if not (folder / name).is_file():
             raise ModelError(
                 f"adapter {adapter}: expected a PEFT folder with {name}, found none. Check the "
                 "path; an adapter in another format must be saved by PEFT as safetensors."
             )
+    if model.endpoint is None:
+        _check_fit(folder, model)
     return folder
+
+
+def base_of(adapter: Path) -> str | None:
+    """The model that an adapter says it was trained on."""
+    said = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    base: str | None = said.get("base_model_name_or_path")
+    return base
+
+
+def _check_fit(adapter: Path, model: Model) -> None:
+    try:
+        base, changed = base_of(adapter), lora_shapes(adapter)
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise ModelError(
+            f"adapter {adapter}: expected a PEFT folder that can be read, found a damaged one "
+            f"({error}). Download or copy it again, files of Git LFS too."
+        ) from error
+    there = module_shapes(model) if changed else {}
+    for module, shape in changed.items():
+        # Some kinds of layers keep their matrices the other way round.
+        if sorted(shape) != sorted(there.get(module, ())):
+            has = " x ".join(map(str, there.get(module, ()))) or "no such matrix"
+            raise ModelError(
+                f"adapter {adapter}: expected one that fits {model.name}, found one that "
+                f"changes {module} ({' x '.join(map(str, shape))}), of which the model has "
+                f"{has}. It says that it was trained on {base}: name that as the model."
+            )
+
+
+def module_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The matrices of a model by the names of their modules in transformers; loads none."""
+    if model.is_gguf:
+        return tensors_by_module(read_header(model.files))
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with no_progress_bars(), init_empty_weights():
+        config = AutoConfig.from_pretrained(model.files, trust_remote_code=False)
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    held = {name: getattr(module, "weight", None) for name, module in lm.named_modules()}
+    return {name: tuple(weight.shape) for name, weight in held.items() if weight is not None}
 
 
 def folded(model: Model, adapter: Path, folder: Path) -> Model:

@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 F32, F16 = 0, 1
 TEMPLATE = "tokenizer.chat_template"
 TENSORS = "adapter_model.safetensors"
+DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+WRAPPED = "base_model.model."
+"""How PEFT begins the names of a model's modules, and ends those of its matrices."""
 LARGEST_F16 = 65504.0
 
 # Options of an adapter that say where it came from, which modules it has (its tensors say that
@@ -235,17 +238,31 @@ def plain_lora(adapter: Path) -> tuple[float, dict[str, tuple[int, int]]]:
     Raises:
         ModelError: the adapter is no plain LoRA.
     """
+    scale, modules = _scale(adapter), set(_pairs(adapter))
+    return scale, {name: of for name, of in lora_shapes(adapter).items() if name in modules}
+
+
+def lora_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the modules that LoRA matrices of an adapter change."""
     from safetensors import safe_open
 
-    scale = _scale(adapter)
+    found: dict[str, tuple[int, int]] = {}
     with safe_open(adapter / TENSORS, framework="numpy") as tensors:
+        keys = set(tensors.keys())
+        for down in sorted(key for key in keys if key.endswith(DOWN)):
+            name = down.removesuffix(DOWN)
+            if (up := name + UP) in keys:
+                inputs, outputs = tensors.get_slice(down), tensors.get_slice(up)
+                module = name.removeprefix(WRAPPED)
+                found[module] = (inputs.get_shape()[1], outputs.get_shape()[0])
+    return found
 
-        def shape(key: str) -> list[int]:
-            found: list[int] = tensors.get_slice(key).get_shape()
-            return found
 
-        modules = _pairs(adapter).items()
-        return scale, {name: (shape(down)[1], shape(up)[0]) for name, (down, up) in modules}
+def tensors_by_module(header: Header) -> dict[str, tuple[int, ...]]:
+    """The matrices of a GGUF file, by the names of their modules in transformers."""
+    names = _name_map(header.architecture, header.number("block_count")).mapping
+    shapes = {place.name.removesuffix(".weight"): place.shape for place in header.tensors}
+    return {module: shapes[name] for module, (_, name) in names.items() if name in shapes}
 
 
 def _scale(adapter: Path) -> float:
@@ -280,11 +297,10 @@ def _pairs(adapter: Path) -> dict[str, tuple[str, str]]:
     """Each module that the adapter changes, with the names of its two matrices."""
     from safetensors import safe_open
 
-    down_end, up_end = ".lora_A.weight", ".lora_B.weight"
     with safe_open(adapter / TENSORS, framework="numpy") as tensors:
         keys = set(tensors.keys())
-    modules = {key.removesuffix(down_end) for key in keys if key.endswith(down_end)}
-    known = {module + end for module in modules for end in (down_end, up_end)}
+    modules = {key.removesuffix(DOWN) for key in keys if key.endswith(DOWN)}
+    known = {module + end for module in modules for end in (DOWN, UP)}
     if odd := sorted(known.symmetric_difference(keys)):
         raise ModelError(
             f"{adapter}: expected pairs of lora_A and lora_B, found {odd[0]} "
@@ -292,8 +308,7 @@ def _pairs(adapter: Path) -> dict[str, tuple[str, str]]:
             "Serve it with the `transformers` engine."
         )
     return {
-        module.removeprefix("base_model.model."): (module + down_end, module + up_end)
-        for module in sorted(modules)
+        module.removeprefix(WRAPPED): (module + DOWN, module + UP) for module in sorted(modules)
     }
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -30,8 +31,11 @@ from misstep.models.unpacked import unpacked
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LORA = re.compile(r"\.lora_[AB]\.")
+"""In the name of a matrix of an adapter."""
 EMBEDDED = "smollm2-135m"
 """A small instruct model that comes as a Python package, for trials without the Hub."""
 PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -570,11 +574,31 @@ def _with_adapter(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     from peft import PeftModel
 
     try:
-        adapted = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=True)
+        # What is missing is told below, as an error.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            adapted = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=True)
+        _refuse_unused(adapter, adapted)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{adapter}: this adapter does not fit the model: {error}") from error
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{adapter}: this adapter does not fit the model: {why}") from error
     model: PreTrainedModel = adapted.eval()
     return model
+
+
+def _refuse_unused(adapter: Path, adapted: "PeftModel") -> None:
+    """Refuse an adapter of which the model has no place for a part: PEFT would leave it out."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "np") as tensors:
+        given = {*filter(LORA.search, tensors.keys())}
+    named = f".{adapted.active_adapter}.weight"
+    held = filter(LORA.search, adapted.state_dict())
+    taken = {key.removesuffix(named) + ".weight" for key in held if key.endswith(named)}
+    if odd := sorted(given ^ taken):
+        raise ValueError(
+            f"{len(odd)} of its matrices, or of those that it should have, have no place, such "
+            f"as {odd[0]}"
+        )
 
 
 @lru_cache(maxsize=8)

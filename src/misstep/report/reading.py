@@ -15,6 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from misstep.data.held_out import Overlaps
 from misstep.errors import DataError, PolicyError
 from misstep.evidence.results import Results, read_results
+from misstep.methods.registry import method_of
 from misstep.policy import Policy, load_policy
 from misstep.records import Analysis, Answer, Judgement, Record, Score, describe, read_jsonl
 
@@ -81,6 +82,13 @@ class Manifest(Part):
     peak_memory_mb: float | None = None
 
     @property
+    def analyses(self) -> bool:
+        """Whether the recipe has some made."""
+        methods = self.recipe.get("methods")
+        # Of a recipe that could not be read nothing is known.
+        return methods is None or any(method_of(str(name)).uses_analyses for name in methods)
+
+    @property
     def pools(self) -> frozenset[str]:
         """The names in the results that stand for several test sets taken together."""
         evaluate = self.recipe.get("evaluate")
@@ -131,7 +139,9 @@ def read_run(folder: Path) -> Run:
 
     manifest = read("manifest.json", "no recipe, yields, losses or costs", _manifest)
     results = read("results.json", "no rates, pictures or comparisons", read_results)
-    analyses = read("analyses.jsonl", "no sampled analyses", _lines(Analysis))
+    analyses: list[Analysis] | None = None
+    if manifest is None or manifest.analyses or (folder / "analyses.jsonl").is_file():
+        analyses = read("analyses.jsonl", "no sampled analyses", _lines(Analysis))
     answers = read("responses.jsonl", "no sampled answers", _lines(Answer))
     judgements = read("scores.jsonl", "no verdicts and no rates by kind", _lines(Judgement))
     return Run(

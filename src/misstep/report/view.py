@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from misstep.evidence.results import FOCUS, Comparison, Metric, Row, adjusted
+from misstep.methods.registry import METHODS
 from misstep.records import Answer, base_metric
 from misstep.report import words
 from misstep.report.reading import Run
@@ -100,9 +101,10 @@ def setting_of(item: Row | Answer) -> Setting:
 def ends(settings: Iterable[Setting]) -> tuple[Setting | None, Setting | None]:
     """Before and after: the model as it was, and the setting that the run is about.
 
-    After is trained on analyses rather than on anything else, and guided rather than not.
+    After is trained on analyses rather than on anything else, and guided rather than not; what
+    something else has trained is no repair of the run.
     """
-    known = list(settings)
+    known = [setting for setting in settings if setting.method in METHODS]
     before = next((setting for setting in known if setting == (VANILLA, False)), None)
     after = max(
         (setting for setting in known if setting != before),

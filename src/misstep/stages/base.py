@@ -1,5 +1,6 @@
 """What the stages share: yields, seeds named by content, the shape of settings, scoring."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -97,6 +98,11 @@ def score_all(judge: Judge, responses: Sequence[Response]) -> list[Score]:
         next(came) if r.error is None else judge.unscored(r, no_answer(r.error))
         for r in responses
     ]
+
+
+def kind_of(reason: str) -> str:
+    """Why there is no score, without the judge's own words: equal reasons count as one."""
+    return re.split(r""": ['"]""", reason, maxsplit=1)[0]
 
 
 def no_answer(error: str) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from misstep.engines.base import Engine, Request
-from misstep.errors import RunError
+from misstep.errors import NothingKept
 from misstep.judges.base import Judge
 from misstep.policy import Policy
 from misstep.records import Message, Prompt, Response, Score
@@ -30,7 +30,7 @@ class GoodAnswerSettings(Settings):
     """Answers drawn for each prompt."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """How freely they are sampled."""
-    max_tokens: Annotated[int, Field(ge=1)] = 64
+    max_tokens: Annotated[int, Field(ge=1)] = 256
     """The longest answer that is drawn; one that breaks off there is not taken."""
     guided: bool = False
     """Whether the model is asked with the policy's guide. The answers are learned without it:
@@ -84,10 +84,11 @@ def good_answers(
             sound = [(r, score) for r, score in of if _sound(r, score, tally)]
             yield from _best(sound, refusals, tally)
     if not tally.kept:
-        raise RunError(
+        raise NothingKept(
             f"none of {tally.sampled} answers was good ({tally.reasons}). Try more "
-            "good_answers.samples, a larger good_answers.max_tokens, or good_answers.guided: "
-            "true; or give good answers with the data (good_answers.source: data)."
+            f"good_answers.samples (now {settings.samples}), a larger good_answers.max_tokens "
+            f"(now {settings.max_tokens}), or good_answers.guided: true; or give good answers "
+            "with the data (good_answers.source: data)."
         )
 
 

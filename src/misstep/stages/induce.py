@@ -6,7 +6,6 @@ policy's hint words added (paper, section 4.1); refusals and harmless answers ar
 by the judge. The hint is not part of the mistake that is kept. Knows no file and no method.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import nsmallest
 from typing import Annotated
@@ -16,13 +15,14 @@ from pydantic import Field, model_validator
 from misstep.data.shelf import Names
 from misstep.data.sources import Source
 from misstep.engines.base import Engine, Request
-from misstep.errors import RunError
+from misstep.errors import NothingKept
 from misstep.judges.base import Judge
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, MistakeSource, Prompt, Response, Score
-from misstep.stages.base import Settings, Tally, derive_seed, portions, score_all
+from misstep.stages.base import Settings, Tally, derive_seed, kind_of, portions, score_all
 
 UNSCORED = "unscored"
+NO_MISTAKE = "no mistake in the judge's eyes"
 BETTER_JUDGE = "Name a better judge (judge): a small model often gives no verdict."
 
 
@@ -38,7 +38,7 @@ class InduceSettings(Settings):
     """Answers drawn for each prompt (`induced`)."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """How freely they are sampled; 0 takes the likeliest answer."""
-    max_tokens: Annotated[int, Field(ge=1)] = 64
+    max_tokens: Annotated[int, Field(ge=1)] = 128
     """The longest answer that is drawn."""
     per_prompt: Annotated[int, Field(ge=1)] = 1
     """Different mistakes kept for one prompt (`induced`)."""
@@ -57,7 +57,7 @@ class InduceSettings(Settings):
         return self
 
 
-class NoMistakeError(RunError):
+class NoMistakeError(NothingKept):
     """The model made no mistake at all, or none that the judge confirms."""
 
 
@@ -74,7 +74,7 @@ def induce(
 
     Raises:
         NoMistakeError: the model made none; at the end.
-        RunError: the judge could score no answer; at the end.
+        NothingKept: the judge could score no answer; at the end.
     """
     seen = Names()
     for some in portions(prompts, max(1, engine.at_once // settings.samples)):
@@ -100,7 +100,7 @@ def induce(
             most = settings.per_prompt if first else 0
             yield from _kept([(r, next(scores)) for r in of], most, tally)
     if not tally.kept and all(why.startswith(UNSCORED) for why in tally.refused):
-        raise RunError(
+        raise NothingKept(
             f"the judge could score none of {tally.sampled} answers ({tally.reasons}). "
             f"{BETTER_JUDGE}"
         )
@@ -125,19 +125,28 @@ def confirm(candidates: Iterable[Mistake], judge: Judge, tally: Tally) -> Iterat
         for candidate, score in zip(some, judge.score(responses), strict=True):
             tally.given += 1
             if score.value is None:
-                tally.refused[f"left as a candidate: {_kind(score)}"] += 1
+                tally.refused[f"left as a candidate: {kind_of(score.reason)}"] += 1
                 yield candidate
             elif score.counted:
                 tally.kept += 1
                 yield candidate.model_copy(update={"confirmed": True})
             else:
-                tally.refused["no mistake in the judge's eyes"] += 1
+                tally.refused[NO_MISTAKE] += 1
     if not tally.kept:
         raise NoMistakeError(
-            f"none of {tally.given} reports was confirmed ({tally.reasons}). Look at "
-            f"some of them. {BETTER_JUDGE} Where they can be believed without one: "
-            "mistakes.source: origin."
+            f"none of {tally.given} reports was confirmed ({tally.reasons}). "
+            f"{_unconfirmed(tally)}"
         )
+
+
+def _unconfirmed(tally: Tally) -> str:
+    """What to do about reports of which none was confirmed."""
+    if tally.refused[NO_MISTAKE] < tally.given:
+        return f"{BETTER_JUDGE} Of labels that can be believed: mistakes.source: origin."
+    return (
+        "Look at some of them: are the labels the other way round (mistakes.data.fields: "
+        "{safe: COLUMN} where true is good), and does the policy's judge say what you mean?"
+    )
 
 
 def some_mistakes(mistakes: Sequence[Mistake], limit: int, seed: int) -> Iterator[Mistake]:
@@ -170,11 +179,6 @@ def _messages(policy: Policy, prompt: Prompt, draw: int) -> tuple[Message, ...]:
     return policy.induction_request(prompt, hints[draw % len(hints)])
 
 
-def _kind(score: Score) -> str:
-    """Why there is no score, without the judge's own words: equal reasons count as one."""
-    return re.split(r""": ['"]""", score.reason, maxsplit=1)[0]
-
-
 def _kept(
     scored: Sequence[tuple[Response, Score]], most: int, tally: Tally
 ) -> Iterator[Mistake]:
@@ -183,7 +187,7 @@ def _kept(
     for response, score in scored:
         tally.sampled += 1
         if score.value is None:
-            tally.refused[f"{UNSCORED}: {_kind(score)}"] += 1
+            tally.refused[f"{UNSCORED}: {kind_of(score.reason)}"] += 1
         elif not score.counted:
             tally.refused["no mistake"] += 1
         elif response.text in found or len(found) == most:

@@ -29,7 +29,7 @@ Read = Callable[[str], str]
 class RespondSettings(Settings):
     """How test prompts are answered."""
 
-    max_tokens: Annotated[int, Field(ge=1)] = 64
+    max_tokens: Annotated[int, Field(ge=1)] = 256
     """The longest answer."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """0 is greedy decoding, so that a difference is the model's and not the dice's."""
@@ -40,6 +40,7 @@ class RespondSettings(Settings):
     """Whether the policy's guide stands around the prompt: without it, with it, or both."""
 
 
+CUT = "stopped at the token limit"
 Asked = tuple[Prompt, bool]
 """A prompt, and whether the guide stands around it."""
 
@@ -92,7 +93,7 @@ def whole_counted(answers: Iterable[Answer], tally: Tally) -> Iterator[Answer]:
         if response.error is not None:
             tally.refused[no_answer(response.error)] += 1
         elif response.truncated:
-            tally.refused[f"stopped at the token limit, {answer.method}"] += 1
+            tally.refused[f"{CUT}, {answer.method}"] += 1
         else:
             tally.kept += 1
         yield answer

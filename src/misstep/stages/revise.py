@@ -22,7 +22,7 @@ class ReviseSettings(Settings):
     """How freely critiques and revisions are sampled."""
     critique_tokens: Annotated[int, Field(ge=1)] = 96
     """The longest critique."""
-    max_tokens: Annotated[int, Field(ge=1)] = 64
+    max_tokens: Annotated[int, Field(ge=1)] = 256
     """The longest revision."""
 
 
