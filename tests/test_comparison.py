@@ -359,3 +359,22 @@ def test_revisions_need_a_policy_that_asks_for_them(recipe: Path, tmp_path: Path
         compare_methods(
             recipe, tmp_path / "out", [f"policy={tmp_path / 'policy.yaml'}"], Silent()
         )
+
+
+def test_other_weights_under_the_same_path_set_a_comparisons_results_aside(
+    recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    mine = shutil.copytree(tiny_model, tmp_path / "mine")
+    given = [f"others.mine={mine}", "methods=[vanilla]", "seeds=[0]"]
+    folder, heard = compare_methods(recipe, tmp_path / "all", given, Silent()), Heard()
+    before = (folder / "results.json").read_bytes()
+    compare_methods(recipe, folder, given, heard)
+    assert not (folder / "former").exists() and (folder / "results.json").read_bytes() == before
+    config = json.loads((mine / "generation_config.json").read_text()) | {"max_length": 99}
+    (mine / "generation_config.json").write_text(json.dumps(config))
+    compare_methods(recipe, folder, given, heard)
+    assert (folder / "former/1/results.json").read_bytes() == before
+    assert {row.method for row in read_results(folder / "results.json").rows} == {
+        "vanilla",
+        "mine",
+    }

@@ -18,8 +18,10 @@ from misstep.data.columns import COLUMNS
 from misstep.documents import model_in
 from misstep.methods.base import Materials, Method, MixSettings
 from misstep.methods.registry import METHODS
+from misstep.pipeline import run
 from misstep.policy import load_policy
-from misstep.records import Analysis, Mistake, Prompt
+from misstep.progress import Silent
+from misstep.records import Analysis, Mistake, Prompt, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 METHOD_PAGES = sorted((ROOT / "docs/methods").glob("*.md"))
@@ -182,3 +184,23 @@ def test_the_table_of_served_exports_is_what_the_servers_answered() -> None:
         for row in found
     ]
     assert not any(row["failed"] for row in found)
+
+
+def test_the_readmes_own_repair_confirms_the_failures_that_it_speaks_of(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = re.findall(r"```yaml\n# (\S+)\n(.*?)```", readme, re.DOTALL)
+    assert [name for name, _ in files] == ["euros.yaml", "recipe.yaml"]
+    monkeypatch.chdir(tmp_path)
+    for name, text in files:
+        Path(name).write_text(text, encoding="utf-8")
+    said = ["It is $5.", "Three dollars.", "It is 5 euros."]
+    cells = [f"How much is item {i}?,{response}\n" for i, response in enumerate(said)]
+    Path("failures.csv").write_text("user_text,model_text\n" + "".join(cells))
+    Path("held-out.csv").write_text("user_text\nHow much is tea?\n")
+    Path("ordinary.jsonl").write_text('{"prompt": "Say hello.", "reference": "Hello."}\n')
+    folder = run(Path("recipe.yaml"), None, [f"model={tiny_model}"], Silent(), "induce")
+    assert folder == Path("runs/recipe")
+    mistakes = [*read_jsonl(folder / "mistakes.jsonl", Mistake)]
+    assert [m.response for m in mistakes if m.confirmed] == said[:2]

@@ -276,3 +276,17 @@ def test_a_template_that_does_not_take_the_words_is_refused(
     monkeypatch.setattr("misstep.export.asked_as_trained", lambda template, _: template)
     with pytest.raises(ModelError, match="Export without --guided"):
         export(run, "mistake_analysis", True, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["vanilla-tuned", "mine"])
+def test_what_was_trained_elsewhere_is_no_method_to_export(
+    tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    run = finished(tmp_path / "run", str(tiny_model))
+    with pytest.raises(InputError, match=f"{name}: expected a method"):
+        export(run, name, False, tmp_path / "out")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["recipe"]["others"] = {name: "somewhere"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="found one of the recipe's `others`"):
+        export(run, name, False, tmp_path / "out")

@@ -26,11 +26,15 @@ from misstep.judge_check import check_judge
 from misstep.judge_train import read_train_inputs, train_judge
 from misstep.judges.base import Judge
 from misstep.judges.seats import Seat
+from misstep.methods.base import Materials, Rows
+from misstep.methods.registry import METHODS
+from misstep.methods.sft import SFT
 from misstep.pipeline import Run, masked_rows, run
 from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import (
     Analysis,
+    Example,
     Judgement,
     Message,
     Mistake,
@@ -1021,3 +1025,60 @@ def test_a_served_model_is_tested_beside_others(
             read_inputs(untrained(recipe), [*given, losses])
         with pytest.raises(RecipeError, match=r"others\.mine: .*no adapter can be put on it"):
             read_inputs(untrained(recipe), [f"model={name}", mine, "methods=[vanilla]"])
+
+
+def test_beside_the_recipes_own_adapter_another_has_no_plain_meaning(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    mine = shutil.copytree(finished / "adapter", tmp_path / "mine")
+    with pytest.raises(RecipeError, match=r"others\.mine: expected a model, found the adapter"):
+        read_inputs(recipe, [f"adapter={mine}", f"others.mine={mine}"])
+    assert read_inputs(recipe, [f"adapter={mine}"]).adapter == mine
+
+
+def test_an_adapter_that_says_that_it_is_anothers_is_told(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    mine, heard = shutil.copytree(finished / "adapter", tmp_path / "mine"), Heard()
+    bare, others = untrained(recipe), [f"others.mine={mine}", "methods=[vanilla]"]
+    Run(read_inputs(bare, others), tmp_path / "bare", heard)
+    assert not any("says that" in line for line in heard.lines)
+    config = json.loads((mine / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "some-org/another"
+    (mine / "adapter_config.json").write_text(json.dumps(config))
+    Run(read_inputs(bare, others), tmp_path / "bare", heard)
+    assert any("others.mine says that it was trained on some-org" in x for x in heard.lines)
+
+
+def test_a_plain_comparison_of_models_is_a_whole_page_without_a_repair(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    given = [f"others.mine={finished / 'adapter'}", "methods=[vanilla]"]
+    folder = run(untrained(recipe), tmp_path / "bare", given, Silent())
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "This run is not complete" not in page
+    # What something else has trained is no "after" of the run.
+    assert not any("mine" in part[:200] for part in page.split('class="after"')[1:])
+
+
+def test_rows_that_begin_their_own_answers_are_left_out_and_the_others_written(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Begun(SFT):
+        def rows(self, materials: Materials) -> Rows:
+            return [
+                row.model_copy(update={"prefill": "Well, "})
+                for row in super().rows(materials)
+                if isinstance(row, Example)
+            ]
+
+    monkeypatch.setitem(METHODS, "ordinary", Begun())
+    heard = Heard()
+    given = (recipe, tmp_path / "run", ["methods=[ordinary, sft]"])
+    folder = run(*given, heard, "rows")
+    assert [path.name for path in (folder / "rows").glob("*")] == ["sft.jsonl"]
+    assert any("Left out: ordinary" in line for line in heard.lines)
+    # A changed recipe takes its rows along.
+    run(recipe, folder, ["methods=[sft]", "seed=5"], Silent(), "induce")
+    assert not (folder / "rows").exists()
+    assert (folder / "former/1/rows/sft.jsonl").is_file()
