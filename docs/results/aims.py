@@ -308,6 +308,7 @@ def judges() -> Iterator[Aim]:
         yield least(f"{what}, AUC", 0.91, own["auc"]["value"], plain, why)
     for name, what in (
         ("harm-decoys-epyc", "the same command on an AMD EPYC"),
+        ("harm-one-epoch", "the same with a schedule of one epoch, on a Xeon without AMX"),
         ("harm-decoys-xeon", "the same command on a Xeon with AMX"),
         ("harm-1.5b", "the same of a model of 1.5B, of which the upper layers learn"),
     ):
@@ -315,7 +316,8 @@ def judges() -> Iterator[Aim]:
         own = again["data"]["Safe-RLHFmini"]
         yield least(f"{what}, accuracy", 0.83, own["accuracy"]["value"], rate, why)
         yield least(f"{what}, AUC", 0.91, own["auc"]["value"], plain, why)
-        yield most(f"{what}, time to train", 1800, again["training"]["seconds"], duration, "")
+        slow = "on one of two cores beside other work" if name == "harm-one-epoch" else ""
+        yield most(f"{what}, time to train", 1800, again["training"]["seconds"], duration, slow)
     for name, what in (
         ("harm-decoys-mean", "the mean of the first of these and an encoder"),
         ("harm-1.5b-mean", "the mean of the last two of these"),
