@@ -19,7 +19,6 @@ from misstep.methods.dpo import DPO
 from misstep.methods.guided import Guided
 from misstep.methods.mistake_analysis import MistakeAnalysis
 from misstep.methods.ordinary import Ordinary
-from misstep.methods.other import Other
 from misstep.methods.published import Published
 from misstep.methods.rlhf import RLHF
 from misstep.methods.self_guard import SelfGuard
@@ -75,7 +74,6 @@ def _installed() -> Iterator[Method]:
 
 
 METHODS: dict[str, Method] = SHIPPED | {method.name: method for method in _installed()}
-OTHER = Other()
 
 
 def source_of(name: str) -> str:
@@ -86,5 +84,9 @@ def source_of(name: str) -> str:
 
 
 def method_of(name: str) -> Method:
-    """The method that a row of results is named after; any other name is a recipe's own."""
-    return METHODS.get(name, OTHER)
+    """The method that a row of results is named after.
+
+    Any other name is a recipe's own: a model that something else has trained, which is asked
+    and read as the untrained one is.
+    """
+    return METHODS.get(name, METHODS[Vanilla.name])
