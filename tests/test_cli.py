@@ -9,6 +9,7 @@ import pytest
 
 from misstep import pipeline
 from misstep.cli import main
+from misstep.errors import EngineError, MisstepError, NothingKept, RecipeError
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,34 @@ def test_a_full_disk_is_called_one_and_where_room_is_needed(
     said = capsys.readouterr().err
     assert "error: a file: not written whole (No space left on device)" in said
     assert "the same command goes on from there. Make room" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (NothingKept("none"), "change the recipe and run it again"),
+        (EngineError("gone"), "the same command goes on from there"),
+        (RecipeError("wrong"), None),
+    ],
+)
+def test_what_to_do_next_follows_from_what_failed(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: MisstepError,
+    advice: str | None,
+) -> None:
+    def failed(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run", failed)
+    monkeypatch.setattr(sys, "argv", ["misstep", "run", "recipe.yaml"])
+    with pytest.raises(SystemExit):
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"error: {error}"
+    assert [advice] * bool(advice) == [
+        line.partition(": ")[2].rstrip(".") for line in lines[1:]
+    ]
 
 
 @pytest.mark.parametrize(("words", "status"), [(["--version"], 0), (["no-command"], 2)])

@@ -246,3 +246,24 @@ def test_sources_without_a_place_read_what_the_recipe_names(tmp_path: Path) -> N
     path.write_text(text.replace("data: answers.csv\n", ""), encoding="utf-8")
     with pytest.raises(RecipeError, match="either a suite or a path"):
         load_recipe(path)
+
+
+def test_a_file_of_another_kind_is_told_for_what_it_is(tmp_path: Path) -> None:
+    policy = "name: mine\nmistake: It errs.\nguide: '{prompt}'\ngate: { names_fault: [x] }\n"
+    assert "found a policy. Name it in a recipe: policy: " in fault(tmp_path, recipe=policy)
+    strange = "a: 1\nbb: 2\nccc: 3\nmodel: x\n"
+    said = fault(tmp_path, recipe=strange)
+    assert "found mostly others: a, bb, ccc. It looks like another kind of file." in said
+    # Keys that are nearly right are named one by one.
+    said = fault(tmp_path, recipe=RECIPE.replace("ordinary:", "ordinery:") + "trian: {}\n")
+    assert "Did you mean 'ordinary'?" in said and "Did you mean 'train'?" in said
+    data = tmp_path / "failures.csv"
+    data.write_text("prompt,response\nA,B\n")
+    with pytest.raises(RecipeError, match=r"expected a recipe.*found a file of data"):
+        load_recipe(data)
+
+
+def test_a_rule_in_the_place_of_a_judges_name_is_sent_to_the_policy(tmp_path: Path) -> None:
+    said = fault(tmp_path, "judge={patterns: [x]}")
+    assert "'judge': expected text: a model, or a judge" in said
+    assert "in the policy's file, under its key judge" in said

@@ -1,6 +1,7 @@
 """The whole pipeline on a tiny model: through the real command, killed, resumed, changed."""
 
 import json
+import re
 import shutil
 import signal
 import sqlite3
@@ -1082,3 +1083,22 @@ def test_rows_that_begin_their_own_answers_are_left_out_and_the_others_written(
     run(recipe, folder, ["methods=[sft]", "seed=5"], Silent(), "induce")
     assert not (folder / "rows").exists()
     assert (folder / "former/1/rows/sft.jsonl").is_file()
+
+
+def test_answers_that_were_cut_are_told_with_their_key(recipe: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    given = ["methods=[vanilla]", "respond.max_tokens=3"]
+    run(untrained(recipe), tmp_path / "bare", given, heard, "respond")
+    (said,) = [line for line in heard.lines if "cut at respond.max_tokens (3)" in line]
+    assert said.startswith(f"{2 * 8} of {2 * 8} answers")
+
+
+@pytest.mark.parametrize(
+    "key", ["ordinary", "mistakes.data", "evaluate.tests.clean", "helpful_pairs"]
+)
+def test_what_is_wrong_with_data_is_told_with_its_key(
+    recipe: Path, tmp_path: Path, key: str
+) -> None:
+    odd = write_jsonl(tmp_path / "odd.jsonl", [{"a": 1, "b": 2}])
+    with pytest.raises(InputError, match=rf"^{re.escape(key)}: .*odd\.jsonl, line 1"):
+        read_inputs(recipe, [f"{key}={{path: {odd}}}"])

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from misstep.data.sources import Source
 from misstep.engines.base import AT_ONCE, Completion, Request
 from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import RunError
+from misstep.errors import NothingKept, RunError
 from misstep.judges.base import Judge
 from misstep.judges.rule import ObedienceJudge
 from misstep.policy import Policy, load_policy
@@ -204,6 +204,25 @@ def test_reports_of_which_none_is_confirmed_end_the_run_with_the_tally() -> None
         match=r"none of 3 reports.*\(2 no mistake in the judge's eyes, 1 left.*no word\)",
     ):
         list(confirm(reports, WordJudge(), Tally()))
+
+
+@pytest.mark.parametrize(
+    ("texts", "advice", "other"),
+    [
+        (("good", "so good"), "are the labels the other way round", "Name a better judge"),
+        (("good", "who knows"), "Name a better judge", "the other way round"),
+    ],
+)
+def test_what_to_do_follows_from_why_no_report_was_confirmed(
+    texts: tuple[str, ...], advice: str, other: str
+) -> None:
+    reports = [
+        Mistake(prompt=PLAIN[0], response=text, source="reported", confirmed=False)
+        for text in texts
+    ]
+    with pytest.raises(NothingKept) as error:
+        list(confirm(reports, WordJudge(), Tally()))
+    assert advice in str(error.value) and other not in str(error.value)
 
 
 def test_a_smaller_limit_draws_a_part_of_a_larger_one() -> None:
