@@ -267,3 +267,8 @@ def test_a_rule_in_the_place_of_a_judges_name_is_sent_to_the_policy(tmp_path: Pa
     said = fault(tmp_path, "judge={patterns: [x]}")
     assert "'judge': expected text: a model, or a judge" in said
     assert "in the policy's file, under its key judge" in said
+
+
+def test_a_test_set_without_a_name_is_told_that_it_needs_one(tmp_path: Path) -> None:
+    said = fault(tmp_path, "evaluate.tests={path: held-out.csv}")
+    assert "expected test sets by name, such as { held-out: { path: … } }" in said

@@ -940,7 +940,7 @@ def test_rows_for_another_trainer_are_those_that_ours_trains_on(
     ("methods", "said"),
     [
         ("[vanilla, guided]", "found vanilla, guided"),
-        ("[coh]", "asked as any other; found coh"),
+        ("[coh]", r"asked as any other \(ordinary, sft, .*\); found coh"),
     ],
 )
 def test_rows_that_nobody_could_train_on_are_refused(

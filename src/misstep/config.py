@@ -78,6 +78,16 @@ class EvaluateSettings(Settings):
     """A check.json of one of the run's judges, or a list of such; its rates are then shown
     corrected, too."""
 
+    @field_validator("tests", mode="before")
+    @classmethod
+    def _sets_have_names(cls, given: Any) -> Any:
+        if isinstance(given, dict) and {"path", "suite"} & set(given):
+            raise ValueError(
+                "expected test sets by name, such as { held-out: { path: … } }; found a set "
+                "without one"
+            )
+        return given
+
     @field_validator("judge_check", mode="before")
     @classmethod
     def _one_check_or_several(cls, given: Any) -> Any:

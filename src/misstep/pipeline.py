@@ -70,6 +70,8 @@ from misstep.training.mask import MaskedRow, show_mask
 from misstep.training.trl_rows import write_trl
 
 Stage = Literal["induce", "analyse", "rows", "train", "respond", "evaluate"]
+OFTEN = 4
+"""So often a row may come in an epoch before a word is said of it."""
 LOOKING: tuple[Stage, ...] = ("induce", "analyse")
 """Stages that are worth their while though nothing is trained."""
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
@@ -149,9 +151,10 @@ class Run:
         if last in LOOKING and self.config.mistakes is None:
             raise RecipeError(f"mistakes: expected a source, which {last} reads; found none.")
         if last == "rows" and not any(METHODS[name].plain for name in self.config.trained):
+            able = ", ".join(name for name, of in METHODS.items() if of.trains and of.plain)
             raise RecipeError(
-                "methods: expected one that trains, and whose model is asked as any other; "
-                f"found {', '.join(self.config.methods)}."
+                "methods: expected one that trains, and whose model is asked as any other "
+                f"({able}); found {', '.join(self.config.methods)}."
             )
         try:
             self._through(last)
@@ -441,6 +444,8 @@ class Run:
         folder = self._adapter_folder(method, rows, place)
         different = len({row.id for row in rows})
         again = "" if different == len(rows) else f", {different} of them different"
+        if different * OFTEN <= len(rows):
+            again += f": each comes about {len(rows) // different} times an epoch"
         self.progress.say(f"Training {method} on {len(rows)} rows{again}")
 
         def notify(what: str, done: int, total: int) -> None:

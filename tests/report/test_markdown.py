@@ -168,6 +168,14 @@ def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str, why: str) -
         markdown_page(tmp_path)
 
 
+def test_a_run_that_has_not_ended_is_told_so(tmp_path: Path) -> None:
+    shutil.copy(RUNS[0] / "manifest.json", tmp_path)
+    with pytest.raises(
+        DataError, match=r"finished run, found none yet\. Run the recipe to its"
+    ):
+        markdown_page(tmp_path)
+
+
 def test_a_run_of_one_setting_has_no_table_of_differences(tmp_path: Path) -> None:
     run = next(run for run in RUNS if not read_results(run / "results.json").pooled)
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, FiniteFloat
 
+from misstep.errors import DataError
 from misstep.records import (
     KNOWN,
     MistakeSource,
@@ -360,6 +361,11 @@ def read_results(path: Path) -> Results:
     Raises:
         DataError: the file is absent, is no JSON, or a field of it is wrong.
     """
+    if not path.is_file() and (path.parent / "manifest.json").is_file():
+        raise DataError(
+            f"{path}: expected the results of a finished run, found none yet. Run the recipe "
+            "to its end."
+        )
     return read_json(path, Results)
 
 
