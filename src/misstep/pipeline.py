@@ -126,7 +126,9 @@ class Run:
             progress.say(warning)
         for name, (tested_on, adapter) in inputs.others.items():
             said = base_of(adapter) if adapter else None
-            if said not in (None, tested_on.published, str(tested_on.path)):
+            # A GGUF file is trained on as a copy that is named by its digest.
+            known = (tested_on.published, str(tested_on.path), tested_on.digest)
+            if said and not any(name in said for name in known):
                 progress.say(
                     f"others.{name} says that it was trained on {said}; it is tested on "
                     f"{tested_on.published}."
