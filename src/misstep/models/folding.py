@@ -51,20 +51,27 @@ def check_adapter(adapter: str, model: Model) -> Path:
 
 def base_of(adapter: Path) -> str | None:
     """The model that an adapter says it was trained on."""
-    said = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
-    base: str | None = said.get("base_model_name_or_path")
+    base: str | None = _config(adapter).get("base_model_name_or_path")
     return base
+
+
+def _config(adapter: Path) -> dict[str, Any]:
+    return dict(json.loads((adapter / CONFIG).read_text(encoding="utf-8")))
 
 
 def _check_fit(adapter: Path, model: Model) -> None:
     try:
-        base, changed = base_of(adapter), lora_shapes(adapter)
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        config, changed = _config(adapter), lora_shapes(adapter)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"adapter {adapter}: expected a PEFT folder that can be read, found a damaged one "
             f"({error}). Download or copy it again, files of Git LFS too."
         ) from error
+    if config.get("target_parameters"):
+        # What is changed are parameters, as of experts, and no modules: PEFT tells, later.
+        return
     there = module_shapes(model) if changed else {}
+    base = config.get("base_model_name_or_path")
     for module, shape in changed.items():
         # Some kinds of layers keep their matrices the other way round.
         if sorted(shape) != sorted(there.get(module, ())):
@@ -83,9 +90,14 @@ def module_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with no_progress_bars(), init_empty_weights():
-        config = AutoConfig.from_pretrained(model.files, trust_remote_code=False)
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with no_progress_bars(), init_empty_weights():
+            config = AutoConfig.from_pretrained(model.files, trust_remote_code=False)
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model {model.name}: transformers cannot build it: {error}"
+        ) from error
     held = {name: getattr(module, "weight", None) for name, module in lm.named_modules()}
     return {name: tuple(weight.shape) for name, weight in held.items() if weight is not None}
 
