@@ -161,10 +161,10 @@ def _trained(file: str, where: str, because: Mapping[str, str]) -> Iterator[Aim]
 
 
 def _without_amx() -> Iterator[Aim]:
-    """Training and answers where bf16 is slow, beside the same peers, in one round each."""
+    """Training and answers where bf16 is slow, beside the same peers."""
     where = "on a Xeon without AMX"
     because = {"memory": "what is multiplied is converted to fp32", "share": NOT_COUNTED}
-    yield from _trained("train-no-amx", f" {where}, an earlier state", because)
+    yield from _trained("train-no-amx", f" {where}", because)
     work = _json("bench/generate-no-amx.json")["workloads"]
     for name, aim in (("analysis", 6.0), ("attacks", 2.2)):
         for peer, found in work[name]["peers"].items():
