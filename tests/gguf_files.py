@@ -3,12 +3,20 @@
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
 
-def make_tiny_gguf(file: Path, experts: int = 0, biases: bool = False) -> Path:
-    """One Llama layer without a tokenizer, perhaps with experts or biases in its attention."""
-    width, words = 32, 16
+def make_tiny_gguf(
+    file: Path,
+    experts: int = 0,
+    biases: bool = False,
+    packed: GGMLQuantizationType | None = None,
+) -> Path:
+    """One Llama layer without a tokenizer, perhaps with experts or biases in its attention.
+
+    Or with one matrix that is packed in a way of which each row is a block.
+    """
+    width, words = GGML_QUANT_SIZES[packed][0] if packed else 32, 16
     writer = GGUFWriter(str(file), "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -30,7 +38,11 @@ def make_tiny_gguf(file: Path, experts: int = 0, biases: bool = False) -> Path:
     for name in ("gate", "up", "down"):
         shapes[f"blk.0.ffn_{name}{kind}.weight"] = (*each, width, width)
     for name, shape in shapes.items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
+        if packed and name == "blk.0.ffn_up.weight":
+            blocks = np.zeros((width, GGML_QUANT_SIZES[packed][1]), np.uint8)
+            writer.add_tensor(name, blocks, raw_dtype=packed)
+        else:
+            writer.add_tensor(name, np.ones(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

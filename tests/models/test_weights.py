@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 from gguf_files import make_tiny_gguf
 
 from misstep.errors import ModelError
@@ -77,6 +78,15 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(ModelError, match="first is model-00002-of-00002"):
         locate(str(folder))
+
+
+def test_a_quantisation_that_nobody_can_unpack_is_named(tmp_path: Path) -> None:
+    file = make_tiny_gguf(tmp_path / "m.gguf", packed=GGMLQuantizationType.Q8_K)
+    with pytest.raises(
+        ModelError, match=r"m\.gguf: transformers cannot load it.*Q8_K"
+    ) as error:
+        load_weights(locate(str(file)))
+    assert isinstance(error.value.__cause__, NotImplementedError)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ plugins of pytest or inspect_ai are added; a recipe names it as any other.
 """
 
 import inspect
+import sys
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
@@ -78,9 +79,7 @@ METHODS: dict[str, Method] = SHIPPED | {method.name: method for method in _insta
 
 def source_of(name: str) -> str:
     """Names the code of a method by its content."""
-    return digest(
-        inspect.getsource(inspect.getmodule(type(METHODS[name])) or type(METHODS[name]))
-    )
+    return digest(inspect.getsource(sys.modules[type(METHODS[name]).__module__]))
 
 
 def method_of(name: str) -> Method:
