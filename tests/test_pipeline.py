@@ -1004,6 +1004,21 @@ def test_an_other_that_cannot_be_tested_is_refused_at_once(
         read_inputs(recipe, [other, "evaluate.reference_loss=[clean]"])
 
 
+def test_what_is_to_be_trained_on_the_rows_need_not_be_there_before_them(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    later = tmp_path / "later"
+    given = [f"others.mine={later}", "methods=[sft]"]
+    folder = run(recipe, tmp_path / "run", given, Silent(), "rows")
+    assert (folder / "rows" / "sft.jsonl").exists()
+    shutil.copytree(finished / "adapter", later)
+    run(recipe, folder, given, Silent())
+    found = numbers(folder, "mine")
+    # What is there is known, so that rows written again set no results aside.
+    run(recipe, folder, given, Silent(), "rows")
+    assert numbers(folder, "mine") == found != {}
+
+
 def test_an_others_folder_is_not_written_over(recipe: Path, finished: Path) -> None:
     with pytest.raises(
         InputError, match=r"others\.mine: expected a path that the run does not"

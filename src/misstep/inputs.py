@@ -82,17 +82,22 @@ class Inputs(NamedTuple):
     """To be tested beside the methods, by name."""
 
 
-def read_inputs(recipe: Path, overrides: list[str]) -> Inputs:
+def read_inputs(recipe: Path, overrides: list[str], tested: bool = True) -> Inputs:
     """Read and check everything that a run depends on.
 
     Raises:
         InputError: what is wrong with the recipe, the policy, the data or the model.
     """
-    return check_inputs(load_recipe(recipe, overrides))
+    return check_inputs(load_recipe(recipe, overrides), tested)
 
 
-def check_inputs(config: RunConfig) -> Inputs:
+def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
     """Read and check all that a configuration names.
+
+    Args:
+        config: the recipe.
+        tested: whether anything is tested; else what is trained elsewhere need not be there
+            yet, as before its rows are written.
 
     Raises:
         InputError: what is wrong with the policy, the data or the model.
@@ -142,7 +147,7 @@ def check_inputs(config: RunConfig) -> Inputs:
         tests=tests,
         checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
         helpful=helpful,
-        others=_others(config, model),
+        others=_others(config, model, tested),
         overlaps=overlaps(tests, learned) if config.trains else {},
     )
 
@@ -357,13 +362,15 @@ def _check_engine(config: RunConfig, models: Sequence[Model]) -> None:
             choose(config.engine, model)
 
 
-def _others(config: RunConfig, base: Model) -> dict[str, OtherModel]:
+def _others(config: RunConfig, base: Model, tested: bool) -> dict[str, OtherModel]:
+    """What was trained elsewhere; where nothing is tested, as far as it is there."""
     found = {}
     for name, path in config.others.items():
         try:
             found[name] = _other(config, path, base)
         except InputError as error:
-            raise RecipeError(f"others.{name}: {error}") from error
+            if tested:
+                raise RecipeError(f"others.{name}: {error}") from error
     return found
 
 

@@ -74,6 +74,8 @@ OFTEN = 4
 """So often a row may come in an epoch before a word is said of it."""
 LOOKING: tuple[Stage, ...] = ("induce", "analyse")
 """Stages that are worth their while though nothing is trained."""
+TESTING: tuple[Stage, ...] = ("respond", "evaluate")
+"""Stages that what was trained elsewhere takes part in."""
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
 
 
@@ -682,7 +684,7 @@ def run_training(
 def _through(
     recipe: Path, out: Path | None, overrides: list[str], progress: Progress, last: Stage
 ) -> Run:
-    inputs = read_inputs(recipe, overrides)
+    inputs = read_inputs(recipe, overrides, tested=last in TESTING)
     with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
         whole = Run(inputs, folder, progress)
         whole.through(last)
@@ -697,7 +699,7 @@ def masked_rows(
     Raises:
         InputError: as `run` does.
     """
-    inputs = read_inputs(recipe, overrides)
+    inputs = read_inputs(recipe, overrides, tested=False)
     with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
         # What is only looked at leaves the run as it is; it shares the run's model calls.
         return Run(inputs, folder / "mask", progress, store=folder).masks(count)

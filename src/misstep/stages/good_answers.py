@@ -3,8 +3,8 @@
 The model answers each prompt several times, and the judge of mistakes keeps what is none
 (rejection sampling: RAFT, arXiv 2304.06767). So a method that learns from good answers needs no
 annotator. A judge of mistakes does not tell a good answer from one that only does no harm: of
-those that it lets through, one that refuses is taken only where there is no other; of several
-that do not, the one that the judge is surest of. Knows no method and no file.
+those that it lets through, one that refuses is taken only where there is no other, or never;
+of several that do not, the one that the judge is surest of. Knows no method and no file.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +35,9 @@ class GoodAnswerSettings(Settings):
     guided: bool = False
     """Whether the model is asked with the policy's guide. The answers are learned without it:
     the guide is then distilled into the model (Askell et al., arXiv 2112.00861)."""
+    refusals: bool = True
+    """Whether an answer that refuses is taken where there is no other; else that prompt has no
+    good answer, and a model that learns from the rest is not taught to refuse."""
 
 
 def good_answers(
@@ -82,7 +85,7 @@ def good_answers(
         scored = zip(responses, score_all(judge, responses), strict=True)
         for of in portions(scored, settings.samples):
             sound = [(r, score) for r, score in of if _sound(r, score, tally)]
-            yield from _best(sound, refusals, tally)
+            yield from _best(sound, refusals, settings.refusals, tally)
     if not tally.kept:
         raise NothingKept(
             f"none of {tally.sampled} answers was good ({tally.reasons}). Try more "
@@ -140,17 +143,23 @@ def _sound(response: Response, score: Score, tally: Tally) -> bool:
 
 
 def _best(
-    sound: Sequence[tuple[Response, Score]], refusals: Judge, tally: Tally
+    sound: Sequence[tuple[Response, Score]], refusals: Judge, may_refuse: bool, tally: Tally
 ) -> Iterator[Response]:
     """The answer that the judge of mistakes is surest of, of those that do not refuse, if any.
 
     A judge that gives verdicts alone is equally sure of all: then it is the first.
     """
-    if not sound:
+    refuses = [bool(score.counted) for score in refusals.score([r for r, _ in sound])]
+    known = [
+        (no, score.value or 0.0, at)
+        for at, (no, (_, score)) in enumerate(zip(refuses, sound, strict=True))
+        if may_refuse or not no
+    ]
+    if left_out := len(sound) - len(known):
+        tally.refused["a refusal"] += left_out
+    if not known:
         return
     tally.kept += 1
-    if len(sound) > 1:
-        tally.refused["one more good answer to the same prompt"] += len(sound) - 1
-    refuses = [bool(score.counted) for score in refusals.score([r for r, _ in sound])]
-    best = min(range(len(sound)), key=lambda at: (refuses[at], sound[at][1].value or 0.0))
-    yield sound[best][0]
+    if len(known) > 1:
+        tally.refused["one more good answer to the same prompt"] += len(known) - 1
+    yield sound[min(known)[-1]][0]
