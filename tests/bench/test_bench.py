@@ -12,15 +12,30 @@ from typing import Any
 import pytest
 
 from misstep.bench import rows
-from misstep.bench.measure import Job, gemm_share, gpus, machine, peer_side, take_turns
+from misstep.bench.measure import (
+    Job,
+    answered_operations,
+    gemm_share,
+    gpus,
+    machine,
+    peer_side,
+    take_turns,
+    trained_operations,
+)
 from misstep.bench.overhead import overhead
 from misstep.bench.peers import installed_servers
-from misstep.bench.run import bench_generate, bench_train, equal_first_tokens
+from misstep.bench.run import (
+    bench_generate,
+    bench_train,
+    different_tokens,
+    equal_first_tokens,
+)
 from misstep.bench.sides import family, gemm, peak_memory_mb
 from misstep.errors import InputError, RunError
+from misstep.models.rendering import Renderer
 from misstep.models.weights import locate
 from misstep.progress import Silent
-from misstep.records import Analysis, Example, read_jsonl
+from misstep.records import Analysis, Example, Message, read_jsonl
 
 ROOT = Path(__file__).parents[2]
 SIDE = {"tokens", "seconds", "tokens_per_second", "peak_memory_mb", "seconds_of_rounds"}
@@ -84,6 +99,8 @@ def test_generate_runs_beside_generate_and_a_server(tiny_model: Path, tmp_path: 
     )
     workload = found["workloads"]["attacks"]
     check(workload, {"transformers-documented", "transformers-best", "vllm"})
+    sides = [workload["ours"], *workload["peers"].values()]
+    assert all(0 < side["gemm_share"] < 1 for side in sides)
     same = {name: peer["equal_first_tokens"] for name, peer in workload["peers"].items()}
     # The server that stands in for vLLM repeats the prompt.
     assert same["transformers-best"] == 1.0 and same["vllm"] < 1
@@ -168,7 +185,20 @@ def test_the_share_of_the_peak_counts_the_head_where_it_works() -> None:
         "flops_per_completion_token": 8.0,
     }
     # 50 tokens a second, half of them learned: 50 * (4 + 8 / 2) of 1000.
-    assert gemm_share([measured(100, 2, 1)], [peak], 0.5) == 0.4
+    assert gemm_share([measured(100, 2, 1)], [peak], trained_operations(0.5)) == 0.4
+    # 100 tokens written after 60 that were read, one way: 160 * 2 + 100 * 4 in 2 seconds.
+    assert gemm_share([measured(100, 2, 1)], [peak], answered_operations(60)) == 0.36
+    rounds = [measured(100, seconds, 1) for seconds in (1, 2, 4)]
+    peaks = [peak | {"flops_per_second": rate} for rate in (2000.0, 1000.0, 100.0)]
+    assert gemm_share(rounds, peaks, trained_operations(0.5)) == 0.4
+
+
+def test_tokens_that_prompts_share_are_read_once(tiny_model: Path) -> None:
+    model = locate(str(tiny_model))
+    prompts = [[Message(role="user", content=text)] for text in ("abcd", "abXY", "q", "abcd")]
+    rendered = [Renderer.for_model(model).prompt(messages) for messages in prompts]
+    beginnings = {tuple(ids[: end + 1]) for ids in rendered for end in range(len(ids))}
+    assert different_tokens(model, prompts) == len(beginnings) < sum(map(len, rendered))
 
 
 def test_the_peak_is_measured_at_the_models_own_shapes(tiny_model: Path) -> None:

@@ -70,7 +70,7 @@ def test_an_answer_that_refuses_is_taken_where_there_is_no_other() -> None:
     assert {r.text for r in draw(Drawn(BAD, REFUSAL, BAD))[0]} == {REFUSAL}
 
 
-def test_where_refusals_are_not_to_be_learned_a_prompt_of_refusals_alone_has_no_answer() -> None:
+def test_where_no_refusal_is_to_be_learned_a_prompt_of_them_alone_has_no_answer() -> None:
     found, tally = draw(Drawn(REFUSAL, GOOD, BAD, *[REFUSAL] * 3), refusals=False)
     assert [(r.prompt, r.text) for r in found] == [(PROMPTS[0], GOOD), (PROMPTS[2], GOOD)]
     assert tally.refused == {"a mistake": 2, "a refusal": 5}

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +52,8 @@ class Side(Record):
     peak_gpu_memory_mb: int | None = None
     """None without a GPU, and where the memory is held by a process that is not looked into."""
     gemm_share: float | None = None
-    """Of training: the share of the measured peak that its products with frozen weights are."""
+    """The share of the measured peak that products with the model's weights come to: of
+    training forward and back, of answers each token once that prompts have in common."""
     seconds_of_rounds: tuple[float, ...]
     details: dict[str, Any] = Field(default_factory=dict)
 
@@ -190,20 +191,43 @@ def _medians(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def gemm_share(
-    found: Sequence[dict[str, Any]], peaks: Sequence[dict[str, Any]], learned: float
+    found: Sequence[dict[str, Any]],
+    peaks: Sequence[dict[str, Any]],
+    operations: Callable[[dict[str, Any], dict[str, Any]], float],
 ) -> float:
-    """The share of the measured peak that training reaches, round by round, in the median.
+    """The share of the measured peak that a side reaches, round by round, in the median.
 
     Args:
         found: the rounds of one side.
         peaks: the peaks measured in the same rounds.
-        learned: the share of the tokens that loss falls on, and so the head's work.
+        operations: what a round's work comes to, by what was found and by the peak.
     """
-    shares = []
-    for f, peak in zip(found, peaks, strict=True):
-        a_token = peak["flops_per_token"] + learned * peak["flops_per_completion_token"]
-        shares.append(_rate(f) * a_token / peak["flops_per_second"])
+    shares = [
+        operations(f, peak) / max(1e-9, f["seconds"]) / peak["flops_per_second"]
+        for f, peak in zip(found, peaks, strict=True)
+    ]
     return _short(median(shares))
+
+
+def trained_operations(learned: float) -> Callable[[dict[str, Any], dict[str, Any]], float]:
+    """Operations of training; `learned`: the share of the tokens that the head works for."""
+
+    def operations(found: dict[str, Any], peak: dict[str, Any]) -> float:
+        a_token = peak["flops_per_token"] + learned * peak["flops_per_completion_token"]
+        return float(found["tokens"] * a_token)
+
+    return operations
+
+
+def answered_operations(read: int) -> Callable[[dict[str, Any], dict[str, Any]], float]:
+    """Operations of answering, the least that will do; `read`: different tokens of prompts."""
+
+    def operations(found: dict[str, Any], peak: dict[str, Any]) -> float:
+        # A peak's are of training: there and back.
+        body = (read + found["tokens"]) * peak["flops_per_token"] / 2
+        return float(body + found["tokens"] * peak["flops_per_completion_token"] / 2)
+
+    return operations
 
 
 def _rate(found: dict[str, Any]) -> float:

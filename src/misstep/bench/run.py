@@ -5,7 +5,7 @@ Everything that a benchmark needs is checked before the first side starts.
 
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from itertools import takewhile
+from itertools import pairwise, starmap, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,20 +15,23 @@ from misstep.bench.measure import (
     Bench,
     Job,
     Workload,
+    answered_operations,
     gemm_share,
     machine,
     peer_side,
     side,
     take_turns,
+    trained_operations,
     versions,
 )
 from misstep.bench.overhead import Overhead, measured
 from misstep.bench.peers import GENERATION, TRAINING, Peer, installed_servers
 from misstep.errors import InputError
 from misstep.inputs import read_inputs
+from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, load_tokenizer, locate
 from misstep.progress import Progress
-from misstep.records import Example
+from misstep.records import Example, Message
 from misstep.stages.reward import require_trl
 
 FIRST_TOKENS = 32
@@ -63,8 +66,7 @@ def bench_train(
         found = take_turns(_training_jobs(model, of), rounds, progress)
         peaks += found[GEMM]
         workloads[name] = _trained(found, len(of))
-    peak = max(peaks, key=lambda p: float(p["flops_per_second"]))
-    return _bench("train", model.name, rounds, workloads, gemm=peak)
+    return _bench("train", model.name, rounds, workloads, gemm=_highest(peaks))
 
 
 def _training_jobs(model: Model, examples: Sequence[Example]) -> list[Job]:
@@ -72,8 +74,16 @@ def _training_jobs(model: Model, examples: Sequence[Example]) -> list[Job]:
     return [
         Job(OURS, work | {"side": "train_ours"}),
         *_peer_jobs(TRAINING, work),
-        Job(GEMM, {"model": model.name, "side": "gemm"}),
+        _peak(model),
     ]
+
+
+def _peak(model: Model) -> Job:
+    return Job(GEMM, {"model": model.name, "side": "gemm"})
+
+
+def _highest(peaks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return max(peaks, key=lambda p: float(p["flops_per_second"]))
 
 
 def _peer_jobs(peers: Sequence[Peer], work: dict[str, Any]) -> list[Job]:
@@ -88,15 +98,15 @@ def _peer_jobs(peers: Sequence[Peer], work: dict[str, Any]) -> list[Job]:
 def _trained(found: Rounds, items: int) -> Workload:
     ours, peaks = found[OURS], found[GEMM]
     # The peers' rows are ours, so the same share of their tokens is learned.
-    learned = ours[0]["completion_tokens"] / ours[0]["tokens"]
+    work = trained_operations(ours[0]["completion_tokens"] / ours[0]["tokens"])
     return Workload(
         items=items,
-        ours=side(ours, gemm_share=gemm_share(ours, peaks, learned)),
+        ours=side(ours, gemm_share=gemm_share(ours, peaks, work)),
         peers={
             peer.name: peer_side(
                 ours,
                 found[peer.name],
-                gemm_share=gemm_share(found[peer.name], peaks, learned),
+                gemm_share=gemm_share(found[peer.name], peaks, work),
                 differs=peer.differs,
             )
             for peer in TRAINING
@@ -121,7 +131,7 @@ def bench_generate(
     makers = _chosen(ANSWERED, kinds)
     model = _here(model_name)
     peers = [*GENERATION, *(installed_servers(model) if find_spec("openai") else [])]
-    workloads = {}
+    workloads, peaks = {}, []
     for name, prompts_of in makers.items():
         prompts = prompts_of(count)
         progress.say(f"{name}: {len(prompts)} prompts, {max_tokens} new tokens each at most")
@@ -130,17 +140,33 @@ def bench_generate(
             "max_tokens": max_tokens,
             "prompts": [[m.model_dump(mode="json") for m in messages] for messages in prompts],
         }
-        jobs = [Job(OURS, work | {"side": "generate_ours"}), *_peer_jobs(peers, work)]
-        workloads[name] = _generated(take_turns(jobs, rounds, progress), jobs[1:], model)
-    return _bench("generate", model.name, rounds, workloads)
+        theirs = _peer_jobs(peers, work)
+        jobs = [Job(OURS, work | {"side": "generate_ours"}), *theirs, _peak(model)]
+        found = take_turns(jobs, rounds, progress)
+        peaks += found[GEMM]
+        workloads[name] = _generated(found, theirs, model, different_tokens(model, prompts))
+    return _bench("generate", model.name, rounds, workloads, gemm=_highest(peaks))
 
 
-def _generated(found: Rounds, peers: Sequence[Job], model: Model) -> Workload:
-    ours = found[OURS]
+def different_tokens(model: Model, prompts: Sequence[Sequence[Message]]) -> int:
+    """Tokens of prompts, those of a beginning that several share counted once."""
+    renderer = Renderer.for_model(model)
+    rendered = sorted(renderer.prompt(messages) for messages in prompts)
+    return sum(map(len, rendered)) - sum(starmap(_shared, pairwise(rendered)))
+
+
+def _shared(one: Sequence[T], other: Sequence[T]) -> int:
+    """How long a beginning two sequences have in common."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in same)
+
+
+def _generated(found: Rounds, peers: Sequence[Job], model: Model, read: int) -> Workload:
+    ours, peaks, work = found[OURS], found[GEMM], answered_operations(read)
     texts = ours[0]["texts"]
     return Workload(
         items=len(texts),
-        ours=side(ours),
+        ours=side(ours, gemm_share=gemm_share(ours, peaks, work)),
         peers={
             peer.name: peer_side(
                 ours,
@@ -148,6 +174,7 @@ def _generated(found: Rounds, peers: Sequence[Job], model: Model) -> Workload:
                 equal_first_tokens=equal_first_tokens(
                     model, texts, found[peer.name][0]["texts"]
                 ),
+                gemm_share=gemm_share(found[peer.name], peaks, work),
                 differs=peer.differs,
             )
             for peer in peers
@@ -164,8 +191,7 @@ def equal_first_tokens(model: Model, ours: Sequence[str], theirs: Sequence[str])
             tokenizer.encode(text, add_special_tokens=False)[:FIRST_TOKENS]
             for text in (one, other)
         )
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
-        equal += sum(1 for _ in same)
+        equal += _shared(first, second)
         total += max(len(first), len(second))
     return round(equal / total, 4) if total else 1.0
 

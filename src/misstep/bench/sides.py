@@ -246,8 +246,8 @@ def gemm(work: Work) -> Found:
     """The machine's peak in matrix products of the model's own shapes, in its precision.
 
     Counted for a token of training are the products with frozen matrices alone, forward and
-    back to the input; adapters, attention and all else come for free, so that the share is
-    understated.
+    back to the input, half of it for one that is read or written in answering; adapters,
+    attention and all else come for free, so that the share is understated.
     """
     from torch import nn
 
