@@ -180,6 +180,57 @@ def test_a_comparisons_adapter_is_named_by_its_folder(tiny_model: Path, tmp_path
         export(run, "coh", False, tmp_path / "other")
 
 
+def swept(folder: Path, model: str, **trained: dict[str, Any]) -> Path:
+    """A comparison of two policies, each cell with what it has trained."""
+    run = finished(folder, model, tuple(f"adapters/{name}" for name in ("dpo-a", "dpo-b")))
+    manifest = json.loads((run / "manifest.json").read_text())
+    for name in ("dpo-a", "dpo-b"):
+        (run / "adapters" / name / "train.json").write_text(json.dumps({"inputs": name[-1]}))
+    for policy, training in trained.items():
+        name = policy.replace("_", "-")
+        cell = {"name": name, "digest": load_policy(name).digest}
+        made = manifest | {"policy": cell, "recipe": manifest["recipe"] | {"policy": name}}
+        (run / "cells" / policy).mkdir(parents=True)
+        (run / "cells" / policy / "manifest.json").write_text(json.dumps(made))
+        manifest.setdefault("cells", {})[policy] = {"training": training}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    return run
+
+
+def test_of_several_policies_an_adapter_has_the_guide_of_its_own(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    trained = {name: {"dpo": {"inputs": name}} for name in "ab"}
+    given = {"goal_hijacking": trained["a"], "harmlessness": trained["b"]}
+    run = swept(tmp_path / "run", str(tiny_model), **given)
+    for name, policy in (("dpo-a", "goal-hijacking"), ("dpo-b", "harmlessness")):
+        guide = load_policy(policy).guided_prompt(Prompt.of("x"))[-1].content.split("x", 1)
+        assert "x".join(find(run, name, True).words) == "x".join(guide)
+    with pytest.raises(InputError, match="one policy that vanilla belongs to, found cells"):
+        find(run, "vanilla", True)
+    assert find(run, "vanilla", False).words == ("", "")
+    both = swept(tmp_path / "both", str(tiny_model), **dict.fromkeys(given, trained["a"]))
+    with pytest.raises(InputError, match="one policy that dpo belongs to, found cells of seve"):
+        find(both, "dpo-a", True)
+    with pytest.raises(InputError, match=r"dpo-b: expected an adapter that .* former recipe"):
+        find(both, "dpo-b", False)
+
+
+def test_an_adapter_of_a_former_recipe_is_not_taken_for_this_ones(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    run = finished(tmp_path / "run", str(tiny_model))
+    (run / "adapter" / "train.json").write_text(json.dumps({"inputs": "now"}))
+    manifest = json.loads((run / "manifest.json").read_text())
+    for training in ({}, {"mistake_analysis": {"inputs": "then"}}):
+        (run / "manifest.json").write_text(json.dumps(manifest | {"training": training}))
+        with pytest.raises(InputError, match="found one of a former recipe"):
+            find(run, "mistake_analysis", False)
+    training = {"mistake_analysis": {"inputs": "now"}}
+    (run / "manifest.json").write_text(json.dumps(manifest | {"training": training}))
+    assert find(run, "mistake_analysis", False).adapter == run / "adapter"
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("guided", [False, True])
 def test_a_gguf_asks_as_the_run_did(tmp_path: Path, guided: bool) -> None:

@@ -3,6 +3,7 @@
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,14 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
 from misstep.evidence.check_results import correction, read_check
 from misstep.evidence.results import Row, read_results
-from misstep.inspect_log import import_logs
+from misstep.inspect_log import KEY, Asked, _answers, _refuse_several, import_logs
 from misstep.judge_check import check_judge
 from misstep.judges.choose import cost_judges, mistake_judge
 from misstep.judges.rule import RefusalJudge
 from misstep.judges.seats import Seat, seated
 from misstep.policy import load_policy
 from misstep.progress import Silent
-from misstep.records import Answer, Prompt, Response
+from misstep.records import Answer, Prompt, Response, Score
 from misstep.report.markdown import markdown_page
 from misstep.stages.evaluate import Table, judge_answers
 from misstep.stages.respond import RespondSettings, respond
@@ -181,6 +182,72 @@ def test_a_sample_that_failed_is_unscored(recipe: Path, tmp_path: Path) -> None:
         assert (before[name].n, before[name].unscored) == (8, 0)
         assert (after[name].n, after[name].unscored) == (7, 1)
     assert after.keys() == before.keys(), "no rate of what the set is not about"
+
+
+def test_a_judge_that_failed_is_unscored_beside_one_that_did_not() -> None:
+    prompt = Prompt.of("Say no", target="no")
+    response = Response(prompt=prompt, text="yes")
+    asked = Asked(
+        name="r",
+        policy="p",
+        method="vanilla",
+        guided=False,
+        seed=0,
+        pools={},
+        judges={"mistake_rate": "rule", "mistake_rate@guard": "guard"},
+    )
+
+    def sample(place: int, judges: tuple[str, ...], fault: str | None) -> Any:
+        said = [
+            Score(response_id=response.id, metric=metric, value=1.0, judge="j")
+            for metric in judges
+        ]
+        judged = {"response": response.model_dump(), "scores": [s.model_dump() for s in said]}
+        return SimpleNamespace(
+            id=str(place),
+            metadata={"test_set": "t", "prompt": prompt.model_dump()},
+            scores={"misstep": SimpleNamespace(metadata={KEY: judged})},
+            error=SimpleNamespace(message=fault) if fault else None,
+        )
+
+    whole = sample(0, ("mistake_rate", "mistake_rate@guard"), None)
+    broken = sample(1, ("mistake_rate",), "the guard is away")
+    log: Any = SimpleNamespace(samples=[whole, broken], status="success")
+    (_, _), (answer, scores) = _answers(asked, log, Path("log"))
+    assert answer.response.text == "yes"
+    found = {score.metric: (score.value, score.reason) for score in scores}
+    assert found["mistake_rate"] == (1.0, "")
+    assert found["mistake_rate@guard"] == (None, "no judgement: the guard is away")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"judges": {"mistake_rate": "rule:b"}},
+            "one judge of mistake_rate, found rule:a, rule",
+        ),
+        ({"policy_digest": "two"}, r"one recipe, found r \(p, seed 0\), policy one, r \(p"),
+        ({"seed": 1}, r"one recipe, found r \(p, seed 0\), r \(p, seed 1\)"),
+    ],
+)
+def test_what_was_asked_or_judged_otherwise_is_not_compared(
+    change: dict[str, Any], said: str
+) -> None:
+    asked = Asked(
+        name="r",
+        policy="p",
+        method="vanilla",
+        guided=False,
+        seed=0,
+        policy_digest="one",
+        pools={},
+        judges={"mistake_rate": "rule:a"},
+    )
+    other = asked.model_copy(update={"guided": True})
+    _refuse_several([asked, other, other.model_copy(update={"policy_digest": ""})])
+    with pytest.raises(DataError, match=said):
+        _refuse_several([asked, other.model_copy(update=change)])
 
 
 def test_a_log_that_is_named_twice_is_counted_once(recipe: Path, tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ adapter where the recipe itself names an adapter.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from misstep.comparison import CELLS
 from misstep.errors import DataError, InputError, ModelError
 from misstep.evidence.results import FOCUS, read_results
 from misstep.methods.base import Method
@@ -31,6 +32,7 @@ from misstep.records import Message, Prompt, write_text
 from misstep.report.markdown import rows_table
 from misstep.report.reading import read_manifest, run_policy
 from misstep.run_folder import writable
+from misstep.stages.train import REPORT
 from misstep.training.card import card_head
 
 if TYPE_CHECKING:
@@ -101,20 +103,63 @@ def find(run: Path, name: str, guided: bool) -> Source:
             f"{run}: expected the directory of a run or of a comparison, found that of a "
             "study, which trains nothing."
         )
+    adapter = _adapter(run, name) if method.trains else None
+    guided |= method.guided == (True,)
+    asks = guided or type(method).ask is not Method.ask
+    folder = _maker(run, manifest, method, adapter, asks)
+    manifest = read_manifest(folder)
+    recipe = manifest["recipe"]
     model = locate(str(recipe["model"]))
-    _refuse_changed(run, "model", model.digest, manifest)
+    _refuse_changed(folder, "model", model.digest, manifest)
     if recipe.get("adapter"):
         model = folded(model, check_adapter(recipe["adapter"], model), run / "base")
-    adapter = _adapter(run, name) if method.trains else None
     if adapter is not None:
         _refuse_other_base(adapter, model)
-    guided |= method.guided == (True,)
     words: tuple[str, ...] = ("", "")
-    if guided or type(method).ask is not Method.ask:
-        policy = run_policy(run)
-        _refuse_changed(run, "policy", policy.digest, manifest)
+    if asks:
+        policy = run_policy(folder)
+        _refuse_changed(folder, "policy", policy.digest, manifest)
         words = words_around(policy, method, guided)
     return Source(model, adapter, method.name, guided, words)
+
+
+def _maker(
+    run: Path, manifest: Mapping[str, Any], method: Method, adapter: Path | None, asks: bool
+) -> Path:
+    """The directory that knows how a model was trained and asked: a run's, or a cell's.
+
+    `asks`: whether the policy's words are put around a prompt.
+
+    Raises:
+        InputError: the adapter is none of theirs, or cells that differ have the same one.
+    """
+    trained = {run: manifest.get("training", {})}
+    if "cells" in manifest:
+        cells = manifest["cells"].items()
+        trained = {run / CELLS / name: cell["training"] for name, cell in cells}
+    report = adapter / REPORT if adapter else None
+    if report and report.is_file():
+        inputs = json.loads(report.read_text(encoding="utf-8")).get("inputs")
+        trained = {
+            folder: of
+            for folder, of in trained.items()
+            if of.get(method.name, {}).get("inputs") == inputs
+        }
+    if not trained:
+        raise DataError(
+            f"{adapter}: expected an adapter that {run} has trained, found one of a former "
+            "recipe. Run the recipe to its end."
+        )
+    found = [read_manifest(folder) for folder in trained]
+    for what in ("model", "policy")[: 1 + asks]:
+        names = {of[what]["digest"]: str(of["recipe"][what]) for of in found}
+        if len(names) > 1:
+            raise InputError(
+                f"{run}: expected one {what} that {method.name} belongs to, found cells of "
+                f"several: {', '.join(names.values())}. Run a recipe of one of them by itself, "
+                "and export that."
+            )
+    return next(iter(trained))
 
 
 def words_around(policy: Policy, method: Method, guided: bool) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ Nothing is judged anew. A sample that failed is an answer that never came.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from misstep.claims import claimed
 from misstep.data.labelled import REFUSALS
@@ -48,6 +48,8 @@ class Asked(Record):
     method: str
     guided: bool
     seed: int
+    policy_digest: str = ""
+    """Of the policy's content, from which the guide is; empty in logs of earlier versions."""
     pools: dict[str, tuple[str, ...]]
     judges: dict[str, str]
     """Metrics, and the names of the judges that give them."""
@@ -67,17 +69,13 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
 
     Raises:
         InputError: inspect_ai is not installed; a log is none of misstep's task, or asks a
-            prompt several times; two are of the same setting; or the folder is another's.
+            prompt several times; two are of the same setting, or of recipes or judges that
+            differ; or the folder is another's.
     """
     logs = list({log.resolve(): log for log in logs}.values())
     found = [_read(log) for log in logs]
     asked = [of for of, _ in found]
-    recipes = sorted({f"{of.name} ({of.policy}, seed {of.seed})" for of in asked})
-    if len(recipes) > 1:
-        raise DataError(
-            f"expected logs of one recipe, found {', '.join(recipes)}. Import those of each "
-            "recipe into a directory of its own."
-        )
+    _refuse_several(asked)
     answers: list[Answer] = []
     judgements: list[Judgement] = []
     taken: dict[tuple[str, bool, str], Path] = {}
@@ -112,6 +110,31 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
         write_results(folder / "results.json", results)
         write_report(folder)
     return folder
+
+
+def _refuse_several(asked: Sequence[Asked]) -> None:
+    """Refuse to compare what was asked or judged otherwise."""
+    names = [f"{of.name} ({of.policy}, seed {of.seed})" for of in asked]
+    contents = {of.policy_digest for of in asked} - {""}
+    if len(contents) > 1:
+        names = [
+            f"{name}, policy {of.policy_digest}" for name, of in zip(names, asked, strict=True)
+        ]
+    if len(recipes := sorted(set(names))) > 1:
+        raise DataError(
+            f"expected logs of one recipe, found {', '.join(recipes)}. Import those of each "
+            "recipe into a directory of its own."
+        )
+    judges: dict[str, set[str]] = defaultdict(set)
+    for metric, judge in (item for of in asked for item in of.judges.items()):
+        judges[metric].add(judge)
+    for metric, found in judges.items():
+        if len(found) > 1:
+            raise DataError(
+                f"expected one judge of {metric}, found {', '.join(sorted(found))}: what they "
+                "say differently would look like a difference between models. Run the task "
+                "again with one of them."
+            )
 
 
 def _read(path: Path) -> tuple[Asked, "EvalLog"]:
@@ -156,7 +179,11 @@ def _answers(
     for sample, of in zip(log.samples, judged, strict=True):
         test_set = _test_set(sample)
         response = of[0].response if of else _failed(asked, sample)
-        scores = tuple(score for one in of for score in one.scores)
+        scores = [score for one in of for score in one.scores]
+        if sample.error or not scores:
+            # A judge that comes after the one that failed was not asked.
+            had = {score.metric for score in scores}
+            scores += _unscored(asked, response, had, given[test_set], _why(sample))
         yield (
             Answer(
                 method=asked.method,
@@ -165,7 +192,7 @@ def _answers(
                 seed=asked.seed,
                 response=response,
             ),
-            scores or tuple(_unscored(asked, response, given[test_set])),
+            tuple(scores),
         )
 
 
@@ -183,22 +210,24 @@ def _judged(sample: "EvalSample", path: Path) -> list[Judged]:
 
 def _failed(asked: Asked, sample: "EvalSample") -> Response:
     """An answer that never came, or that nobody came to judge."""
-    why: Any = sample.error.message if sample.error else "the sample was not scored"
     prompt = Prompt.model_validate(sample.metadata["prompt"])
-    return Response(prompt=prompt, text="", guided=asked.guided, error=str(why))
+    return Response(prompt=prompt, text="", guided=asked.guided, error=_why(sample))
 
 
-def _unscored(asked: Asked, response: Response, given: set[str]) -> Iterator[Score]:
+def _why(sample: "EvalSample") -> str:
+    return str(sample.error.message) if sample.error else "the sample was not scored"
+
+
+def _unscored(
+    asked: Asked, response: Response, had: set[str], given: set[str], why: str
+) -> Iterator[Score]:
     """No score of the judges that had something to say of the test set's other answers."""
     for called, judge in asked.judges.items():
         due = base_metric(called) == REFUSALS
         metric = refusal_metric(response.prompt) if due else called
-        if given and metric not in given:
+        if metric in had or (given and metric not in given):
             continue
+        reason = no_answer(why) if response.error else f"no judgement: {why}"
         yield Score(
-            response_id=response.id,
-            metric=metric,
-            value=None,
-            judge=judge,
-            reason=no_answer(response.error or ""),
+            response_id=response.id, metric=metric, value=None, judge=judge, reason=reason
         )

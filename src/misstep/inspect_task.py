@@ -73,6 +73,7 @@ def recipe(
     asked = Asked(
         name=config.name,
         policy=policy.name,
+        policy_digest=policy.digest,
         method=method,
         guided=guided,
         seed=config.training_seed,

@@ -1,4 +1,5 @@
 import json
+import random
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from misstep.evidence.results import (
     adjusted,
     compare,
     compare_pooled,
+    is_rate,
     metric_from_scores,
     pool,
     read_results,
@@ -242,6 +244,59 @@ def test_pooled_prompts_of_several_cases_weigh_as_they_do_in_a_run() -> None:
     left, right = (Side("", responses, list(scores.values())) for scores in (ours, base))
     alone = compare(left, right, "m", "t", 0)
     assert alone is not None and alone.difference == pytest.approx(-1 / 6)
+
+
+def test_a_rate_of_several_cases_a_prompt_spreads_as_that_rate_does() -> None:
+    prompts = [str(place) for place in range(10)]
+    counts = [1, 1, 2, 3, 1, 2, 3, 1, 1, 2]
+    followed, not_one = (of_cases(prompts, [(v, n) for n in counts]) for v in (1.0, 0.0))
+    found = pool(OURS, "t", "m", dict.fromkeys(range(3), followed), 0)
+    # All followed: no number of instructions makes it less or more.
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(0.722, abs=1e-3)
+    for seeds in (1, 3):
+        values: Values = {
+            (OURS, "t", "m"): dict.fromkeys(range(seeds), followed),
+            (BASE, "t", "m"): dict.fromkeys(range(seeds), not_one),
+        }
+        apart = compare_pooled(OURS, BASE, "t", "m", values, 0)
+        assert apart is not None
+        assert (apart.difference, apart.high) == (1.0, 1.0) and 0.6 < apart.low < 1
+
+
+def test_an_interval_over_cases_holds_the_true_rate() -> None:
+    draw, held, widths = random.Random(0), 0, []
+    for _ in range(200):
+        counts = [draw.choice((1, 1, 2, 3)) for _ in range(100)]
+        shares = [(sum(draw.random() < 0.8 for _ in range(n)) / n, n) for n in counts]
+        scores = of_cases([str(place) for place in range(100)], shares)
+        found = pool(OURS, "t", "m", dict.fromkeys(range(2), scores), 0)
+        assert found.low is not None and found.high is not None
+        held += found.low <= 0.8 <= found.high
+        widths.append(found.high - found.low)
+    # Of about 170 cases: 2 * 1.96 * sqrt(0.8 * 0.2 / 170) is 0.12.
+    assert 184 <= held <= 198 and 0.1 < sum(widths) / 200 < 0.14
+
+
+def test_grades_and_balances_are_no_rates() -> None:
+    assert [is_rate(m) for m in ("mistake_rate", "refusal_rate@x", "win_rate")] == [True] * 3
+    other = ("harmless_score@x", "reference_loss", "mistake_probability", "length_bias@y")
+    assert not any(map(is_rate, other))
+    lowest = [scored(1.0, str(place), "harmless_score") for place in range(20)]
+    found = metric_from_scores(lowest)
+    assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0), "a scale from 1 to 10"
+
+
+def test_a_balance_of_several_seeds_stays_within_its_ends() -> None:
+    signs = {str(place): 1.0 if place < 18 else -1.0 for place in range(20)}
+    both = []
+    for sign in (1, -1):
+        scores = {p: scored(sign * v, p, "length_bias@x") for p, v in signs.items()}
+        both.append(pool(OURS, "t", "length_bias@x", dict.fromkeys(range(3), scores), 0))
+    one, other = both
+    assert one.value == 0.8 and one.low is not None and one.high is not None
+    assert 0.3 < one.low < 0.8 < one.high < 1
+    assert (other.low, other.high) == pytest.approx((-one.high, -one.low)), "mirrored"
 
 
 @pytest.mark.parametrize(

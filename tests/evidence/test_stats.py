@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -266,13 +267,44 @@ def test_a_mean_of_grades_may_lie_outside_0_to_1() -> None:
 
 def test_a_difference_of_tables_is_paired() -> None:
     a = [[1.0, 0.0, 1.0, 0.0] * 20] * 2
-    assert crossed_difference(a, a)[:4] == (0.0, 0.0, 0.0, 1.0)
     found = crossed_difference(a, [[0.0] * 80] * 2)
     assert found.difference == 0.5
     assert 0.38 < found.low < 0.5 < found.high < 0.62
     assert found.p < 0.001
     with pytest.raises(ValueError, match="one shape"):
         crossed_difference(a, [[0.0] * 79] * 2)
+
+
+@pytest.mark.parametrize("prompts", [5, 80])
+def test_rates_that_differ_alike_everywhere_have_the_interval_of_one(
+    prompts: int,
+) -> None:
+    right, wrong = [1.0] * prompts, [0.0] * prompts
+    mixed = [float(place % 2) for place in range(prompts)]
+    for one, other in ((right, right), (mixed, mixed), (wrong, right), (right, wrong)):
+        found = crossed_difference([one] * 3, [other] * 3)
+        alone = paired_binary([bool(v) for v in one], [bool(v) for v in other])
+        assert found[:3] == pytest.approx(alone[:3])
+        assert found.low < found.high
+    # The lines need not be alike: what counts is what they have in the mean.
+    turned = [1 - value for value in mixed]
+    found = crossed_difference([mixed, turned] * 2, [mixed, turned] * 2)
+    assert (found.difference, found.p) == (0, 1) and found.low < 0 < found.high
+    # Grades that differ alike show no spread at all, and those of 0 and 1 are no rates.
+    assert crossed_difference([right] * 2, [wrong] * 2, rate=False)[:3] == (1.0, 1.0, 1.0)
+
+
+def test_grades_of_1_are_no_rate() -> None:
+    assert crossed_mean([[1.0] * 20] * 3) == pytest.approx((1.0, 0.839, 1.0, 20), abs=0.001)
+    assert crossed_mean([[1.0] * 20] * 3, rate=False) == (1.0, 1.0, 1.0, 20)
+
+
+def test_one_long_name_does_not_make_all_of_them_long() -> None:
+    names = ["x" * 1_000_000, *map(str, range(3_000))]
+    tracemalloc.start()
+    clustered_rate([True, False] * 1500 + [True], names)
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
 
 
 def test_effects_that_nearly_cancel_leave_an_interval_that_says_something() -> None:

@@ -19,7 +19,8 @@ WITH_MACRO = (
     "{{ all() }}"
 )
 # Characters that mean something to Jinja, to its texts, or to nobody.
-TEXT = st.text(st.sampled_from("a{}%#\"\\'\n\r\t~é漢\u2028"), max_size=12)
+PIECES = (*"a{}%#\"\\'\n\r\t~é漢\u2028", "TEXT", "PARTS")
+TEXT = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
 
 
 def render(template: str, messages: list[dict[str, Any]], **options: Any) -> str:

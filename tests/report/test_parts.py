@@ -1,10 +1,14 @@
+from pathlib import Path
+
 import pytest
 
-from misstep.evidence.results import Pooled
+from misstep.evidence.results import Metric, Pooled, Results, Row, write_results
 from misstep.methods.registry import METHODS
 from misstep.report.compared import scatter
+from misstep.report.headline import headline
 from misstep.report.pictures import scale
-from misstep.report.view import Setting, ends
+from misstep.report.reading import read_run
+from misstep.report.view import Setting, View, ends
 from misstep.report.words import (
     brief,
     duration,
@@ -26,6 +30,49 @@ def test_after_is_trained_on_analyses_and_guided() -> None:
     assert ends([base, guided]) == (base, guided)
     assert ends([base]) == (base, None)
     assert ends([sft]) == (None, sft)
+
+
+def test_after_is_no_control_where_something_was_trained_on_mistakes() -> None:
+    base, guide = Setting("vanilla", False), Setting("guided", True)
+    ordinary, sft, dpo = (Setting(name, True) for name in ("ordinary", "sft", "dpo"))
+    corrected = Setting("corrected_analysis", False)
+    assert ends([base, ordinary, sft]) == (base, sft)
+    assert ends([base, guide, dpo]) == (base, dpo)
+    assert ends([base, ordinary, sft, corrected]) == (base, corrected)
+    assert ends([base, guide, ordinary]) == (base, ordinary)
+    assert ends([base, guide]) == (base, guide)
+
+
+def viewed(folder: Path, *rows: tuple[str, str, float, int], method: str = "sft") -> View:
+    """Of test set, metric, rate before and number of prompts; every rate halves."""
+    settings = (("vanilla", False, 1.0), (method, True, 0.5))
+    found = tuple(
+        Row(
+            method=name,
+            guided=guided,
+            seed=0,
+            test_set=test_set,
+            metrics={
+                metric: Metric(value=value * share, low=0, high=1, n=n)
+                for of, metric, value, n in rows
+                if of == test_set
+            },
+        )
+        for name, guided, share in settings
+        for test_set in dict.fromkeys(of for of, *_ in rows)
+    )
+    write_results(folder / "results.json", Results(policy="p", model="m", rows=found))
+    return View(read_run(folder))
+
+
+def test_the_headline_counts_no_mistakes_in_ordinary_tasks(tmp_path: Path) -> None:
+    harm, clean = ("harm", "mistake_rate", 0.6, 100), ("clean", "mistake_rate", 0.01, 300)
+    refused = ("clean", "over_refusal", 0.1, 300)
+    said = headline(viewed(tmp_path, harm, clean, refused))
+    assert "on 100 held-out cases" in said.lower() and "60\u202f% before and 30\u202f%" in said
+    # Where a test has no other set, its mistakes are what there is to tell.
+    said = headline(viewed(tmp_path, clean, refused))
+    assert "on 300 held-out cases" in said.lower()
 
 
 def test_text_is_cut_by_characters_and_not_inside_one() -> None:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 LENGTH_BIAS = "length_bias"
 """Of a judge of pairs: how much more often the longer answer wins than the shorter one."""
 
+NOT_RATES = (LENGTH_BIAS, "_score", "_loss", "_probability")
+"""How metrics end whose values of 0 and 1 are two of many, and not verdicts."""
+
 # stats is imported where it is needed: numpy is slow to load, and the command starts without
 # it.
 
@@ -207,11 +210,16 @@ def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
     elif base_metric(scores[0].metric) == LENGTH_BIAS:
         answers = [score.response_id for score in scores if score.counted is not None]
         interval = clustered_balance(values, answers)
-    elif _binary(values):
+    elif is_rate(scores[0].metric) and _binary(values):
         interval = wilson(int(sum(values)), len(values))
     else:
         interval = mean_interval(values, seed)
     return Metric(**interval._asdict(), unscored=unscored)
+
+
+def is_rate(metric: str) -> bool:
+    """Whether values of 0 and 1 are verdicts, of which a rate is made."""
+    return not base_metric(metric).endswith(NOT_RATES)
 
 
 def _of_cases(scores: Sequence[Score]) -> "Interval":
@@ -240,7 +248,7 @@ def compare(a: Side, b: Side, metric: str, test_set: str, seed: int) -> Comparis
     if not common:
         return None
     of_a, of_b = (_weighed([side[prompt] for prompt in common]) for side in (left, right))
-    if _binary(of_a + of_b):
+    if is_rate(metric) and _binary(of_a + of_b):
         found = paired_binary([bool(value) for value in of_a], [bool(value) for value in of_b])
     else:
         found = paired_mean(of_a, of_b, seed)
@@ -254,7 +262,7 @@ def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: in
 
     Of one seed it is the metric of that seed's row; `n` counts prompts.
     """
-    from misstep.evidence.stats import crossed_mean
+    from misstep.evidence.stats import clustered_balance, crossed_mean
 
     common, table = _tabled([by_seed])
     given = {prompt for scores in by_seed.values() for prompt in scores}
@@ -264,8 +272,11 @@ def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: in
         return Pooled(**of, value=None, low=None, high=None, n=0, unscored=unscored, by_seed={})
     (lines,) = table
     found: Interval | Metric
-    if len(lines) > 1:
-        found = crossed_mean(lines)
+    if len(lines) > 1 and base_metric(metric) == LENGTH_BIAS:
+        signs = [sign for line in lines for sign in line]
+        found = clustered_balance(signs, common * len(lines))
+    elif len(lines) > 1:
+        found = crossed_mean(lines, is_rate(metric))
     else:
         (scores,) = by_seed.values()
         found = metric_from_scores(list(scores.values()), seed)
@@ -297,8 +308,8 @@ def compare_pooled(
         return None
     left, right = tables
     if len(seeds) > 1:
-        found = crossed_difference(left, right)
-    elif _binary(left[0] + right[0]):
+        found = crossed_difference(left, right, is_rate(metric))
+    elif is_rate(metric) and _binary(left[0] + right[0]):
         found = paired_binary([bool(v) for v in left[0]], [bool(v) for v in right[0]])
     else:
         found = paired_mean(left[0], right[0], seed)
@@ -379,9 +390,14 @@ class _Mean(NamedTuple):
 
 
 def _weighed(means: Sequence[_Mean]) -> list[float]:
-    """The values, each times its number of cases over the mean number."""
+    """Values whose mean is the rate over all cases, and which spread as that rate does.
+
+    Each is the rate, and how far the prompt's own cases move it: the ratio of two means is
+    taken for linear there (Cochran, Sampling Techniques, section 6.4).
+    """
     each = sum(of.cases for of in means) / len(means)
-    return [of.value * of.cases / each for of in means]
+    rate = sum(of.value * of.cases for of in means) / (each * len(means))
+    return [rate + of.cases / each * (of.value - rate) for of in means]
 
 
 def _by_prompt(side: Side, metric: str) -> Mapping[str, _Mean]:

@@ -222,19 +222,23 @@ def paired_mean(a: Sequence[float], b: Sequence[float], seed: int) -> Difference
     return Difference(value, low, high, _sign_flip_p(differences, seed), "sign-flip", n)
 
 
-def crossed_mean(table: Sequence[Sequence[float]]) -> Interval:
+def crossed_mean(table: Sequence[Sequence[float]], rate: bool = True) -> Interval:
     """The mean of a table, a line a training seed and a column a prompt, for both at once.
 
     Lines and columns are taken for random effects (`_crossed`), so the interval speaks for
     other prompts and for another training. A rate has Wilson's interval for as many cases as
     its variance is worth. `n` counts the columns.
 
+    Args:
+        table: the values.
+        rate: whether values of 0 and 1 are those of a rate, and not two of many grades.
+
     Raises:
         ValueError: the table is empty, or its lines are not equally long.
     """
     data = _table(table)
     n, value = data.shape[1], float(data.mean())
-    binary = bool(np.isin(data, (0.0, 1.0)).all())
+    binary = rate and _binary(data)
     if binary and value in (0.0, 1.0):
         return wilson(n if value else 0, n)
     variance, quantile = _crossed(data)
@@ -246,9 +250,12 @@ def crossed_mean(table: Sequence[Sequence[float]]) -> Interval:
 
 
 def crossed_difference(
-    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], rate: bool = True
 ) -> Difference:
     """The mean paired difference of two such tables, and the p of Student's t.
+
+    Rates whose difference is the same everywhere have the interval of `paired_binary`, with
+    the mean counts of the lines: that a few prompts do not differ says little of others.
 
     Raises:
         ValueError: a table is empty, or they are not of one shape.
@@ -260,15 +267,22 @@ def crossed_difference(
         raise ValueError(f"expected tables of one shape, found {left.shape} and {right.shape}")
     differences = left - right
     n, value = differences.shape[1], float(differences.mean())
-    if not differences.any():
-        return Difference(0.0, 0.0, 0.0, 1.0, CROSSED, n)
     variance, freedom = _crossed_variance(differences)
     error = math.sqrt(variance)
     half = _student(freedom) * error
+    low, high = value - half, value + half
+    if error < _NOTHING and rate and _binary(left) and _binary(right):
+        both, only_a, only_b = (
+            float(cells.sum()) / len(left)
+            for cells in (left * right, left * (1 - right), right * (1 - left))
+        )
+        low, high = _newcombe(both, only_a, only_b, n)
+    if not differences.any():
+        return Difference(0.0, low, high, 1.0, CROSSED, n)
     p = float(2 * t.sf(abs(value) / error, freedom)) if error else 0.0
     # No exchange of signs could give less: few prompts show little, however alike they are.
     p = max(p, 2.0 ** (1 - n))
-    return Difference(value, value - half, value + half, p, CROSSED, n)
+    return Difference(value, low, high, p, CROSSED, n)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -294,7 +308,9 @@ def _check_clusters(cases: Sequence[float], clusters: Sequence[str]) -> None:
 
 def _places(clusters: Sequence[str]) -> NDArray[np.intp]:
     """The cluster of each case, counted from 0."""
-    return np.unique(np.asarray(clusters), return_inverse=True)[1]
+    # Names may be whole texts, of which an array would make all as long as the longest.
+    places = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+    return np.asarray([places[name] for name in clusters], dtype=np.intp)
 
 
 def _table(table: Sequence[Sequence[float]]) -> Floats:
@@ -302,6 +318,10 @@ def _table(table: Sequence[Sequence[float]]) -> Floats:
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"expected lines of one length and not empty, found {sorted(lengths)}")
     return np.asarray(table, dtype=np.float64)
+
+
+def _binary(data: Floats) -> bool:
+    return bool(np.isin(data, (0.0, 1.0)).all())
 
 
 def _crossed(data: Floats) -> tuple[float, float]:

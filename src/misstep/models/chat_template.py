@@ -6,6 +6,7 @@ Templates that tell the date, as Llama 3.2's and Granite's, tell one and the sam
 This module knows Jinja text; it knows no tokenizer and no policy.
 """
 
+import re
 from collections.abc import Sequence
 from datetime import date
 
@@ -52,7 +53,9 @@ def asked_as_trained(template: str, words: Sequence[str]) -> str:
     template = on_one_day(template)
     if list(words) == ["", ""]:
         return NOT_THINKING + template
-    around = AROUND.replace("TEXT", _text(words)).replace("PARTS", _parts(words))
+    # In one pass: a guide may say TEXT or PARTS itself.
+    put = {"TEXT": _text(words), "PARTS": _parts(words)}
+    around = re.sub("|".join(put), lambda found: put[found[0]], AROUND)
     return NOT_THINKING + around + template
 
 

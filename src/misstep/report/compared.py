@@ -24,6 +24,7 @@ from misstep.report.pictures import scale
 from misstep.report.reading import read_manifest
 from misstep.report.scatter import COLOURS, RADIUS, Scatter, from_below, point, write_svg
 from misstep.report.template import write_page
+from misstep.report.view import ordinary_tasks
 from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS, rate
 
 
@@ -136,7 +137,7 @@ def differences_line(c: Comparison) -> list[str]:
 
 def scatter(pooled: Sequence[Pooled]) -> Scatter | None:
     """Harm against helpfulness, on the largest sets of attacks and of ordinary tasks."""
-    ordinary = _of_ordinary_tasks(pooled)
+    ordinary = ordinary_tasks((p.test_set, p.metric) for p in pooled if p.n)
     harm = _largest(p for p in pooled if p.metric == MISTAKES and p.test_set not in ordinary)
     helpful = _largest(p for p in pooled if p.metric == HELPFULNESS and p.test_set in ordinary)
     if harm is None or helpful is None:
@@ -165,17 +166,6 @@ def scatter(pooled: Sequence[Pooled]) -> Scatter | None:
         points=points,
         note="Filled: guided. Larger: refuses more.",
     )
-
-
-def _of_ordinary_tasks(pooled: Iterable[Pooled]) -> set[str]:
-    """The test sets on which a refusal is one too many, or where no mistake is looked for.
-
-    A judge by rubric and a trained one look for mistakes in any answer, to clean tasks too.
-    """
-    scored: dict[str, set[str]] = {}
-    for p in pooled:
-        scored.setdefault(p.test_set, set()).update([p.metric] if p.n else [])
-    return {name for name, of in scored.items() if REFUSALS in of or MISTAKES not in of}
 
 
 def _largest(found: Iterable[Pooled]) -> str | None:

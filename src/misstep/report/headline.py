@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from misstep.report.view import Setting, Tested, View
+from misstep.report.view import Setting, Tested, View, ordinary_tasks
 from misstep.report.words import HELPFULNESS, MISTAKES, brief, capitalised, gap, p_text, points
 
 WORDS = {
@@ -32,10 +32,16 @@ class Mean(NamedTuple):
 def headline(view: View) -> str:
     """What the run shows, in plain words."""
     parts = []
-    # A pool is made of other test sets, whose cases would count twice.
-    alone = [about for about in view.numbers if about.test_set not in view.pools]
-    attacked = {about.test_set for about in alone if about.metric == MISTAKES}
-    clean = {about.test_set for about in alone} - attacked
+    scored = [
+        (about.test_set, about.metric)
+        for about, of in view.numbers.items()
+        if about.test_set in view.alone and any(number.n for number in of.values())
+    ]
+    ordinary = ordinary_tasks(scored)
+    judged = {test_set for test_set, metric in scored if metric == MISTAKES}
+    # Where a test has none but ordinary tasks, mistakes in these are what there is to tell.
+    attacked = judged - ordinary or judged
+    clean = {test_set for test_set, _ in scored} - attacked
     if before := _mean(view, view.before, MISTAKES, attacked):
         after = _mean(view, view.after, MISTAKES, attacked)
         cases, mistake = WORDS.get(view.policy, PLAIN_WORDS)

@@ -8,15 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from misstep.evidence.results import FOCUS, Comparison, Metric, Row, adjusted
+from misstep.methods.base import Method
 from misstep.methods.registry import METHODS
 from misstep.records import Answer, base_metric
 from misstep.report import words
 from misstep.report.reading import Run
-from misstep.report.words import BETTER, method_title, metric_title
+from misstep.report.words import BETTER, MISTAKES, REFUSALS, method_title, metric_title
 
 T = TypeVar("T")
 
 VANILLA = "vanilla"
+CONTROL = "ordinary"
+"""What is trained on nothing about mistakes."""
 
 
 class Setting(NamedTuple):
@@ -76,7 +79,8 @@ class View:
         self.sources = {setting_of(row): _sources(row) for row in rows}
         self.policy = run.results.policy
         self.agreements = run.results.agreements
-        self.pools = run.manifest.pools
+        self.alone = _alone(run)
+        """The test sets but for pools, which are made of others, whose cases count there."""
 
     @property
     def corrected(self) -> bool:
@@ -101,17 +105,44 @@ def setting_of(item: Row | Answer) -> Setting:
 def ends(settings: Iterable[Setting]) -> tuple[Setting | None, Setting | None]:
     """Before and after: the model as it was, and the setting that the run is about.
 
-    After is trained on analyses rather than on anything else, and guided rather than not; what
-    something else has trained is no repair of the run.
+    After is trained on analyses rather than on anything else, on anything else rather than on
+    ordinary pairs alone, and guided rather than not; what something else has trained is no
+    repair of the run.
     """
     known = [setting for setting in settings if setting.method in METHODS]
     before = next((setting for setting in known if setting == (VANILLA, False)), None)
     after = max(
         (setting for setting in known if setting != before),
-        key=lambda s: (s.method == FOCUS, s.method != VANILLA, s.guided),
+        key=lambda s: (*_repairs(METHODS[s.method]), s.guided),
         default=None,
     )
     return before, after
+
+
+def _repairs(method: Method) -> tuple[bool, ...]:
+    """How much a method is what a run is about, of two the larger."""
+    trained = method.trains and method.name != CONTROL
+    of_analyses = trained and method.uses_analyses
+    return method.name == FOCUS, of_analyses, trained, method.trains, method.name != VANILLA
+
+
+def _alone(run: Run) -> frozenset[str]:
+    # Imported logs have pools, but no manifest: no answer is of a pool.
+    answered = {answer.test_set for answer, _ in run.answers}
+    known = {row.test_set for row in run.results.rows} - run.manifest.pools
+    return frozenset(known & answered if answered else known)
+
+
+def ordinary_tasks(scored: Iterable[tuple[str, str]]) -> set[str]:
+    """Of test sets, each with a metric: those where a refusal is one too many, or no mistake
+    is looked for.
+
+    A judge by rubric and a trained one look for mistakes in any answer, to clean tasks too.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for test_set, metric in scored:
+        found[test_set].add(metric)
+    return {name for name, of in found.items() if REFUSALS in of or MISTAKES not in of}
 
 
 def _numbers(rows: Iterable[Row]) -> dict[About, dict[Setting, Metric]]:
