@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,14 +80,19 @@ def serve(
     reply: Callable[[Call], tuple[int, Reply, dict[str, str]]] = echo,
     key: str | None = None,
     port: int = 0,
+    listing: Callable[[Mapping[str, str]], int] | None = None,
 ) -> Iterator[Served]:
+    """A server; `listing` gives the status of its list of models, by the headers."""
     state = Served(reply, key=key)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:  # /models
-            self._send(200 if self._known() else 401, {"object": "list", "data": []}, {})
+            status = 200 if self._known() else 401
+            if listing is not None:
+                status = listing(dict(self.headers))
+            self._send(status, {"object": "list", "data": []}, {})
 
         def do_POST(self) -> None:
             call = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

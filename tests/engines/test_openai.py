@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
@@ -154,7 +154,9 @@ def test_a_hopeless_request_is_a_record_and_the_others_go_on() -> None:
     assert asked.count("too long") == asked.count("withheld") == 1
 
 
-def said(message: dict[str, Any], finish: str = "stop", tokens: int | None = 3) -> bytes:
+def said(
+    message: dict[str, Any], finish: str | None = "stop", tokens: int | None = 3
+) -> bytes:
     choice = {"index": 0, "finish_reason": finish, "message": message}
     return json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
 
@@ -178,9 +180,43 @@ def test_an_answer_without_a_text_is_none(message: dict[str, Any], reason: str) 
     assert isinstance(cut, Fault) and "max_tokens" in cut.reason
 
 
-def test_an_error_in_place_of_an_end_is_tried_again() -> None:
-    found = read(said({"content": "Half an ans"}, "error"))
+@pytest.mark.parametrize("finish", ["error", "abort", "insufficient_system_resource"])
+def test_an_answer_that_broke_off_is_tried_again(finish: str) -> None:
+    found = read(said({"content": "Half an ans"}, finish))
     assert isinstance(found, Fault) and found.kind == "broken"
+    assert finish in found.reason
+
+
+def test_ends_are_known_by_the_names_that_servers_give_them() -> None:
+    for finish in ("length", "MAX_TOKENS", "model_length"):
+        assert read(said({"content": "Half"}, finish)) == Completion(
+            text="Half", tokens=3, truncated=True
+        )
+    for finish in ("STOP", "eos_token", "end_turn", None):
+        assert read(said({"content": "Whole."}, finish)) == Completion(text="Whole.", tokens=3)
+    for finish in ("content_filter: SAFETY", "SAFETY", "content_filter"):
+        found = read(said({"content": "Half"}, finish))
+        assert isinstance(found, Fault) and found.kind == "refused"
+
+
+def test_hidden_thoughts_that_leave_no_room_for_an_answer_are_none() -> None:
+    found = read(said({"content": "", "refusal": None}, "length"))
+    assert isinstance(found, Fault) and found.kind == "refused"
+    assert "none within max_tokens: ask for more" in found.reason
+
+
+def test_a_prompt_to_which_a_server_never_gives_a_choice_is_a_record() -> None:
+    blocked = {"choices": [], "promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}
+
+    def reply(call: Call) -> Given:
+        return (200, blocked, {}) if "1" in text_of(call) else echo(call)
+
+    with serve(reply) as served, engine(served) as opened:
+        found = opened.generate(asks(40))
+    lost = [place for place, completion in enumerate(found) if completion.error]
+    assert lost == [place for place in range(40) if "1" in str(place)]
+    assert all("found no choice" in str(found[place].error) for place in lost)
+    assert len(served.calls) == 40 + 2 * len(lost)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +277,25 @@ def test_a_setting_that_the_server_does_not_support_is_left_out_and_said_once(
     assert set(served.calls[-1]) == {"model", "messages", "max_completion_tokens"}
     told = capsys.readouterr().err
     assert [told.count(f"does not support {name};") for name in UNSUPPORTED] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "refused", "gone"),
+    [
+        ("`temperature` and `top_p` cannot both be specified.", {"temperature", "top_p"}, "top_p"),
+        ("`temperature` is deprecated for this model.", {"temperature"}, "temperature"),
+    ],
+)
+def test_of_two_settings_that_exclude_each_other_the_temperature_stays(
+    words: str, refused: set[str], gone: str
+) -> None:
+    def reply(call: Call) -> Given:
+        return (400, {"error": {"message": words}}, {}) if refused <= set(call) else echo(call)
+
+    with serve(reply) as served, engine(served) as opened:
+        assert texts(opened.generate(asks(3))) == [f"question {i}" for i in range(3)]
+    settings = {"max_tokens", "temperature", "top_p", "seed"} - {gone}
+    assert set(served.calls[-1]) == {"model", "messages", *settings}
 
 
 def test_a_value_that_is_wrong_is_not_left_out() -> None:
@@ -500,6 +555,22 @@ def test_an_address_where_nobody_listens_is_refused_before_a_run() -> None:
         check_endpoint(Endpoint("m", served.url))
     with pytest.raises(ModelError, match="Start it, or correct the address"):
         check_endpoint(Endpoint("m", served.url))
+
+
+def test_a_host_that_lists_no_models_to_this_key_may_still_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def listing(headers: Mapping[str, str]) -> int:
+        return 403 if headers["User-Agent"].startswith("Python") else 200
+
+    with serve(listing=listing) as served:
+        check_endpoint(Endpoint("m", served.url))
+    with serve(listing=lambda _: 403) as served:
+        endpoint = Endpoint("m", served.url)
+        with pytest.raises(ModelError, match=r"which is not set \(status 403\)"):
+            check_endpoint(endpoint)
+        monkeypatch.setenv(endpoint.variable, "a-key-that-may-chat-alone")
+        check_endpoint(endpoint)
 
 
 def test_an_endpoint_has_no_weights_to_load() -> None:

@@ -24,7 +24,7 @@ from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from misstep.engines.base import Completion, Engine, Request, in_order
 from misstep.engines.pace import Pace
@@ -51,7 +51,20 @@ SHOWN = 200
 SETTINGS = ("max_tokens", "temperature", "top_p", "seed")
 NEWER_LIMIT = "max_completion_tokens"
 """What OpenAI's own models call `max_tokens`, and some others."""
-UNSUPPORTED = re.compile("unsupported|not support|unrecognized|unknown|not permitted", re.I)
+UNSUPPORTED = re.compile(
+    "unsupported|not support|unrecognized|unknown|not permitted|deprecated|cannot both", re.I
+)
+WHOLE = frozenset(
+    (
+        *("stop", "eos", "eos_token", "end", "end_turn", "stop_sequence", "stop_token"),
+        *("completed", "done", "tool_calls", "function_call"),
+    )
+)
+"""Reasons to end of an answer that is whole, as servers call them."""
+CUT = frozenset(("length", "max_tokens", "model_length"))
+WITHHELD = re.compile("content_filter|safety|recitation|blocklist|prohibited_content|spii")
+SILENT_TRIES = 3
+"""So often a request is tried to which a server answers, but with no choice."""
 BESIDE = ("reasoning_content", "reasoning", "refusal", "tool_calls")
 """Where an answer may hold something else than its text."""
 PLAIN = "Hello."
@@ -75,8 +88,9 @@ class Fault(NamedTuple):
     """Why one try gave no answer."""
 
     reason: str
-    kind: Literal["busy", "broken", "refused", "hopeless"]
-    """`busy` and `broken` may pass; `refused` is about this request, `hopeless` about all."""
+    kind: Literal["busy", "broken", "silent", "refused", "hopeless"]
+    """`busy` and `broken` may pass, `silent` seldom does; `refused` is about this request,
+    `hopeless` about all."""
     wait: float | None = None
     """Seconds that the server asks for."""
 
@@ -157,7 +171,7 @@ class OpenAIEngine(Engine):
         while not isinstance(found := self._try(request), Completion):
             if found.kind == "hopeless":
                 raise EngineError(f"{self._named()}: {found.reason}")
-            if found.kind == "refused":
+            if found.kind == "refused" or (found.kind == "silent" and number == SILENT_TRIES):
                 with self._lock:
                     self._refused += 1
                 return failure(found.reason)
@@ -250,7 +264,9 @@ class OpenAIEngine(Engine):
         """Whether the server says of a setting that it does not support it, as it was sent."""
         said = self._clean(error.message)
         words = [error.param, *re.findall(r"\w+", said)]
-        name = next((word for word in words if word in SETTINGS and sent.get(word) == word), "")
+        named = [word for word in words if word in SETTINGS and sent.get(word) == word]
+        # Of two that an endpoint does not take together the temperature is the one that counts.
+        name = "top_p" if {"temperature", "top_p"} <= set(named) else next(iter(named), "")
         if error.status_code not in (400, 422) or not name or not UNSUPPORTED.search(said):
             return False
         with self._lock:
@@ -353,7 +369,7 @@ class _Usage(BaseModel):
 class _Answer(BaseModel):
     """What is read of an answer; servers add much of their own."""
 
-    choices: list[_Choice] = Field(min_length=1)
+    choices: list[_Choice] | None = None
     usage: _Usage | None = None
 
 
@@ -363,15 +379,21 @@ def read(content: bytes) -> Completion | Fault:
         answer = _Answer.model_validate_json(content)
     except ValidationError:
         return Fault(f"expected an answer in JSON, found {content[:80]!r}", "broken")
+    if not answer.choices:
+        # As some do where a prompt is blocked, or with an error in the place of an answer.
+        return Fault(f"expected an answer, found no choice: {content[:80]!r}", "silent")
     choice = answer.choices[0]
-    if choice.finish_reason == "content_filter":
+    reason = (choice.finish_reason or "stop").casefold()
+    if WITHHELD.match(reason):
         return Fault("withheld by the endpoint's content filter", "refused")
-    if choice.finish_reason == "error":
-        return Fault("expected an answer, found finish_reason error", "broken")
-    text, truncated = choice.message.text, choice.finish_reason == "length"
+    if reason not in WHOLE | CUT:
+        return Fault(f"expected a whole answer, found finish_reason {reason}", "broken")
+    text, truncated = choice.message.text, reason in CUT
+    if not text and truncated:
+        # What was hidden has taken up all of it.
+        return Fault("expected a text, found none within max_tokens: ask for more", "refused")
     if not text and (instead := choice.message.instead):
-        advice = ", cut off by max_tokens: ask for more" if truncated else ""
-        return Fault(f"expected a text, found {instead}{advice}", "refused")
+        return Fault(f"expected a text, found {instead}", "refused")
     tokens = answer.usage.completion_tokens if answer.usage else None
     return Completion(text=text, tokens=tokens or 0, truncated=truncated)
 

@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from misstep import __version__
 from misstep.errors import MissingExtra, ModelError
 from misstep.records import digest
 
@@ -112,13 +113,17 @@ def check_endpoint(endpoint: Endpoint) -> None:
     if find_spec("openai") is None:
         raise MissingExtra("openai", "openai")
     named = f"model {endpoint.model} at {endpoint.url}"
-    headers = {"Authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+    # Some hosts refuse Python's own name, whatever the key.
+    headers = {"User-Agent": f"misstep/{__version__}"}
+    if endpoint.key:
+        headers["Authorization"] = f"Bearer {endpoint.key}"
     asked = Request(f"{endpoint.url}/models", headers=headers)
     try:
         build_opener(_Stay).open(asked, timeout=SECONDS).close()
     except HTTPError as fault:
-        # Any other status is a sign of life: not every server lists its models.
-        if fault.code in (401, 403):
+        # Any other status is a sign of life: not every server lists its models, nor to all
+        # keys that may ask them.
+        if fault.code == 401 or (fault.code == 403 and endpoint.key is None):
             raise ModelError(f"{named}: {refused_key(endpoint, fault.code)}") from fault
     except (OSError, HTTPException) as fault:
         raise ModelError(
