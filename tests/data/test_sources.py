@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 import sys
@@ -805,6 +806,10 @@ def test_a_cell_may_be_long(tmp_path: Path) -> None:
         {"suite": "goal-hijacking", "split": "train", "revision": "v1"},
         {"path": "a.csv", "fields": {"label": "is_safe"}},
         {"path": "a.csv", "fields": {"label": "is_response_0_safe"}},
+        {"path": "a.csv", "fields": {"label": " Safe"}},
+        {"path": "a.csv", "fields": {"safe": "Unsafe"}},
+        {"path": "a.csv", "fields": {"safe": "is_bad"}},
+        {"path": "a.csv", "split": "test"},
         {"path": "a.csv", "colour": "red"},
     ],
 )
@@ -1034,6 +1039,37 @@ def test_a_cell_of_csv_holds_a_list_of_keys_as_json(tmp_path: Path) -> None:
     )
     found = {p.accept for p in prompts(path)}
     assert found == {("5", "five"), ("[5] apples",), ("red",)}
+
+
+def test_lists_are_read_as_pandas_and_parquet_write_them(tmp_path: Path) -> None:
+    cells = ["\"['5', 'five']\"", '"[5, 10]"', '"{5}x"']
+    table = "prompt,accept\n" + "".join(f"p{i},{c}\n" for i, c in enumerate(cells))
+    found = {p.accept for p in prompts(write(tmp_path, "a.csv", table))}
+    assert found == {("5", "five"), ("5", "10"), ("{5}x",)}
+    row = {"prompt": "p", "accept": [5.0, 2.5]}
+    assert prompts(write(tmp_path, "a.jsonl", json.dumps(row)))[0].accept == ("5", "2.5")
+
+
+@pytest.mark.parametrize("spell", [str, json.dumps])
+def test_turns_that_csv_holds_as_text_are_turns(
+    tmp_path: Path, spell: Callable[[object], str]
+) -> None:
+    asked, good, bad = turns("u:q"), turns("a:good"), turns('a:it\'s "bad"')
+    path = tmp_path / "pairs.csv"
+    with path.open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["prompt", "chosen", "rejected"])
+        out.writerow(map(spell, (asked, good, bad)))
+        # A list of something else is a text as any other.
+        out.writerow(["q2", "[1, 2]", "[{'a': 1}]"])
+    found = {m.prompt.text: m for m in mistakes(str(path))}
+    assert (found["q"].response, found["q"].prompt.reference) == ('it\'s "bad"', "good")
+    assert (found["q2"].response, found["q2"].prompt.reference) == ("[{'a': 1}]", "[1, 2]")
+    chats = tmp_path / "chats.csv"
+    with chats.open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [spell(turns("u:hi", "a:bad"))]])
+    (chat,) = mistakes(str(chats))
+    assert (chat.prompt.text, chat.response) == ("hi", "bad")
 
 
 def test_an_unknown_role_is_told_the_known_ones(tmp_path: Path) -> None:

@@ -154,9 +154,7 @@ def test_a_hopeless_request_is_a_record_and_the_others_go_on() -> None:
     assert asked.count("too long") == asked.count("withheld") == 1
 
 
-def said(
-    message: dict[str, Any], finish: str | None = "stop", tokens: int | None = 3
-) -> bytes:
+def said(message: dict[str, Any], finish: str | None = "stop", tokens: int | None = 3) -> bytes:
     choice = {"index": 0, "finish_reason": finish, "message": message}
     return json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}}).encode()
 
@@ -282,7 +280,11 @@ def test_a_setting_that_the_server_does_not_support_is_left_out_and_said_once(
 @pytest.mark.parametrize(
     ("words", "refused", "gone"),
     [
-        ("`temperature` and `top_p` cannot both be specified.", {"temperature", "top_p"}, "top_p"),
+        (
+            "`temperature` and `top_p` cannot both be specified.",
+            {"temperature", "top_p"},
+            "top_p",
+        ),
         ("`temperature` is deprecated for this model.", {"temperature"}, "temperature"),
     ],
 )

@@ -147,3 +147,10 @@ def test_annotated_answers_are_not_looked_at() -> None:
     assert with_answer(PROMPTS[0], known).reference == "own"
     assert with_answer(PROMPTS[1], known).reference is None
     assert with_answer(PROMPTS[1], known).messages == (Message(role="user", content="case 1"),)
+
+
+def test_at_temperature_0_each_prompt_is_asked_once() -> None:
+    engine = Drawn(GOOD)
+    found, tally = draw(engine, temperature=0)
+    assert len(engine.asked) == len(found) == len(PROMPTS)
+    assert not tally.refused

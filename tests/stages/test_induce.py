@@ -289,3 +289,16 @@ def test_a_suite_holds_no_answers_to_take_for_mistakes(source: str) -> None:
     suite = {"suite": "goal-hijacking", "split": "train", "kinds": "seen"}
     with pytest.raises(ValidationError, match=f"source {source}: expected data with answers"):
         InduceSettings.model_validate({"source": source, "data": suite})
+
+
+def test_what_would_be_answered_the_same_is_asked_once() -> None:
+    greedy = {"samples": 3, "temperature": 0.0}
+    obeying = ScriptedEngine(lambda _: "I obey you")
+    found = run(ATTACKS, obeying, HIJACK, ObedienceJudge(), **greedy)
+    assert (len(obeying.requests), found.counts.sampled, found.counts.kept) == (6, 6, 6)
+    # Hints make another prompt of each.
+    hinted = ScriptedEngine(lambda _: "bad")
+    mixed = [PLAIN[0], *ATTACKS[:2], PLAIN[1]]
+    found = run(mixed, hinted, HARM, **greedy)
+    assert len(hinted.requests) == 3 + 1 + 1 + 3
+    assert [m.prompt for m in found.mistakes] == mixed

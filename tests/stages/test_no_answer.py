@@ -12,7 +12,7 @@ from misstep.methods.registry import METHODS
 from misstep.policy import load_policy
 from misstep.records import Answer, Message, Mistake, Prompt, Response, Score
 from misstep.stages.analyse import AnalyseSettings, analyse
-from misstep.stages.base import Tally
+from misstep.stages.base import Tally, kind_of
 from misstep.stages.discriminate import DiscriminateSettings, discriminate
 from misstep.stages.evaluate import judge_answers
 from misstep.stages.induce import InduceSettings, induce
@@ -133,3 +133,25 @@ def _reads_materials(method: object) -> bool:
         return True
     assert rows == []
     return False
+
+
+def test_reasons_that_differ_by_a_number_are_counted_together() -> None:
+    assert kind_of("no answer: status 413: 1234 tokens, tried 8 times") == (
+        "no answer: status 413: N tokens, tried 8 times"
+    )
+
+    class Full(Failing):
+        def _answer(self, messages: Sequence[Message]) -> Completion:
+            told = f"the prompt ({1000 + len(messages[-1].content)} tokens) exceeds 256 tokens"
+            return Completion(text="", tokens=0, error=told)
+
+    tally = Tally()
+    several = [
+        m.model_copy(update={"response": "x" * n}) for n, m in enumerate(MISTAKES, start=1)
+    ]
+    found = list(analyse(several, POLICY, Full(), AnalyseSettings(n=1), 0, tally))
+    reason = "no answer: the prompt (N tokens) exceeds N tokens"
+    assert tally.refused == {reason: len(several)}
+    assert len({analysis.reasons for analysis in found}) == len(several), (
+        "records keep it whole"
+    )

@@ -1111,6 +1111,20 @@ def test_unusable_rows_are_counted(model: Model, tmp_path: Path) -> None:
     assert (report.rows, report.trained, report.dropped, report.truncated) == (8, 7, 1, 1)
 
 
+def test_no_row_is_longer_than_the_models_context(tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "short")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60}))
+    short = locate(str(folder))
+    given_rows = [*EXAMPLES[:6], example(2, completion="x" * 99)]
+    lenient = QUICK.model_copy(update={"max_dropped": 0.25})
+    report = train(short, given_rows, lenient, 0, tmp_path / "out")
+    assert (report.trained, report.truncated) == (7, 1)
+    with pytest.raises(TrainingError, match="within 60 tokens and 1 would lose the end"):
+        train(short, given_rows, QUICK, 0, tmp_path / "other")
+    assert len(show_mask(short, given_rows[-1:], 1)[0].segments[1].text) < 60
+
+
 @pytest.mark.parametrize(
     ("given_rows", "words"),
     [

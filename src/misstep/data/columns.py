@@ -4,11 +4,9 @@ The columns of common data sets are known, others are mapped by `fields`. A prom
 is text, or the turns of a conversation. Knows no file.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -111,11 +109,16 @@ class Reading(BaseModel):
                 f"unknown field '{name}'.{suggestion(name, [*COLUMNS])}" for name in unknown
             )
             raise ValueError(" ".join(told))
-        if (column := fields.get("label")) in SAFE:
-            raise ValueError(
-                f"label: expected a column that says whether an answer is bad; {column} says "
-                f"whether it is good. Map it as safe: {column}"
-            )
+        for field, names, other, says in (
+            ("label", SAFE, "safe", ("bad", "good")),
+            ("safe", HARM - SAFE, "label", ("good", "bad")),
+        ):
+            column = fields.get(field)
+            if column is not None and column.strip().casefold() in names:
+                raise ValueError(
+                    f"{field}: expected a column that says whether an answer is {says[0]}; "
+                    f"{column} says whether it is {says[1]}. Map it as {other}: {column}"
+                )
         return fields
 
     @field_validator("target_pattern")
@@ -237,6 +240,13 @@ def _turns(value: Any, field: str, where: str) -> Turns:
         ) from fault
 
 
+def _read_turns(value: Any) -> Any:
+    """The turns of which a cell is the text, as CSV has them; anything else as it is."""
+    found = nested(value)
+    turns = _is_list(found) and all(isinstance(turn, Mapping) for turn in found)
+    return found if turns and all({"role", "content"} <= set(turn) for turn in found) else value
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0
 
@@ -247,6 +257,7 @@ def _asked(reading: Reading, row: Row, where: str) -> Asked:
     field, value = "prompt", column_of(reading, row, "prompt")
     if chat:
         field, value = "messages", row["messages"]
+    value = _read_turns(value)
     if chat or _is_list(value):
         turns = _turns(value, field, where)
         if not any(turn.role == "user" for turn in turns):
@@ -279,7 +290,7 @@ def _answer(
     `before` is what the row asks, where that is known.
     """
     asked, own = before or _asked(reading, row, where)
-    value = column_of(reading, row, field)
+    value = _read_turns(column_of(reading, row, field))
     if value is None and field == "response" and field not in reading.fields:
         value = own
     turns: Turns = ()
@@ -363,7 +374,7 @@ def _prompt(
         messages=messages,
         reference=reference,
         target=_target(reading, row, messages),
-        accept=tuple(str(key) for key in _listed(column_of(reading, row, "accept"))),
+        accept=_keys(column_of(reading, row, "accept")),
         kind=", ".join(names_of(column_of(reading, row, "kind"))) or "plain",
         topic=", ".join(names_of(column_of(reading, row, "topic"))),
         unsafe=_unsafe(reading, row, where),
@@ -405,15 +416,17 @@ def _applies(said: Any) -> bool:
     return word_of(said) not in NO | MISSING
 
 
-def _listed(value: Any) -> Iterable[Any]:
+def _keys(value: Any) -> tuple[str, ...]:
+    """The keys of a cell, which may be one, a list, or in CSV the text of a list."""
     if value is None or value == "":
-        return []
-    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        # CSV has no lists but as their text.
-        with suppress(ValueError):
-            listed = json.loads(value)
-            return listed if all(isinstance(key, str) for key in listed) else [value]
-    return value if isinstance(value, (list, tuple)) else [value]
+        return ()
+    found = nested(value)
+    listed = found if isinstance(found, (list, tuple)) else [value]
+    # A column of whole numbers is one of fractions where a cell of it is empty.
+    return tuple(
+        str(int(key)) if isinstance(key, float) and key.is_integer() else str(key)
+        for key in listed
+    )
 
 
 def _target(reading: Reading, row: Row, messages: Turns) -> str | None:

@@ -123,6 +123,11 @@ class Source(Reading):
             )
         if (self.subset or self.revision) and (self.path is None or self.is_file):
             raise ValueError("subset and revision are of a Hugging Face data set")
+        if self.split and self.is_file:
+            raise ValueError(
+                "split is of a suite or of a Hugging Face data set; a file is one whole: take "
+                "parts of it by questions, such as [0.15, 1]"
+            )
         if self.suite is not None and self.split not in ("train", "dev", "test"):
             raise ValueError("a suite needs split: train, dev or test")
         if self.suite is not None and self.split != "test" and self.topics == "unseen":

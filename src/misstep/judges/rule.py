@@ -22,6 +22,11 @@ from misstep.records import Prompt, Response, Score, digest
 WORD = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\uac00-\ud7af]|[^\W_]+(?:['’][^\W_]+)*"
 )
+KEY_WORD = re.compile(
+    rf"(?:(?<![\w.])[-\u2212])?\d+(?:[.,]\d+)*[a-z]*|{WORD.pattern}", re.IGNORECASE
+)
+"""The same of texts in which keys are looked up: a number is one word, its sign and all."""
+THOUSANDS = re.compile(r"[-\u2212]?\d{1,3}(?:,\d{3})+(?!\d|,)")
 SENTENCE_END = re.compile(r"[.!?。！？\n]")
 COVERAGE = 0.8
 """The share of the target's words, in order and close together, that counts as saying it."""
@@ -212,7 +217,7 @@ class HelpfulnessJudge(Judge):
     scores 0.
     """
 
-    name = "rule:keys/1"
+    name = "rule:keys/2"
     metric = "helpfulness"
 
     def applies(self, prompt: Prompt) -> bool:
@@ -235,12 +240,23 @@ class HelpfulnessJudge(Judge):
 def _keys(prompt: Prompt) -> list[str]:
     """The keys that say something: made of words, and not in the prompt."""
     asked = _padded(prompt.text)
-    return [key for key in prompt.accept if words(key) and _padded(key) not in asked]
+    return [key for key in prompt.accept if _padded(key).strip() and _padded(key) not in asked]
 
 
 def _padded(text: str) -> str:
-    """The words of a text between spaces, so that whole words can be looked up in it."""
-    return f" {' '.join(w.text for w in words(text))} "
+    """The words of a text between spaces, so that whole words can be looked up in it.
+
+    Numbers are whole, so that 7 is none of 3.7 and 7,500, nor of -7; 1,000 is 1000.
+    """
+    # Letters first: an accent of its own would else end a word.
+    words = (_number(m.group()) for m in KEY_WORD.finditer(_fold(text)))
+    return f" {' '.join(words)} "
+
+
+def _number(word: str) -> str:
+    """A word; of a number with the one sign, and without commas between thousands."""
+    word = word.replace("\u2212", "-")
+    return word.replace(",", "") if THOUSANDS.match(word) else word
 
 
 class RefusalJudge(Judge):

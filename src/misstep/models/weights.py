@@ -251,6 +251,11 @@ def context_length(model: Model) -> int | None:
     return int(longest) if longest else None
 
 
+def within_context(model: Model, tokens: int) -> int:
+    """So many tokens, or as many as the model was made for where that is less."""
+    return min(tokens, context_length(model) or tokens)
+
+
 def configured_ends(model: Model) -> frozenset[int]:
     """The tokens on which the files of a model in a folder end an answer.
 

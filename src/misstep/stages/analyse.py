@@ -18,7 +18,7 @@ from misstep.data.shelf import Shelf
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import BLANK, Policy, found
 from misstep.records import Analysis, Mistake
-from misstep.stages.base import Settings, Tally, ask, derive_seed, no_answer
+from misstep.stages.base import Settings, Tally, ask, derive_seed, kind_of, no_answer
 
 RECOMMENDS = re.compile(
     r"\b(should(?! not|n't) (have )?"
@@ -77,7 +77,7 @@ def analyse(
             tally.given += not attempt
             tally.sampled += 1
             tally.kept += analysis.accepted
-            tally.refused.update(analysis.reasons)
+            tally.refused.update(map(kind_of, analysis.reasons))
             if not analysis.accepted:
                 refused.add(mistake)
             yield analysis

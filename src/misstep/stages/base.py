@@ -101,8 +101,10 @@ def score_all(judge: Judge, responses: Sequence[Response]) -> list[Score]:
 
 
 def kind_of(reason: str) -> str:
-    """Why there is no score, without the judge's own words: equal reasons count as one."""
-    return re.split(r""": ['"]""", reason, maxsplit=1)[0]
+    """Why something was not kept, without a judge's own words and without lengths of the
+    case's own: equal reasons count as one."""
+    said = re.split(r""": ['"]""", reason, maxsplit=1)[0]
+    return re.sub(r"(?<!status )\b\d{3,}", "N", said)
 
 
 def no_answer(error: str) -> str:

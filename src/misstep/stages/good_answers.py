@@ -17,7 +17,15 @@ from misstep.errors import NothingKept
 from misstep.judges.base import Judge
 from misstep.policy import Policy
 from misstep.records import Message, Prompt, Response, Score
-from misstep.stages.base import Settings, Tally, derive_seed, no_answer, portions, score_all
+from misstep.stages.base import (
+    Settings,
+    Tally,
+    derive_seed,
+    kind_of,
+    no_answer,
+    portions,
+    score_all,
+)
 
 
 class GoodAnswerSettings(Settings):
@@ -27,7 +35,7 @@ class GoodAnswerSettings(Settings):
     """`data`: the references of the data, where they have some. `self`: the model's own answers
     that the judge calls no mistake; references are then not looked at."""
     samples: Annotated[int, Field(ge=1)] = 4
-    """Answers drawn for each prompt."""
+    """Answers drawn for each prompt; at temperature 0 there is one."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """How freely they are sampled."""
     max_tokens: Annotated[int, Field(ge=1)] = 256
@@ -66,8 +74,10 @@ def good_answers(
     Raises:
         RunError: not one answer was kept; at the end.
     """
-    for some in portions(prompts, max(1, engine.at_once // settings.samples)):
-        drawn = [(prompt, sample) for prompt in some for sample in range(settings.samples)]
+    # Greedy decoding gives the same text every time.
+    samples = settings.samples if settings.temperature else 1
+    for some in portions(prompts, max(1, engine.at_once // samples)):
+        drawn = [(prompt, sample) for prompt in some for sample in range(samples)]
         requests = [_request(policy, p, sample, settings, seed) for p, sample in drawn]
         responses = [
             Response(
@@ -83,7 +93,7 @@ def good_answers(
         tally.given += len(some)
         tally.sampled += len(responses)
         scored = zip(responses, score_all(judge, responses), strict=True)
-        for of in portions(scored, settings.samples):
+        for of in portions(scored, samples):
             sound = [(r, score) for r, score in of if _sound(r, score, tally)]
             yield from _best(sound, refusals, settings.refusals, tally)
     if not tally.kept:
@@ -127,7 +137,7 @@ def _request(
 def _sound(response: Response, score: Score, tally: Tally) -> bool:
     """Whether it is a whole answer that the judge calls no mistake."""
     if response.error is not None:
-        why = no_answer(response.error)
+        why = kind_of(no_answer(response.error))
     elif not response.text:
         why = "empty"
     elif response.truncated:

@@ -8,6 +8,7 @@ by the judge. The hint is not part of the mistake that is kept. Knows no file an
 
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import nsmallest
+from itertools import islice
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -35,7 +36,7 @@ class InduceSettings(Settings):
     data: Source
     """Of `induced`: prompts. Of `origin` and `reported`: prompts with bad answers."""
     samples: Annotated[int, Field(ge=1)] = 2
-    """Answers drawn for each prompt (`induced`)."""
+    """Answers drawn for each prompt (`induced`); of an attack at temperature 0 there is one."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     """How freely they are sampled; 0 takes the likeliest answer."""
     max_tokens: Annotated[int, Field(ge=1)] = 128
@@ -81,7 +82,12 @@ def induce(
         # An equal prompt is asked with the same dice: it has no answer of its own to keep.
         new = [seen.add(prompt.id) for prompt in some]
         tally.given += len(some)
-        drawn = [(prompt, sample) for prompt in some for sample in range(settings.samples)]
+        draws = [_draws(policy, prompt, settings) for prompt in some]
+        drawn = [
+            (prompt, sample)
+            for prompt, count in zip(some, draws, strict=True)
+            for sample in range(count)
+        ]
         requests = [_request(policy, p, sample, settings, seed) for p, sample in drawn]
         answers = engine.generate(requests)
         responses = [
@@ -94,11 +100,10 @@ def induce(
             )
             for (prompt, _), answer in zip(drawn, answers, strict=True)
         ]
-        scores = iter(score_all(judge, responses))
-        by_prompt = portions(responses, settings.samples)
-        for first, of in zip(new, by_prompt, strict=True):
+        scored = zip(responses, score_all(judge, responses), strict=True)
+        for first, count in zip(new, draws, strict=True):
             most = settings.per_prompt if first else 0
-            yield from _kept([(r, next(scores)) for r in of], most, tally)
+            yield from _kept(list(islice(scored, count)), most, tally)
     if not tally.kept and all(why.startswith(UNSCORED) for why in tally.refused):
         raise NothingKept(
             f"the judge could score none of {tally.sampled} answers ({tally.reasons}). "
@@ -157,6 +162,12 @@ def some_mistakes(mistakes: Sequence[Mistake], limit: int, seed: int) -> Iterato
     )
     kept = nsmallest(limit, drawn)
     return (mistakes[place] for place in sorted(place for _, _, place in kept))
+
+
+def _draws(policy: Policy, prompt: Prompt, settings: InduceSettings) -> int:
+    """How often a prompt is asked: once, where it would be asked the same and answered so."""
+    hinted = policy.induction is not None and not prompt.target
+    return settings.samples if settings.temperature or hinted else 1
 
 
 def _request(

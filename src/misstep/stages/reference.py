@@ -12,7 +12,13 @@ from pathlib import Path
 
 from misstep.models.precision import device
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, adapter_digest, free, load_weights
+from misstep.models.weights import (
+    Model,
+    adapter_digest,
+    free,
+    load_weights,
+    within_context,
+)
 from misstep.policy import Policy
 from misstep.records import Answer, Example, Judgement, Score, digest, write_json
 from misstep.stages.base import Ask
@@ -35,7 +41,7 @@ def reference_losses(
     known: Path,
 ) -> list[Judgement]:
     """One model's loss on the reference of each prompt that it has answered."""
-    renderer = Renderer.for_model(model)
+    renderer, max_length = Renderer.for_model(model), within_context(model, max_length)
     rows = [_row(renderer, answer, policy, ask, write, max_length) for answer in answers]
     weights = [model.digest, adapter_digest(adapter) if adapter else "base"]
     names = {row: digest([*weights, row.ids, row.prompt_length]) for row in rows if row}

@@ -37,7 +37,7 @@ from misstep.stages.reward import (
     train_reward,
     used,
 )
-from misstep.stages.train import CARD, REPORT, clear_outputs, finished
+from misstep.stages.train import CARD, REPORT, clear_outputs, finished, fitting
 from misstep.stages.train_settings import TrainSettings
 from misstep.training.card import card_head
 from misstep.training.report import ReinforceReport, RewardReport, TrainReport
@@ -119,7 +119,7 @@ def reinforce(
     if report is None:
         require_trl()
         tell = notify or (lambda *_: None)
-        setup = Setup(model, Renderer.for_model(model), train, seed, tell)
+        setup = Setup(model, Renderer.for_model(model), fitting(train, model), seed, tell)
         report = _reinforce(Job(setup, settings, folder, datasets), feedback, inputs)
         free()
     return report

@@ -19,6 +19,7 @@ from misstep.stages.base import (
     ask,
     derive_seed,
     each_once,
+    kind_of,
     no_answer,
 )
 
@@ -91,7 +92,7 @@ def whole_counted(answers: Iterable[Answer], tally: Tally) -> Iterator[Answer]:
         tally.given += 1
         tally.sampled += 1
         if response.error is not None:
-            tally.refused[no_answer(response.error)] += 1
+            tally.refused[kind_of(no_answer(response.error))] += 1
         elif response.truncated:
             tally.refused[f"{CUT}, {answer.method}"] += 1
         else:

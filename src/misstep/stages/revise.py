@@ -12,7 +12,7 @@ from pydantic import Field
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, Revision
-from misstep.stages.base import Settings, Tally, derive_seed, no_answer, portions
+from misstep.stages.base import Settings, Tally, derive_seed, kind_of, no_answer, portions
 
 
 class ReviseSettings(Settings):
@@ -49,7 +49,7 @@ def revise(
         for mistake, critique, answer in zip(known, critiques, revisions, strict=True):
             text = answer.text.strip()
             if error := critique.error or answer.error:
-                tally.refused[no_answer(error)] += 1
+                tally.refused[kind_of(no_answer(error))] += 1
             elif answer.truncated or not text:
                 tally.refused["broken off at the token limit" if text else "empty"] += 1
             else:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from misstep import __version__
 from misstep.errors import TrainingError
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, free
+from misstep.models.weights import Model, free, within_context
 from misstep.records import Example, Pair, Record, digest, write_text
 from misstep.stages.base import Notify
 from misstep.stages.fit import CHECKPOINTS, Job, fit
@@ -123,6 +123,15 @@ def finished(folder: Path, inputs: str) -> TrainReport | None:
     return report if report.inputs == inputs else None
 
 
+def fitting(settings: TrainSettings, model: Model) -> TrainSettings:
+    """The settings with rows no longer than the model's context.
+
+    Beyond it there are no positions, or none that it was made for, and no engine serves it.
+    """
+    longest = within_context(model, settings.max_length)
+    return settings.model_copy(update={"max_length": longest})
+
+
 def usable_rows(
     renderer: Renderer, given: TrainingRows, settings: TrainSettings
 ) -> Rows[Row] | Rows[PairRow]:
@@ -152,8 +161,8 @@ def _refuse_many(given: int, dropped: int, truncated: int, settings: TrainSettin
             f"training: of {given} rows {dropped} have nothing to learn within "
             f"{settings.max_length} tokens and {truncated} would lose the end of their "
             f"completion; expected at most {settings.max_dropped:.0%} of them, and one row at "
-            "least to train on. Raise train.max_length, shorten the rows, or raise "
-            "train.max_dropped."
+            "least to train on. Raise train.max_length as far as the model's context goes, "
+            "shorten the rows, or raise train.max_dropped."
         )
 
 
@@ -173,8 +182,9 @@ class Order(Record):
         """The training, checked and ready to begin."""
         model = Model(self.model, self.path)
         renderer = Renderer.for_model(model)
-        rows = usable_rows(renderer, self.rows, self.settings)
-        given = (self.settings, self.seed, self.folder, self.inputs, self.datasets)
+        settings = fitting(self.settings, model)
+        rows = usable_rows(renderer, self.rows, settings)
+        given = (settings, self.seed, self.folder, self.inputs, self.datasets)
         return Job(model, renderer, rows, *given)
 
 

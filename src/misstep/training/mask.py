@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model
+from misstep.models.weights import Model, within_context
 from misstep.records import Example
 from misstep.training.rows import render_rows
 
@@ -35,7 +35,7 @@ def show_mask(
     model: Model, examples: Sequence[Example], count: int, max_length: int = 1024
 ) -> list[MaskedRow]:
     """The first rows of every kind, kinds taking turns, at most `count` in all."""
-    renderer = Renderer.for_model(model)
+    renderer, max_length = Renderer.for_model(model), within_context(model, max_length)
     shown = []
     for example in _turns(examples)[:count]:
         for row in render_rows(renderer, [example], max_length).kept:
