@@ -309,6 +309,7 @@ def judges() -> Iterator[Aim]:
     for name, what in (
         ("harm-decoys-epyc", "the same command on an AMD EPYC"),
         ("harm-one-epoch", "the same with a schedule of one epoch, on a Xeon without AMX"),
+        ("harm-one-epoch-epyc", "the same with a schedule of one epoch, on an AMD EPYC"),
         ("harm-decoys-xeon", "the same command on a Xeon with AMX"),
         ("harm-1.5b", "the same of a model of 1.5B, of which the upper layers learn"),
     ):
