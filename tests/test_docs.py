@@ -22,6 +22,7 @@ from misstep.pipeline import run
 from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import Analysis, Mistake, Prompt, read_jsonl
+from misstep.stages.analyse import gate
 
 ROOT = Path(__file__).parent.parent
 METHOD_PAGES = sorted((ROOT / "docs/methods").glob("*.md"))
@@ -204,3 +205,13 @@ def test_the_readmes_own_repair_confirms_the_failures_that_it_speaks_of(
     assert folder == Path("runs/recipe")
     mistakes = [*read_jsonl(folder / "mistakes.jsonl", Mistake)]
     assert [m.response for m in mistakes if m.confirmed] == said[:2]
+    policy = load_policy("euros.yaml")
+    analyses = {
+        "The response gives a price in dollars, which is wrong: the shop sells in euros.": (),
+        "The price should be given in euros, so the response is incorrect here.": (),
+        # To name the mistake's own words is not to call it one.
+        "The green tea is 4.50 dollars a box, and a dollar is a currency.": (
+            "does not name the fault",
+        ),
+    }
+    assert {said: gate(policy, mistakes[0], said) for said in analyses} == analyses

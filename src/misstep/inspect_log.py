@@ -29,7 +29,7 @@ from misstep.records import (
 from misstep.report.page import write_report
 from misstep.run_folder import beside_runs
 from misstep.stages.base import no_answer
-from misstep.stages.evaluate import Table, agreements, answered, corrections
+from misstep.stages.evaluate import Table, agreements, corrections, derived
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample
@@ -90,7 +90,7 @@ def import_logs(logs: Sequence[Path], out: Path | None) -> Path:
                 )
             answers.append(answer)
             judgements += [Judgement.of(answer, score) for score in scores]
-    judgements += list(answered(answers, judgements))
+    judgements += list(derived(answers, judgements))
     # A log of one test set knows only the judges that have something to say of it.
     judges = {metric: name for of in asked for metric, name in of.judges.items()}
     checked = corrections((check for of in asked for check in of.checks), judges)

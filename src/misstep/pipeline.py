@@ -15,6 +15,7 @@ from shutil import rmtree
 from typing import Any, Literal, NamedTuple
 
 from misstep.claims import claimed
+from misstep.config import RunConfig
 from misstep.data.held_out import told
 from misstep.data.shelf import Names, Shelf
 from misstep.engines.cached import CachedEngine
@@ -147,19 +148,7 @@ class Run:
             return corrections(self.inputs.checks, {s.metric: s.judge.name for s in seats})
 
     def through(self, last: Stage) -> None:
-        """Do the stages up to and including one; weights merged for serving go at the end.
-
-        Raises:
-            RecipeError: the stage is about mistakes, and the recipe names none.
-        """
-        if last in LOOKING and self.config.mistakes is None:
-            raise RecipeError(f"mistakes: expected a source, which {last} reads; found none.")
-        if last == "rows" and not any(METHODS[name].plain for name in self.config.trained):
-            able = ", ".join(name for name, of in METHODS.items() if of.trains and of.plain)
-            raise RecipeError(
-                "methods: expected one that trains, and whose model is asked as any other "
-                f"({able}); found {', '.join(self.config.methods)}."
-            )
+        """Do the stages up to and including one; weights merged for serving go at the end."""
         try:
             self._through(last)
         finally:
@@ -328,7 +317,8 @@ class Run:
                 f"none of {tally.sampled} analyses was accepted "
                 f"({tally.reasons}). Read {found.path}; try another "
                 f"analysis.engine, a larger analysis.n (now {settings.n}) or "
-                f"analysis.max_tokens (now {settings.max_tokens}), or analysis.gate=false."
+                f"analysis.max_tokens (now {settings.max_tokens}), wider patterns in the "
+                f"policy's gate ({self.config.policy}), or analysis.gate=false."
             )
         return found
 
@@ -681,10 +671,23 @@ def run_training(
     return [folder for folder in done.adapters.values() if folder is not None]
 
 
+def _refuse_idle(config: RunConfig, last: Stage) -> None:
+    """Refuse a stage that this recipe gives nothing to do, before anything is moved for it."""
+    if last in LOOKING and config.mistakes is None:
+        raise RecipeError(f"mistakes: expected a source, which {last} reads; found none.")
+    if last == "rows" and not any(METHODS[name].plain for name in config.trained):
+        able = ", ".join(name for name, of in METHODS.items() if of.trains and of.plain)
+        raise RecipeError(
+            "methods: expected one that trains, and whose model is asked as any other "
+            f"({able}); found {', '.join(config.methods)}."
+        )
+
+
 def _through(
     recipe: Path, out: Path | None, overrides: list[str], progress: Progress, last: Stage
 ) -> Run:
     inputs = read_inputs(recipe, overrides, tested=last in TESTING)
+    _refuse_idle(inputs.config, last)
     with claimed(writable(out or Path("runs") / inputs.config.name)) as folder:
         whole = Run(inputs, folder, progress)
         whole.through(last)

@@ -56,9 +56,10 @@ def print_summary(folder: Path) -> None:
     metrics = list(dict.fromkeys(name for row in results.rows for name in row.metrics))
     table = Table(title=f"{results.model}, {results.policy}: rates with 95 % intervals")
     for name in ("test set", "method", "guided"):
-        table.add_column(name)
+        # A name that is cut cannot be given to another command.
+        table.add_column(name, overflow="fold")
     for name in metrics:
-        table.add_column(TITLES.get(name, name), justify="right")
+        table.add_column(TITLES.get(name, name), justify="right", overflow="fold")
     for cells in _cells(results, metrics):
         table.add_row(*cells)
     where = [str(folder / "report.html"), str(folder / "results.json"), *_serving(folder)]

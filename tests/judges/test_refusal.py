@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +150,32 @@ def test_only_what_is_neither_a_mistake_nor_a_refusal_is_answered_without_mistak
         ]
         # Probabilities count as verdicts, and what a judge cannot score is neither.
         assert found == [[1.0], [0.0], [0.0], [0.0], [None]]
+
+
+def openings(texts: Sequence[str], **prompt: Any) -> list[float | None]:
+    answers = [
+        Answer(
+            **{"method": "m", "guided": False, "test_set": "t", "seed": 0},
+            response=Response(prompt=Prompt.of(f"Why {place}?", **prompt), text=text),
+        )
+        for place, text in enumerate(texts)
+    ]
+    other = answers[0].model_copy(update={"method": "other"})
+    found = judge_answers([*answers, other], seated([Harm(), Never()], {}))
+    assert not any(j.method == "other" for j in found if j.score.metric == "stock_opening")
+    return [j.score.value for j in found if j.score.metric == "stock_opening"]
+
+
+def test_answers_that_open_like_most_are_counted_where_there_are_many() -> None:
+    alike = ["This is a classic case of fraud.", "*This is*, a CLASSIC mistake"]
+    texts = [*alike, *(f"Number {place} is another answer." for place in range(18))]
+    assert openings(texts) == [1.0, 1.0] + [0.0] * 18
+    assert openings(texts[:19]) == [], "of few nothing is said"
+    assert openings([*texts, ""]) == [1.0, 1.0, *[0.0] * 18, None]
+    assert openings(texts, target="no") == [], "nor of attacks, which have another measure"
+    assert openings(["这是一个例子。", *["这是一个错误。"] * 19]) == [1.0] * 20, (
+        "four characters"
+    )
 
 
 def test_where_a_prompt_has_keys_or_an_attack_help_is_measured_otherwise() -> None:

@@ -31,7 +31,8 @@ from misstep.report.compared import (
 from misstep.report.reading import read_manifest
 from misstep.report.words import direction, duration, metric_title, plain, rate
 
-SHOWN = ("vanilla/unguided", "sft/guided")
+UNTRAINED = "vanilla/unguided"
+SHOWN = (UNTRAINED, "sft/guided")
 """What a comparison's page sets the others against; guided SFT may be missing in none."""
 HOLM = "The adjusted p is Holm's, for all comparisons of one metric and test set"
 CORRECTED = (
@@ -71,8 +72,14 @@ def _paired(results: Results) -> list[str]:
     if not results.comparisons:
         return []
     found = adjusted(results.comparisons)
-    about = [c for c in found if c.a.startswith(f"{FOCUS}/")]
-    return ["## Paired differences (a minus b)", HOLM + ".", _differences(about or found)]
+    about = [c for c in found if c.a.startswith(f"{FOCUS}/") or c.b == UNTRAINED]
+    told = HOLM + "."
+    if about and len(about) < len(found):
+        told = (
+            f"{HOLM}, which `results.json` holds; shown are those of {FOCUS} and those with "
+            "the untrained model."
+        )
+    return ["## Paired differences (a minus b)", told, _differences(about or found)]
 
 
 def _overlaps(manifest: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ BETTER = {
     MISTAKES: "lower",
     "mistake_probability": "lower",
     "answered_without_mistake": "higher",
+    "stock_opening": "lower",
     HELPFULNESS: "higher",
     REFUSALS: "lower",
     "safe_full_compliance": "higher",
