@@ -8,7 +8,8 @@ import pytest
 from misstep.evidence.check_results import Check, JudgedCase, measure_data, write_check
 from misstep.evidence.results import Metric, Pooled, Results, Row, write_results
 from misstep.records import Judgement, Prompt, Response, Score, write_jsonl
-from misstep.summary import print_check, print_comparison, print_summary
+from misstep.report.words import BETTER
+from misstep.summary import MOST, print_check, print_comparison, print_summary
 
 NOTHING = Metric(value=None, low=None, high=None, n=0, unscored=6)
 SOME = Metric(value=0.5, low=0.2, high=0.8, n=4, unscored=2)
@@ -101,8 +102,28 @@ def test_the_terminal_tells_variants_apart(
     write_results(tmp_path / "results.json", results)
     print_comparison(tmp_path)
     columns = [
-        line.split("│")[2] for line in capsys.readouterr().out.splitlines() if "│" in line
+        line.split("│")[1] for line in capsys.readouterr().out.splitlines() if "│" in line
     ]
     names = "".join(column.strip() for column in columns)
     for variant, guided in settings:
         assert f"mistake_analysis[{variant}]/{'guided' if guided else 'unguided'}" in names
+
+
+def test_many_metrics_leave_every_name_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = dict.fromkeys((*BETTER, "mistake_rate@guard"), SOME)
+    rows = tuple(
+        Row(method="mistake_analysis", guided=True, seed=0, test_set=name, metrics=of)
+        for name, of in (("red-team", metrics), ("clean", {"over_refusal": SOME}))
+    )
+    write_results(tmp_path / "results.json", Results(policy="p", model="m", rows=rows))
+    print_summary(tmp_path)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 110
+    assert "mistake_analysis" in out
+    clean, attacked = out.split("red-team")
+    assert "refuses" in clean and "mistakes" not in clean
+    told = attacked.replace("\n", " ").partition("In the report: ")[2]
+    assert all(name in told for name in list(BETTER)[MOST:])
+    assert list(BETTER)[MOST - 2] not in told

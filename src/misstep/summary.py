@@ -10,8 +10,9 @@ from misstep.evidence.judge_card import CARD, read_card
 from misstep.evidence.ratings import Ratings
 from misstep.evidence.results import Metric, Results, read_results
 from misstep.evidence.study_results import Study, Task, read_study
-from misstep.records import Judgement, read_jsonl
+from misstep.records import Judgement, base_metric, read_jsonl
 from misstep.report.check_words import shown
+from misstep.report.words import BETTER
 from misstep.stages.base import kind_of
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ TITLES = {"mistake_rate": "mistakes", "helpfulness": "helpful", "over_refusal": 
 
 WIDTH = 110
 """Columns of a table that goes into a file."""
+MOST = 5
+"""Metrics that a table has room for."""
 
 STUDIED: tuple[tuple[str, Task, str], ...] = (
     ("answers that are right", "answering", "accuracy"),
@@ -32,38 +35,61 @@ STUDIED: tuple[tuple[str, Task, str], ...] = (
 
 def print_comparison(folder: Path) -> None:
     """Print the pooled rates of a comparison and where its report lies."""
-    from rich.table import Table
-
     results = read_results(folder / "results.json")
-    metrics = list(dict.fromkeys(p.metric for p in results.pooled))
-    table = Table(title=f"{results.model}, {results.policy}: rates with 95 % intervals")
-    for name in ("test set", "setting", *(TITLES.get(m, m) for m in metrics)):
-        # A name that is cut no longer says which setting it is.
-        table.add_column(name, overflow="fold")
-    found: dict[tuple[str, str], dict[str, Metric]] = {}
-    for p in sorted(results.pooled, key=lambda p: p.test_set):
-        found.setdefault((p.test_set, p.setting.name), {})[p.metric] = p
-    for key, of in found.items():
-        table.add_row(*key, *(_text(of.get(m)) for m in metrics))
-    _show(table, f"{folder / 'report.html'}\n{folder / 'results.json'}")
+    found: Rates = {}
+    for p in results.pooled:
+        of = found.setdefault(p.test_set, {}).setdefault((p.setting.name,), {})
+        of[p.metric] = p
+    _show_rates(results, ("setting",), found)
+    _print(f"{folder / 'report.html'}\n{folder / 'results.json'}")
 
 
 def print_summary(folder: Path) -> None:
     """Print the table of results and where the report lies."""
-    from rich.table import Table
-
     results = read_results(folder / "results.json")
     metrics = list(dict.fromkeys(name for row in results.rows for name in row.metrics))
-    table = Table(title=f"{results.model}, {results.policy}: rates with 95 % intervals")
-    for name in ("test set", "method", "guided"):
-        # A name that is cut cannot be given to another command.
-        table.add_column(name, overflow="fold")
-    for name in metrics:
-        table.add_column(TITLES.get(name, name), justify="right", overflow="fold")
-    for cells in _cells(results, metrics):
-        table.add_row(*cells)
+    found: Rates = {}
+    for row in results.rows:
+        setting = (row.method, "yes" if row.guided else "no")
+        found.setdefault(row.test_set, {})[setting] = row.metrics
+    _show_rates(results, ("method", "guided"), found)
     where = [str(folder / "report.html"), str(folder / "results.json"), *_serving(folder)]
-    _show(table, "\n".join([*_without_scores(results, metrics, folder), *where]))
+    _print("\n".join([*_without_scores(results, metrics, folder), *where]))
+
+
+Rates = dict[str, dict[tuple[str, ...], dict[str, Metric]]]
+"""Test set, setting and metric of what was measured."""
+
+
+def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None:
+    """Print a table a test set, of those metrics that it has, the first ones of them."""
+    from rich.table import Table
+
+    _print(f"{results.model}, {results.policy}: rates with 95 % intervals")
+    for test_set in sorted(found):
+        metrics = _in_order(name for of in found[test_set].values() for name in of)
+        table = Table(title=test_set, title_justify="left")
+        for name in settings:
+            # A name that is cut cannot be given to another command.
+            table.add_column(name, overflow="fold")
+        for name in metrics[:MOST]:
+            table.add_column(TITLES.get(name, name.replace("_", " ")), justify="right")
+        for setting, of in found[test_set].items():
+            table.add_row(*setting, *(_text(of.get(name)) for name in metrics[:MOST]))
+        _print(table)
+        if further := metrics[MOST:]:
+            _print(f"In the report: {', '.join(further)}.")
+
+
+def _in_order(metrics: Iterable[str]) -> list[str]:
+    """Each metric once, the known ones first."""
+    known = list(BETTER)
+
+    def place(metric: str) -> int:
+        base = base_metric(metric)
+        return known.index(base) if base in known else len(known)
+
+    return sorted(dict.fromkeys(metrics), key=place)
 
 
 def _serving(folder: Path) -> Iterator[str]:
@@ -184,26 +210,18 @@ def _study_cells(study: Study) -> Iterator[list[str]]:
 
 
 def _show(table: "Table", where: str) -> None:
-    """Print a table, as wide as the terminal if there is one, and where the files lie."""
+    """Print a table and where the files lie."""
+    _print(table)
+    _print(where)
+
+
+def _print(shown: "Table | str") -> None:
+    """Print as wide as the terminal is, if there is one."""
     from rich.console import Console
 
     # Brackets are part of a name, as of a variant's, and no markup of rich's.
     console = Console(width=None if Console().is_terminal else WIDTH, markup=False)
-    console.print(table)
-    console.print(where)
-
-
-def _cells(results: Results, metrics: Sequence[str]) -> list[list[str]]:
-    rows = sorted(results.rows, key=lambda row: row.test_set)
-    return [
-        [
-            row.test_set,
-            row.method,
-            "yes" if row.guided else "no",
-            *(_text(row.metrics.get(name)) for name in metrics),
-        ]
-        for row in rows
-    ]
+    console.print(shown, highlight=False)
 
 
 def _text(metric: Metric | None) -> str:

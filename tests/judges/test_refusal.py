@@ -155,7 +155,10 @@ def test_only_what_is_neither_a_mistake_nor_a_refusal_is_answered_without_mistak
 def openings(texts: Sequence[str], **prompt: Any) -> list[float | None]:
     answers = [
         Answer(
-            **{"method": "m", "guided": False, "test_set": "t", "seed": 0},
+            method="m",
+            guided=False,
+            test_set="t",
+            seed=0,
             response=Response(prompt=Prompt.of(f"Why {place}?", **prompt), text=text),
         )
         for place, text in enumerate(texts)
