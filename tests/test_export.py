@@ -187,12 +187,16 @@ def swept(folder: Path, model: str, **trained: dict[str, Any]) -> Path:
     for name in ("dpo-a", "dpo-b"):
         (run / "adapters" / name / "train.json").write_text(json.dumps({"inputs": name[-1]}))
     for policy, training in trained.items():
-        name = policy.replace("_", "-")
+        name = policy.replace("_", "-") if len(policy) > 1 else POLICY
         cell = {"name": name, "digest": load_policy(name).digest}
         made = manifest | {"policy": cell, "recipe": manifest["recipe"] | {"policy": name}}
         (run / "cells" / policy).mkdir(parents=True)
         (run / "cells" / policy / "manifest.json").write_text(json.dumps(made))
-        manifest.setdefault("cells", {})[policy] = {"training": training}
+        manifest.setdefault("cells", {})[policy] = {
+            "training": training,
+            "variant": f"mix={policy}",
+            "seed": 3,
+        }
     (run / "manifest.json").write_text(json.dumps(manifest))
     return run
 
@@ -214,6 +218,16 @@ def test_of_several_policies_an_adapter_has_the_guide_of_its_own(
         find(both, "dpo-a", True)
     with pytest.raises(InputError, match=r"dpo-b: expected an adapter that .* former recipe"):
         find(both, "dpo-b", False)
+
+
+def test_adapters_of_a_comparison_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
+    trained = {name: {"dpo": {"inputs": name[-1]}} for name in ("a", "b")}
+    run = swept(tmp_path / "run", str(tiny_model), **trained)
+    with pytest.raises(InputError, match=r"found dpo-a \(mix=a, seed 3\), dpo-b \(mix=b, "):
+        find(run, "dpo", False)
+    empty = finished(tmp_path / "empty", str(tiny_model), ())
+    with pytest.raises(InputError, match=r"found nothing\. Run the recipe .*, with dpo"):
+        find(empty, "dpo", False)
 
 
 def test_an_adapter_of_a_former_recipe_is_not_taken_for_this_ones(

@@ -512,3 +512,20 @@ def test_a_rubric_is_put_to_the_model_and_its_silence_is_unscored(
     assert check.data[0].whole.metrics == {}
     assert "nothing scored" in (folder / "check.html").read_text()
     assert check_markdown(folder)
+
+
+def test_a_check_of_another_judge_is_kept(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "response": "Sorry, no.", "label": i % 2} for i in range(4)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    given = (tmp_path / "check", None, ["label=label"], Silent())
+    for _ in range(2):
+        folder = check_judge("refusal", [str(data)], *given)
+    assert not (folder / "former").exists(), "the same again"
+    rows[0]["label"] = 1
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    check_judge("refusal", [str(data)], *given)
+    kept = folder / "former" / "1"
+    names = {"check.json", "check.html", "judged.jsonl"}
+    assert {path.name for path in kept.iterdir()} == names
+    assert read_check(kept / "check.json") != read_check(folder / "check.json")

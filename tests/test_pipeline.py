@@ -699,7 +699,7 @@ def test_a_judge_of_pairs_needs_answers_to_set_others_against(
 
 def test_ordinary_data_without_good_answers_are_called_so(recipe: Path, tmp_path: Path) -> None:
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": q} for q in QUESTIONS])
-    with pytest.raises(RecipeError, match=r"ordinary: expected prompts with reference answers"):
+    with pytest.raises(RecipeError, match=r"ordinary: .*asked\.jsonl: .*in columns prompt"):
         read_inputs(recipe, [f"ordinary.path={asked}"])
 
 
@@ -949,6 +949,18 @@ def test_rows_that_nobody_could_train_on_are_refused(
     with pytest.raises(RecipeError, match=said):
         run(recipe, tmp_path / "run", [f"methods={methods}"], Silent(), "rows")
     assert not (tmp_path / "run/mistakes.jsonl").exists(), "before any work"
+
+
+def test_what_a_command_cannot_do_is_refused_before_results_are_set_aside(
+    recipe: Path, tmp_path: Path
+) -> None:
+    folder = run(recipe, tmp_path / "run", ["methods=[vanilla]"], Silent())
+    before = {path.name for path in folder.iterdir()}
+    for methods in ("methods=[vanilla, guided]", "methods=[vanilla, coh]"):
+        with pytest.raises(RecipeError, match="methods: expected one that trains"):
+            run(recipe, folder, [methods], Silent(), "rows")
+    assert {path.name for path in folder.iterdir()} == before
+    assert (folder / "results.json").exists()
 
 
 def numbers(folder: Path, method: str) -> dict[tuple[bool, str], Any]:

@@ -1,5 +1,6 @@
 """What the terminal shows of results."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,40 @@ def test_many_metrics_leave_every_name_whole(
     told = attacked.replace("\n", " ").partition("In the report: ")[2]
     assert all(name in told for name in list(BETTER)[MOST:])
     assert list(BETTER)[MOST - 2] not in told
+
+
+def test_a_judge_that_scored_nothing_is_said_to_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = Response(prompt=Prompt.of("Q"), text="A")
+    cases = [
+        JudgedCase(
+            data="d",
+            where="row",
+            response=answer,
+            label=bool(place % 2),
+            value=None,
+            reason="the judge gave no verdict: 'hm'",
+        )
+        for place in range(4)
+    ]
+    write_jsonl(tmp_path / "judged.jsonl", cases)
+    found = measure_data("d", "0", False, {}, cases)
+    check = Check(judge="j", title="t", metric="mistake_rate", data=(found,), pooled=None)
+    write_check(tmp_path / "check.json", check)
+    print_check(tmp_path)
+    out = capsys.readouterr().out.replace("\n", " ")
+    assert "d: no answer has a score; 4 of 4: the judge gave no verdict." in out
+    assert "(--model)" in out
+
+
+def test_what_was_not_trained_is_not_offered_to_be_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = Row(method="vanilla", guided=False, seed=0, test_set="t", metrics={"m": SOME})
+    write_results(tmp_path / "results.json", Results(policy="p", model="m", rows=(row,)))
+    (tmp_path / "adapter").mkdir()
+    for training, offered in (({}, False), ({"sft": {"inputs": "0"}}, True)):
+        (tmp_path / "manifest.json").write_text(json.dumps({"training": training}))
+        print_summary(tmp_path)
+        assert ("To serve it" in capsys.readouterr().out) == offered

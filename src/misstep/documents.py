@@ -60,7 +60,10 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except OSError as fault:
-        raise error(f"{path}: cannot be read ({fault.strerror}). Check the path.") from fault
+        where = "" if path.is_absolute() else f", which is read from {Path.cwd()}"
+        raise error(
+            f"{path}: cannot be read ({fault.strerror}). Check the path{where}."
+        ) from fault
     except UnicodeDecodeError as fault:
         raise error(
             f"{path}: expected UTF-8 text ({fault.reason}). Save it as UTF-8."

@@ -8,7 +8,7 @@ adapter where the recipe itself names an adapter.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -147,8 +147,8 @@ def _maker(
         }
     if not trained:
         raise DataError(
-            f"{adapter}: expected an adapter that {run} has trained, found one of a former "
-            "recipe. Run the recipe to its end."
+            f"{adapter}: expected an adapter that the recipe of {run} has trained, found one "
+            "of a former recipe. Run that one again, or this one to its end."
         )
     found = [read_manifest(folder) for folder in trained]
     for what in ("model", "policy")[: 1 + asks]:
@@ -275,11 +275,24 @@ def _adapter(run: Path, name: str) -> Path:
         if place.is_dir():
             return place
     there = [FOCUS] if (run / "adapter").is_dir() else []
-    there += sorted(folder.name for folder in (run / "adapters").glob("*"))
+    there += _with_cells(run, sorted(folder.name for folder in (run / "adapters").glob("*")))
+    otherwise = "Give one of these as --method, or run" if there else "Run"
     raise DataError(
-        f"{run}: expected what {name} has trained, found {', '.join(there) or 'nothing'}. Give "
-        "one of these as --method, or run the recipe to its end."
+        f"{run}: expected what {name} has trained, found {', '.join(there) or 'nothing'}. "
+        f"{otherwise} the recipe to its end, with {name} among its methods."
     )
+
+
+def _with_cells(run: Path, adapters: Sequence[str]) -> list[str]:
+    """Names of adapters; of a comparison's, whose names say little, with seed and variant."""
+    known: dict[str, list[str]] = {}
+    for cell in read_manifest(run).get("cells", {}).values():
+        of = ", ".join(filter(None, (cell["variant"], f"seed {cell['seed']}")))
+        for method, trained in cell["training"].items():
+            known.setdefault(f"{method}-{trained['inputs']}", []).append(of)
+    return [
+        f"{name} ({'; '.join(known[name])})" if name in known else name for name in adapters
+    ]
 
 
 def _refuse_changed(run: Path, what: str, found: str, manifest: dict[str, Any]) -> None:

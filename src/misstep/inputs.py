@@ -14,7 +14,7 @@ from misstep.config import RunConfig, load_recipe
 from misstep.data.held_out import Overlaps, overlaps
 from misstep.data.labelled import MISTAKES
 from misstep.data.preferred import load_preferred
-from misstep.data.sources import check_source, load_mistakes, load_prompts
+from misstep.data.sources import Source, check_source, load_mistakes, load_prompts, rows
 from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, NoPrompts, RecipeError
@@ -279,7 +279,9 @@ def read_judge_check(path: str) -> Check:
     Raises:
         DataError: it is none.
     """
-    check = read_check(Path(path).expanduser())
+    place = Path(path).expanduser()
+    with under("evaluate.judge_check"):
+        check = read_check(place / "check.json" if place.is_dir() else place)
     try:
         correction(check)
     except DataError as error:
@@ -412,9 +414,16 @@ def _ordinary(config: RunConfig) -> list[Prompt]:
             return list(load_prompts(source, config.seed))
     except NoPrompts as fault:
         raise RecipeError(
-            "ordinary: expected prompts with reference answers, found none. Map the column "
-            "with fields: {reference: COLUMN}."
+            f"ordinary: {source.path or source.suite}: expected prompts with reference "
+            f"answers, found none{_columns(source)}. Map the column with fields: {{reference: "
+            "COLUMN}, such as {reference: response}, or change what `questions` lets through."
         ) from fault
+
+
+def _columns(source: Source) -> str:
+    """What a file's first row has, in words."""
+    first = next(iter(rows(source)), None) if source.is_file else None
+    return f" in columns {', '.join(sorted(first[1]))}" if first else ""
 
 
 def seen_by_judges(inputs: Inputs) -> Iterator[str]:

@@ -7,7 +7,7 @@ it has not seen. What the numbers mean stands in misstep.evidence.check_results.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from misstep.evidence.check_results import (
     measure,
     measure_data,
     pair_score,
+    read_check,
     write_check,
 )
 from misstep.evidence.judge_card import enter_check, unseen
@@ -37,7 +38,7 @@ from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.progress import Progress
 from misstep.records import VERDICTS, write_jsonl
 from misstep.report.check import write_check_report
-from misstep.run_folder import beside_runs, writable
+from misstep.run_folder import beside_runs, set_aside, writable
 
 OWN = ("check.json", "check.html", "judged.jsonl")
 TIE = 0.5
@@ -225,12 +226,25 @@ def _check_into(folder: Path, inputs: CheckInputs, progress: Progress) -> None:
             name: judge_cases(asked, name, found, progress)
             for name, found in inputs.data.items()
         }
-    write_jsonl(folder / "judged.jsonl", [case for of in cases.values() for case in of])
     counted = _counted(inputs, asked, cases)
+    _keep_former(folder, counted, progress)
+    write_jsonl(folder / "judged.jsonl", [case for of in cases.values() for case in of])
     write_check(folder / "check.json", counted)
     if inputs.judge.config.classifier is not None:
         enter_check(Path(inputs.judge.config.classifier), counted, inputs.given)
     write_check_report(folder)
+
+
+def _keep_former(folder: Path, counted: Check, progress: Progress) -> None:
+    """Set aside a check of another judge, or on other data; a recipe may name it."""
+    with suppress(DataError):
+        former = read_check(folder / "check.json")
+        if _about(former) != _about(counted):
+            progress.say(f"The check that was here is kept in {set_aside(folder, OWN)}.")
+
+
+def _about(check: Check) -> tuple[object, ...]:
+    return check.judge, check.metric, [(data.name, data.digest) for data in check.data]
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """What the terminal shows of a directory: of a run, a study or a check of a judge."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from misstep.evidence.check_results import Measured, read_check
+from misstep.evidence.check_results import Check, JudgedCase, Measured, read_check
 from misstep.evidence.judge_card import CARD, read_card
 from misstep.evidence.ratings import Ratings
 from misstep.evidence.results import Metric, Results, read_results
@@ -94,7 +95,9 @@ def _in_order(metrics: Iterable[str]) -> list[str]:
 
 def _serving(folder: Path) -> Iterator[str]:
     """How to go on to a server; of methods, the page says which deserves it."""
-    if (folder / "adapter").is_dir() or (folder / "adapters").is_dir():
+    manifest = folder / "manifest.json"
+    trained = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    if trained.get("training"):
         yield f"To serve it: misstep export {folder} --method METHOD --out NAME [--guided]"
 
 
@@ -160,7 +163,26 @@ def print_check(folder: Path) -> None:
         _add_measured(table, data.name, [*_measured(data.whole, titles), *left_out])
     if check.pooled is not None and len(check.data) > 1:
         _add_measured(table, "all together", _measured(check.pooled, titles))
-    _show(table, f"{folder / 'check.html'}\n{folder / 'check.json'}")
+    where = [str(folder / "check.html"), str(folder / "check.json")]
+    _show(table, "\n".join([*_silent(check, folder), *where]))
+
+
+def _silent(check: Check, folder: Path) -> Iterator[str]:
+    """Data of which the judge scored nothing, with the commonest reason."""
+    silent = [of.name for of in check.data if of.whole.unscored and not of.whole.n]
+    judged = folder / "judged.jsonl"
+    if not silent or not judged.is_file():
+        return
+    cases = (case for case in read_jsonl(judged, JudgedCase) if case.data in silent)
+    reasons = Counter(kind_of(case.reason) for case in cases)
+    ((why, n),) = reasons.most_common(1)
+    told = f"no answer has a score; {n} of {reasons.total()}: {why}."
+    yield f"{', '.join(silent)}: {told}"
+    if "judge" in why:
+        yield (
+            "A model that gives no verdict needs a better one in its place (--model), or more "
+            "tokens (max_tokens, in a YAML file of the judge)."
+        )
 
 
 def _measured(found: Measured, titles: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -522,7 +522,7 @@ def test_a_logged_chat_ends_with_the_mistake(tmp_path: Path) -> None:
     path = write(tmp_path, "e.jsonl", json.dumps({"log": chat["messages"]}))
     assert mistakes(path, fields={"prompt": "log"}) == [found]
     path = write(tmp_path, "f.jsonl", json.dumps({"messages": turns("u:U")}))
-    assert "field 'response' is missing" in fault(path)
+    assert "'messages': expected turns that end with the assistant's" in fault(path)
 
 
 def test_the_names_of_categories_that_apply_are_kind_and_topic(tmp_path: Path) -> None:
@@ -774,6 +774,24 @@ def test_what_is_there_and_is_not_read_is_no_dataset(
     for name, found in (("folder", "a folder"), ("data.log", "another file")):
         with pytest.raises(DataError, match=f"{name}: expected a file .* found {found}"):
             check_source(Source(path=name))
+
+
+@pytest.mark.parametrize("name", ["chats", "./chats", "chats.v2"])
+def test_a_name_without_its_ending_is_told_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub(monkeypatch, lambda *_, **__: pytest.fail("the Hub was asked"))
+    for ending in ("jsonl", "bak", "csv.gz"):
+        (tmp_path / f"{Path(name).name}.{ending}").write_text("{}")
+    said = fault(name)
+    assert f"found {Path(name).name}.csv.gz, {Path(name).name}.jsonl. Give the whole" in said
+
+
+def test_a_turn_that_is_none_is_named_by_its_number(tmp_path: Path) -> None:
+    chat = [*turns("u:U", "a:A"), {"role": "tool", "content": "x"}]
+    path = write(tmp_path, "a.jsonl", json.dumps({"messages": chat, "response": "r"}))
+    assert "found as turn 3: {'role': 'tool'" in fault(path)
 
 
 def test_the_own_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,29 +215,38 @@ def _refused(reading: Reading, row: Row, field: str, where: str) -> DataError:
     value, mapped = column_of(reading, row, field), reading.fields.get(field)
     names = COLUMNS[field] if mapped is None else (mapped,)
     if value is None and not set(names) & set(row):
+        if field == "response" and mapped is None and row.get("messages"):
+            return DataError(
+                f"{where}: 'messages': expected turns that end with the assistant's, which is "
+                "the answer, found the user's at the end. Add it, or name its column with "
+                "fields: {response: COLUMN}."
+            )
         known = "a column " + " or ".join(map(repr, names[:3]))
         expected = known if mapped is None else f"column '{mapped}'"
         return DataError(
             f"{header_of(where)}: field '{field}' is missing: expected {expected}, found "
             f"columns {', '.join(sorted(row))}. Map it with fields: {{{field}: COLUMN}}."
         )
-    told = (
-        f"{where}: field '{field}': expected text or turns, found {value!r:.60}. Map another "
-        f"column with fields: {{{field}: COLUMN}}."
-    )
+    told = f"{where}: field '{field}': expected text or turns, found {value!r:.60}."
     empty = value is None or (isinstance(value, str) and not value.strip()) or value == []
-    return EmptyCell(told, f"no {WORDS.get(field, field)}") if empty else DataError(told)
+    if empty:
+        lacking = f"no {WORDS.get(field, field)}"
+        return EmptyCell(f"{told} Fill the cell, or remove the row.", lacking)
+    return DataError(f"{told} Map another column with fields: {{{field}: COLUMN}}.")
 
 
 def _turns(value: Any, field: str, where: str) -> Turns:
     """The turns of a conversation in which somebody asks or answers."""
-    try:
-        return tuple(Message(role=turn["role"], content=turn["content"]) for turn in value)
-    except (KeyError, TypeError, ValueError) as fault:
-        raise DataError(
-            f"{where}: '{field}': expected turns with a role ({', '.join(get_args(Role))}) and "
-            f"text as content, found {value!r:.80}."
-        ) from fault
+    turns = []
+    for number, turn in enumerate(value, 1):
+        try:
+            turns.append(Message(role=turn["role"], content=turn["content"]))
+        except (KeyError, TypeError, ValueError) as fault:
+            raise DataError(
+                f"{where}: '{field}': expected turns with a role ({', '.join(get_args(Role))}) "
+                f"and text as content, found as turn {number}: {turn!r:.80}."
+            ) from fault
+    return tuple(turns)
 
 
 def _read_turns(value: Any) -> Any:

@@ -11,6 +11,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from functools import cache
+from glob import escape
 from gzip import BadGzipFile
 from hashlib import file_digest, sha256
 from io import BufferedIOBase
@@ -297,6 +298,10 @@ def check_hub_name(name: str) -> None:
         if name.lower().endswith(SPREADSHEETS):
             raise DataError(f"{expected} found a spreadsheet. Save it as CSV in UTF-8.")
         raise DataError(f"{expected} found {kind}. Give one of these.")
+    path = as_path(name)
+    beside = path.parent.glob(f"{escape(path.name)}.*")
+    if meant := sorted(file.name for file in beside if is_file_name(file.name)):
+        raise DataError(f"{expected} found {', '.join(meant)}. Give the whole name of a file.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(OTHERS):
         raise DataError(f"{expected} found a path where nothing is. Check it.")
 
