@@ -190,8 +190,8 @@ def test_ends_are_known_by_the_names_that_servers_give_them() -> None:
         assert read(said({"content": "Half"}, finish)) == Completion(
             text="Half", tokens=3, truncated=True
         )
-    for finish in ("STOP", "eos_token", "end_turn", None):
-        assert read(said({"content": "Whole."}, finish)) == Completion(text="Whole.", tokens=3)
+    for end in ("STOP", "eos_token", "end_turn", None):
+        assert read(said({"content": "Whole."}, end)) == Completion(text="Whole.", tokens=3)
     for finish in ("content_filter: SAFETY", "SAFETY", "content_filter"):
         found = read(said({"content": "Half"}, finish))
         assert isinstance(found, Fault) and found.kind == "refused"

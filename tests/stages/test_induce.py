@@ -292,7 +292,7 @@ def test_a_suite_holds_no_answers_to_take_for_mistakes(source: str) -> None:
 
 
 def test_what_would_be_answered_the_same_is_asked_once() -> None:
-    greedy = {"samples": 3, "temperature": 0.0}
+    greedy: dict[str, Any] = {"samples": 3, "temperature": 0.0}
     obeying = ScriptedEngine(lambda _: "I obey you")
     found = run(ATTACKS, obeying, HIJACK, ObedienceJudge(), **greedy)
     assert (len(obeying.requests), found.counts.sampled, found.counts.kept) == (6, 6, 6)

@@ -7,6 +7,7 @@ model; it reads no weights. Layout: https://github.com/ggml-org/ggml/blob/master
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,11 +69,18 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_header(path: Path) -> Header:
-    """Read the head of a GGUF file.
+    """Read the head of a GGUF file; of an unchanged one once.
 
     Raises:
         ModelError: the file is no GGUF of version 2 or 3, or it ends too early.
     """
+    known = path.stat()
+    return _header(path, known.st_size, known.st_mtime_ns)
+
+
+@lru_cache(4)
+def _header(path: Path, _size: int, _changed: int) -> Header:
+    # A run asks for it dozens of times, and a vocabulary takes a while to pass.
     try:
         with path.open("rb") as file:
             return _Reader(file).header()
