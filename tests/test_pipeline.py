@@ -344,6 +344,7 @@ def test_a_trained_judge_judges_in_place_of_the_policy(
 def test_the_check_of_another_judge_is_refused(recipe: Path, tmp_path: Path) -> None:
     given = (tmp_path / "check", None, ["label=obeyed"], Silent())
     path = check_judge("obedience", [str(LABELS)], *given) / "check.json"
+    assert read_inputs(recipe, [f"evaluate.judge_check={path.parent}"]).checks
     checked = json.loads(path.read_text())
     path.write_text(json.dumps(checked | {"judge": "rule:obedience/0"}))
     with pytest.raises(InputError, match=r"found that of rule:obedience/0 for mistake_rate"):

@@ -75,8 +75,8 @@ class EvaluateSettings(Settings):
     """Further judges by name, each written as `misstep judge check` takes it. One that names no
     model asks the run's judge. Of one metric, the second's is called `METRIC@NAME`."""
     judge_check: tuple[str, ...] = ()
-    """A check.json of one of the run's judges, or a list of such; its rates are then shown
-    corrected, too."""
+    """A check.json of one of the run's judges, its folder, or a list of such; its rates are
+    then shown corrected, too."""
 
     @field_validator("tests", mode="before")
     @classmethod
