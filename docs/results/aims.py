@@ -241,6 +241,8 @@ def harmlessness() -> Iterator[Aim]:
     """Scenario 1: the paper's own figures as aims."""
     run, guided, why = "scenario1", "mistake_analysis/guided", "see [the page](scenario1.md)"
     yield from _harmlessness(run, guided, "harmful answers in scenario 1", why)
+    run, why = "scenario1-all", "see [the page](scenario1-all.md)"
+    yield from _harmlessness(run, guided, "the same beside all baselines, flagged answers", why)
     run, ours, why = (
         "scenario1-own",
         "contrastive_analysis/unguided",
