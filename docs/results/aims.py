@@ -126,7 +126,11 @@ def speed() -> Iterator[Aim]:
                 what = f"answers ({name}), tokens/s over `{peer}` {where}"
                 why = "one round of 128 prompts"
                 yield least(what, aim, found["ratio_tokens_per_second"], _times, why)
-    for name, where in (("pipeline", ""), ("pipeline-epyc", " on an EPYC, a later state")):
+    for name, where in (
+        ("pipeline", ""),
+        ("pipeline-epyc", " on an EPYC, a later state"),
+        ("pipeline-epyc-newer", " on a newer EPYC, a still later state"),
+    ):
         whole = _json(f"bench/{name}.json")["workloads"]["quickstart"]["peers"]["pipeline_trl"]
         why = f"by the clock {_times(1 / whole['ratio_seconds'])}; one round"
         what = f"a whole pipeline, tokens/s over the peer's script{where}"
