@@ -184,18 +184,14 @@ def test_a_sample_that_failed_is_unscored(recipe: Path, tmp_path: Path) -> None:
     assert after.keys() == before.keys(), "no rate of what the set is not about"
 
 
+BARE = Asked(name="r", policy="p", method="vanilla", guided=False, seed=0, pools={}, judges={})
+
+
 def test_a_judge_that_failed_is_unscored_beside_one_that_did_not() -> None:
     prompt = Prompt.of("Say no", target="no")
     response = Response(prompt=prompt, text="yes")
-    asked = Asked(
-        name="r",
-        policy="p",
-        method="vanilla",
-        guided=False,
-        seed=0,
-        pools={},
-        judges={"mistake_rate": "rule", "mistake_rate@guard": "guard"},
-    )
+    judges = {"mistake_rate": "rule", "mistake_rate@guard": "guard"}
+    asked = BARE.model_copy(update={"judges": judges})
 
     def sample(place: int, judges: tuple[str, ...], fault: str | None) -> Any:
         said = [
@@ -234,16 +230,8 @@ def test_a_judge_that_failed_is_unscored_beside_one_that_did_not() -> None:
 def test_what_was_asked_or_judged_otherwise_is_not_compared(
     change: dict[str, Any], said: str
 ) -> None:
-    asked = Asked(
-        name="r",
-        policy="p",
-        method="vanilla",
-        guided=False,
-        seed=0,
-        policy_digest="one",
-        pools={},
-        judges={"mistake_rate": "rule:a"},
-    )
+    judges = {"mistake_rate": "rule:a"}
+    asked = BARE.model_copy(update={"judges": judges, "policy_digest": "one"})
     other = asked.model_copy(update={"guided": True})
     _refuse_several([asked, other, other.model_copy(update={"policy_digest": ""})])
     with pytest.raises(DataError, match=said):

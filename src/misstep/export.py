@@ -106,8 +106,7 @@ def find(run: Path, name: str, guided: bool) -> Source:
     adapter = _adapter(run, name) if method.trains else None
     guided |= method.guided == (True,)
     asks = guided or type(method).ask is not Method.ask
-    folder = _maker(run, manifest, method, adapter, asks)
-    manifest = read_manifest(folder)
+    folder, manifest = _maker(run, manifest, method, adapter, asks)
     recipe = manifest["recipe"]
     model = locate(str(recipe["model"]))
     _refuse_changed(folder, "model", model.digest, manifest)
@@ -125,8 +124,8 @@ def find(run: Path, name: str, guided: bool) -> Source:
 
 def _maker(
     run: Path, manifest: Mapping[str, Any], method: Method, adapter: Path | None, asks: bool
-) -> Path:
-    """The directory that knows how a model was trained and asked: a run's, or a cell's.
+) -> tuple[Path, dict[str, Any]]:
+    """What knows how a model was trained and asked: a run's directory, or a cell's.
 
     `asks`: whether the policy's words are put around a prompt.
 
@@ -150,16 +149,16 @@ def _maker(
             f"{adapter}: expected an adapter that the recipe of {run} has trained, found one "
             "of a former recipe. Run that one again, or this one to its end."
         )
-    found = [read_manifest(folder) for folder in trained]
+    found = {folder: read_manifest(folder) for folder in trained}
     for what in ("model", "policy")[: 1 + asks]:
-        names = {of[what]["digest"]: str(of["recipe"][what]) for of in found}
+        names = {of[what]["digest"]: str(of["recipe"][what]) for of in found.values()}
         if len(names) > 1:
             raise InputError(
                 f"{run}: expected one {what} that {method.name} belongs to, found cells of "
                 f"several: {', '.join(names.values())}. Run a recipe of one of them by itself, "
                 "and export that."
             )
-    return next(iter(trained))
+    return next(iter(found.items()))
 
 
 def words_around(policy: Policy, method: Method, guided: bool) -> tuple[str, ...]:
@@ -289,7 +288,7 @@ def _with_cells(run: Path, adapters: Sequence[str]) -> list[str]:
     for cell in read_manifest(run).get("cells", {}).values():
         of = ", ".join(filter(None, (cell["variant"], f"seed {cell['seed']}")))
         for method, trained in cell["training"].items():
-            known.setdefault(f"{method}-{trained['inputs']}", []).append(of)
+            known.setdefault(f"{method}-{trained.get('inputs')}", []).append(of)
     return [
         f"{name} ({'; '.join(known[name])})" if name in known else name for name in adapters
     ]

@@ -11,9 +11,9 @@ from misstep.evidence.judge_card import CARD, read_card
 from misstep.evidence.ratings import Ratings
 from misstep.evidence.results import Metric, Results, read_results
 from misstep.evidence.study_results import Study, Task, read_study
-from misstep.records import Judgement, base_metric, read_jsonl
+from misstep.records import Judgement, read_jsonl
 from misstep.report.check_words import shown
-from misstep.report.words import BETTER
+from misstep.report.words import in_order
 from misstep.stages.base import kind_of
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
 
     _print(f"{results.model}, {results.policy}: rates with 95 % intervals")
     for test_set in sorted(found):
-        metrics = _in_order(name for of in found[test_set].values() for name in of)
+        metrics = in_order(name for of in found[test_set].values() for name in of)
         table = Table(title=test_set, title_justify="left")
         for name in settings:
             # A name that is cut cannot be given to another command.
@@ -80,17 +80,6 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
         _print(table)
         if further := metrics[MOST:]:
             _print(f"In the report: {', '.join(further)}.")
-
-
-def _in_order(metrics: Iterable[str]) -> list[str]:
-    """Each metric once, the known ones first."""
-    known = list(BETTER)
-
-    def place(metric: str) -> int:
-        base = base_metric(metric)
-        return known.index(base) if base in known else len(known)
-
-    return sorted(dict.fromkeys(metrics), key=place)
 
 
 def _serving(folder: Path) -> Iterator[str]:
@@ -112,10 +101,15 @@ def _without_scores(results: Results, metrics: Sequence[str], folder: Path) -> I
         if item.score.metric in reasons:
             reasons[item.score.metric][kind_of(item.score.reason)] += 1
     for name, found in reasons.items():
-        told = [f"; {n} of {found.total()}: {why}" for why, n in found.most_common(1)]
-        yield f"{name}: no answer has a score{''.join(told)}."
+        yield _nothing(name, found)
     if any("judge" in why for found in reasons.values() for why in found):
         yield "A model that gives no verdict needs a better one in its place (judge)."
+
+
+def _nothing(name: str, reasons: Counter[str]) -> str:
+    """That nothing was scored, with the commonest reason."""
+    told = [f"; {n} of {reasons.total()}: {why}" for why, n in reasons.most_common(1)]
+    return f"{name}: no answer has a score{''.join(told)}."
 
 
 def print_study(folder: Path) -> None:
@@ -175,10 +169,8 @@ def _silent(check: Check, folder: Path) -> Iterator[str]:
         return
     cases = (case for case in read_jsonl(judged, JudgedCase) if case.data in silent)
     reasons = Counter(kind_of(case.reason) for case in cases)
-    ((why, n),) = reasons.most_common(1)
-    told = f"no answer has a score; {n} of {reasons.total()}: {why}."
-    yield f"{', '.join(silent)}: {told}"
-    if "judge" in why:
+    yield _nothing(", ".join(silent), reasons)
+    if any("judge" in why for why in reasons):
         yield (
             "A model that gives no verdict needs a better one in its place (--model), or more "
             "tokens (max_tokens, in a YAML file of the judge)."

@@ -18,14 +18,13 @@ from misstep.evidence.results import (
     Setting,
     read_results,
 )
-from misstep.records import base_metric
 from misstep.report import words
 from misstep.report.pictures import scale
 from misstep.report.reading import read_manifest
 from misstep.report.scatter import COLOURS, RADIUS, Scatter, from_below, point, write_svg
 from misstep.report.template import write_page
 from misstep.report.view import ordinary_tasks
-from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS, rate
+from misstep.report.words import HELPFULNESS, MISTAKES, REFUSALS, in_order, rate
 
 
 def write_comparison(folder: Path) -> Path:
@@ -72,15 +71,6 @@ def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
         "between": [differences_line(c) for c in between_variants(results.comparisons)],
         "seeds": sorted({row.seed for row in results.rows}),
     }
-
-
-def in_order(metrics: Iterable[str]) -> list[str]:
-    """Metrics, the known ones first, each with those of further judges behind it."""
-    found = dict.fromkeys(metrics)
-    known = list(BETTER)
-    return sorted(
-        found, key=lambda m: known.index(b) if (b := base_metric(m)) in known else len(known)
-    )
 
 
 def by_test_set(pooled: Iterable[Pooled]) -> dict[str, dict[Setting, dict[str, Pooled]]]:

@@ -25,11 +25,10 @@ from misstep.report.compared import (
     cell,
     corrected_text,
     differences_line,
-    in_order,
     within_variants,
 )
 from misstep.report.reading import read_manifest
-from misstep.report.words import direction, duration, metric_title, plain, rate
+from misstep.report.words import direction, duration, in_order, metric_title, plain, rate
 
 UNTRAINED = "vanilla/unguided"
 SHOWN = (UNTRAINED, "sft/guided")

@@ -5,7 +5,7 @@ A metric is a rate, a fraction that is written as a percentage, unless it has a 
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from misstep.methods.registry import METHODS
@@ -57,6 +57,15 @@ METHOD_TITLES = {"vanilla": "Model as it was", "ordinary": "Ordinary data only",
 
 SPACE = "\u202f"
 _MINUS = "\u2212"
+
+
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """Metrics, the known ones first, each with those of further judges behind it."""
+    found = dict.fromkeys(metrics)
+    known = list(BETTER)
+    return sorted(
+        found, key=lambda m: known.index(b) if (b := base_metric(m)) in known else len(known)
+    )
 
 
 def method_title(method: str) -> str:
