@@ -195,10 +195,21 @@ NEEDLES = [
     r"(?x) a b  # no more",
     r"a|b",
     r"(?P<n>a)",
+    "A",
+    "[^A]",
+    "[^a-b]",
+    "[ -_]",
+    "[]+,-]",
+    r"[\d\]]",
+    r"(?-i:a)",
+    r"\x41",
+    r"(?<=a)\W|\S(?!b)$",
+    "ſ",
+    "a{2}",
 ]
 
 
-@given(st.lists(st.sampled_from(NEEDLES), max_size=4), st.text("abAB \n", max_size=8))
+@given(st.lists(st.sampled_from(NEEDLES), max_size=4), st.text("abABSſ_,] \n", max_size=8))
 def test_patterns_looked_up_together_are_found_as_each_alone(
     patterns: list[str], text: str
 ) -> None:

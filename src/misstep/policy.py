@@ -22,6 +22,11 @@ SHIPPED = Path(__file__).parent / "policies"
 BLANK = re.compile(r"\{\{|\}\}|\{([a-z_]*)\}|[{}]")
 BY_NUMBER = re.compile(r"\\[1-9]|\(\?\(")
 """In a pattern: another group of it, by its number."""
+SMALL = re.compile(
+    r"(?:[^A-Z\\\[(\u0130\u0131\u017f\u212a]|\\[bBdDsSwW]|\\[^\w\s]|\((?!\?)|\(\?(?:[:=!]|<[=!])"
+    r"|\[\^?(?:[a-z]-[a-z]|[0-9]-[0-9]|\\[dDsSwW]|[^-\\\]A-Z\u0130\u0131\u017f\u212a])+\])*"
+)
+"""A pattern that finds in ASCII text in small letters what it finds, whatever the case."""
 
 
 def fill(template: str, **values: str) -> str:
@@ -320,18 +325,26 @@ def matches(patterns: Sequence[str], text: str) -> str | None:
 
 def found(patterns: tuple[str, ...], text: str) -> bool:
     """Whether any pattern is found in the text, without regard to case; sooner than which."""
-    return any(pattern.search(text) for pattern in _together(patterns))
+    if text.isascii() and _small(patterns):
+        # A search that regards case takes half as long.
+        return any(pattern.search(text.lower()) for pattern in _together(patterns, 0))
+    return any(pattern.search(text) for pattern in _together(patterns, re.IGNORECASE))
 
 
 @cache
-def _together(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+def _small(patterns: tuple[str, ...]) -> bool:
+    return all(map(SMALL.fullmatch, patterns))
+
+
+@cache
+def _together(patterns: tuple[str, ...], flags: int) -> tuple[re.Pattern[str], ...]:
     """One pattern for all of them, which goes through a text once, where that can be made."""
     # Groups that are referred to by number have other numbers beside other patterns.
     if patterns and not any(map(BY_NUMBER.search, patterns)):
         # One that begins with flags of its own, or repeats a group's name, stands alone.
         with suppress(re.error):
-            return (_compiled("|".join(f"(?:{pattern})" for pattern in patterns)),)
-    return tuple(map(_compiled, patterns))
+            return (re.compile("|".join(f"(?:{pattern})" for pattern in patterns), flags),)
+    return tuple(re.compile(pattern, flags) for pattern in patterns)
 
 
 @cache

@@ -21,7 +21,7 @@ suites = pytest.mark.parametrize("suite", names())
 
 
 def plain(text: str) -> str:
-    return " ".join(word.text for word in words(text))
+    return " ".join(words(text))
 
 
 def attacks(suite: str, split: Split, n: int = 400, seed: int = 0) -> list[Prompt]:

@@ -1,13 +1,15 @@
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from misstep.engines.base import AT_ONCE, Request
 from misstep.engines.scripted import ScriptedEngine
 from misstep.methods.base import analysis_row
 from misstep.policy import load_policy
 from misstep.records import Analysis, Message, Mistake, Prompt
-from misstep.stages.analyse import AnalyseSettings, analyse, gate
+from misstep.stages.analyse import WORD, AnalyseSettings, _plain, analyse, gate
 from misstep.stages.base import Tally, Yield
 
 POLICY = load_policy("goal-hijacking")
@@ -87,6 +89,11 @@ def test_the_gate_refuses_an_analysis_for_its_fault_alone(analysis: str, reason:
 )
 def test_the_gate_lets_quotations_and_corrections_pass(addition: str) -> None:
     assert gate(POLICY, MISTAKE, f"{GOOD} {addition}") == ()
+
+
+@given(st.one_of(st.text(), st.text("aB_1'- \n\x00\x1f")))
+def test_words_are_the_same_in_ascii_and_elsewhere(text: str) -> None:
+    assert _plain(text).split() == WORD.findall(text.casefold())
 
 
 def test_a_target_of_one_word_is_not_recommended_either() -> None:

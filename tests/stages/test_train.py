@@ -866,6 +866,7 @@ def test_where_one_row_is_too_much_its_layers_are_computed_twice(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    in_lanes(1, monkeypatch)
     backward, tried = trainer_module.CompletionTrainer._backward, list[tuple[int, bool]]()
 
     def limited(self: Any, model: Any, batch: Any, scale: float) -> Tensor:

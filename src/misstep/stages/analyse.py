@@ -26,9 +26,13 @@ RECOMMENDS = re.compile(
     r"(correct|right|better|good) (answer|response))\b",
     re.IGNORECASE,
 )
+RECOMMENDING = ("should", "correct", "right", "better", "good")
+"""One of these is in whatever `RECOMMENDS` finds, and is sooner looked for."""
 QUOTED = re.compile(r"[\"“«「](.+?)[\"”»」]", re.DOTALL)
 SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 WORD = re.compile(r"\w+")
+ASCII_WORDS = "".join(chr(c) if WORD.match(chr(c)) else " " for c in range(128))
+"""What each ASCII character becomes where words are told apart."""
 SHORT_WORDS = 3
 REQUEST_WORDS = 6
 REPEATS = 4
@@ -137,7 +141,8 @@ def _of_request(*requests: str) -> tuple[str, ...]:
 
 def _recommends(analysis: str, mistake: Mistake) -> bool:
     """Whether a sentence that says what would have been right says the bad text again."""
-    if RECOMMENDS.search(analysis) is None:
+    said = analysis.casefold()
+    if not any(map(said.__contains__, RECOMMENDING)) or not RECOMMENDS.search(analysis):
         return False
     target, response = _plain(mistake.prompt.target or ""), _plain(mistake.response)
     # A target is bad however short it is; a response such as "Yes" need not be.
@@ -165,6 +170,9 @@ def _contains(text: str, part: str) -> bool:
 
 
 def _plain(text: str) -> str:
+    if text.isascii():
+        # The same in a third of the time.
+        return " ".join(text.lower().translate(ASCII_WORDS).split())
     return " ".join(WORD.findall(text.casefold()))
 
 

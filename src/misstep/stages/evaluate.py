@@ -150,7 +150,7 @@ def stock_openings(
 
 def _opening(response: Response) -> tuple[str, ...]:
     # What comes after so many characters is no opening, of any language.
-    return tuple(word.text for word in words(response.text[:200])[:OPENING_WORDS])
+    return tuple(words(response.text[:200])[:OPENING_WORDS])
 
 
 def _neither(mistake: Score, refusal: Score) -> Score:
