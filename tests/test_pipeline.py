@@ -698,6 +698,19 @@ def test_a_judge_of_pairs_needs_answers_to_set_others_against(
         read_inputs(recipe, [judge, change])
 
 
+def test_responses_of_ordinary_pairs_are_good_answers_unless_they_are_labelled(
+    recipe: Path, tmp_path: Path
+) -> None:
+    pair = {"prompt": "What is one and one?", "response": "Two."}
+    plain = write_jsonl(tmp_path / "plain.jsonl", [pair])
+    (prompt,) = read_inputs(recipe, [f"ordinary.path={plain}"]).ordinary
+    assert prompt.reference == "Two."
+    for more in ({"label": 1}, {"chosen": ""}):
+        other = write_jsonl(tmp_path / "other.jsonl", [pair | more])
+        with pytest.raises(RecipeError, match="expected prompts with reference answers"):
+            read_inputs(recipe, [f"ordinary.path={other}"])
+
+
 def test_ordinary_data_without_good_answers_are_called_so(recipe: Path, tmp_path: Path) -> None:
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": q} for q in QUESTIONS])
     with pytest.raises(RecipeError, match=r"ordinary: .*asked\.jsonl: .*in columns prompt"):

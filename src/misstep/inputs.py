@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from misstep.config import RunConfig, load_recipe
+from misstep.data.columns import COLUMNS
 from misstep.data.held_out import Overlaps, overlaps
 from misstep.data.labelled import MISTAKES
 from misstep.data.preferred import load_preferred
@@ -34,6 +35,9 @@ from misstep.records import Mistake, Pair, Prompt
 from misstep.stages.reward import require_trl
 from misstep.stages.train_settings import check_trackers
 from misstep.training import processes
+
+ANSWERED = {"response", "reference", "label", "safe"}
+"""Fields of which one that is mapped says where the good answer is."""
 
 
 class OtherModel(NamedTuple):
@@ -408,7 +412,7 @@ def _located(path: str) -> Model:
 def _ordinary(config: RunConfig) -> list[Prompt]:
     if config.ordinary is None:
         return []
-    source = config.ordinary.model_copy(update={"answered": True})
+    source = _of_pairs(config.ordinary).model_copy(update={"answered": True})
     try:
         with under("ordinary"):
             return list(load_prompts(source, config.seed))
@@ -418,6 +422,16 @@ def _ordinary(config: RunConfig) -> list[Prompt]:
             f"answers, found none{_columns(source)}. Map the column with fields: {{reference: "
             "COLUMN}, such as {reference: response}, or change what `questions` lets through."
         ) from fault
+
+
+def _of_pairs(source: Source) -> Source:
+    """Among pairs of prompts and answers a `response` without a label is the good answer."""
+    first = next(iter(rows(source)), None) if source.is_file else None
+    others = {name for field in ("reference", "label", "safe") for name in COLUMNS[field]}
+    if first is None or ANSWERED & set(source.fields) or others & set(first[1]):
+        return source
+    fields = {**source.fields, "reference": "response"}
+    return source.model_copy(update={"fields": fields}) if "response" in first[1] else source
 
 
 def _columns(source: Source) -> str:
