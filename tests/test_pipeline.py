@@ -30,6 +30,7 @@ from misstep.judges.seats import Seat
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
 from misstep.methods.sft import SFT
+from misstep.models.weights import load_weights, locate
 from misstep.pipeline import Run, masked_rows, run
 from misstep.policy import load_policy
 from misstep.progress import Silent
@@ -1143,3 +1144,17 @@ def test_what_is_wrong_with_data_is_told_with_its_key(
     odd = write_jsonl(tmp_path / "odd.jsonl", [{"a": 1, "b": 2}])
     with pytest.raises(InputError, match=rf"^{re.escape(key)}: .*odd\.jsonl, line 1"):
         read_inputs(recipe, [f"{key}={{path: {odd}}}"])
+
+
+def test_no_loss_is_measured_of_what_puts_tokens_before_a_prompt(
+    recipe: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    from peft import PromptTuningConfig, get_peft_model
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    mine = tmp_path / "mine"
+    get_peft_model(load_weights(locate(str(tiny_model))), config).save_pretrained(mine)
+    others = [f"model={tiny_model}", f"others.mine={mine}"]
+    read_inputs(recipe, others)
+    with pytest.raises(RecipeError, match="no loss can be measured of"):
+        read_inputs(recipe, [*others, "evaluate.reference_loss=[clean]"])

@@ -19,7 +19,7 @@ from misstep.evidence.results import FOCUS, read_results
 from misstep.methods.base import Method
 from misstep.methods.registry import METHODS
 from misstep.models.chat_template import asked_as_trained
-from misstep.models.folding import check_adapter, folded, save_whole
+from misstep.models.folding import check_addable, folded, save_whole
 from misstep.models.gguf_merge import merge_adapter
 from misstep.models.rendering import FALLBACK_TEMPLATE, Renderer
 from misstep.models.weights import (
@@ -111,7 +111,7 @@ def find(run: Path, name: str, guided: bool) -> Source:
     model = locate(str(recipe["model"]))
     _refuse_changed(folder, "model", model.digest, manifest)
     if recipe.get("adapter"):
-        model = folded(model, check_adapter(recipe["adapter"], model), run / "base")
+        model = folded(model, check_addable(recipe["adapter"], model), run / "base")
     if adapter is not None:
         _refuse_other_base(adapter, model)
     words: tuple[str, ...] = ("", "")

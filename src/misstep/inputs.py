@@ -28,7 +28,7 @@ from misstep.judges.seats import seated
 from misstep.judging import JudgeInputs, locate_judging, read_judge
 from misstep.methods.registry import METHODS
 from misstep.models.endpoint import PREFIX
-from misstep.models.folding import check_adapter
+from misstep.models.folding import check_adapter, check_addable, puts_tokens_first
 from misstep.models.weights import Model, adapter_digest, locate
 from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Pair, Prompt
@@ -140,7 +140,7 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
         left_out=tuple(name for name in config.methods if name not in methods),
         policy=policy,
         model=model,
-        adapter=check_adapter(config.adapter, model) if config.adapter else None,
+        adapter=check_addable(config.adapter, model) if config.adapter else None,
         analyst=analyst,
         judge=judge,
         of_mistakes=of_mistakes,
@@ -389,6 +389,11 @@ def _other(config: RunConfig, path: str, base: Model) -> OtherModel:
                 "nobody knows whether it goes on top. Merge it by PEFT and name the sum."
             )
         model, adapter = base, check_adapter(path, base)
+        if config.evaluate.reference_loss and puts_tokens_first(adapter):
+            raise RecipeError(
+                f"no loss can be measured of {path}, which puts tokens before a prompt: set "
+                "evaluate.reference_loss to []."
+            )
     else:
         model, adapter = _located(path), None
     if model.endpoint is not None and (adapter or config.evaluate.reference_loss):

@@ -3,13 +3,16 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from misstep.errors import ModelError
-from misstep.models.folding import check_adapter, folded
-from misstep.models.weights import load_weights, locate
+from misstep.models.folding import check_adapter, check_addable, folded
+from misstep.models.gguf_header import read_header
+from misstep.models.gguf_merge import check_merge
+from misstep.models.weights import Model, load_weights, locate
 
 
 @pytest.fixture
@@ -92,3 +95,79 @@ def test_a_damaged_adapter_is_told_in_words(tiny_model: Path, adapter: Path, nam
     (adapter / name).write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ModelError, match="found a damaged one"):
         check_adapter(str(adapter), locate(str(tiny_model)))
+
+
+def saved(model: Model, config: Any, folder: Path) -> Path:
+    from peft import get_peft_model
+
+    get_peft_model(load_weights(model), config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_one_of_two_tied_matrices_cannot_be_changed_alone(
+    tiny_model: Path, tmp_path: Path, module: str
+) -> None:
+    from peft import LoraConfig
+
+    model = locate(str(tiny_model))
+    config = LoraConfig(r=2, target_modules=["q_proj", module], task_type="CAUSAL_LM")
+    adapter = saved(model, config, tmp_path / "adapter")
+    # As it is, beside the model, it has its place.
+    assert check_adapter(str(adapter), model) == adapter
+    with pytest.raises(ModelError, match=f"by one matrix; found one that changes .*{module}"):
+        check_addable(str(adapter), model)
+
+
+def test_what_puts_tokens_before_a_prompt_cannot_be_added(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from peft import PrefixTuningConfig
+
+    model = locate(str(tiny_model))
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    adapter = saved(model, config, tmp_path / "adapter")
+    assert check_adapter(str(adapter), model) == adapter
+    with pytest.raises(ModelError, match="Put it under `others`"):
+        check_addable(str(adapter), model)
+
+
+def test_an_adapter_with_biases_of_its_own_has_its_place(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    model = locate(str(tiny_model))
+    config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+    adapter = saved(model, config, tmp_path / "adapter")
+    assert any("lora_B" in name for name in load_weights(model, adapter).state_dict())
+
+
+def test_matrices_that_gguf_keeps_in_another_order_are_refused(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+    from gguf import GGUFWriter
+    from peft import LoraConfig
+
+    writer = GGUFWriter(str(tmp_path / "bloom.gguf"), "bloom")
+    writer.add_block_count(1)
+    writer.add_tensor("blk.0.attn_qkv.weight", np.ones((96, 32), np.float32))
+    writer.add_tensor("blk.0.ffn_up.weight", np.ones((128, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = read_header(tmp_path / "bloom.gguf")
+
+    def adapter_of(module: str, outputs: int) -> Path:
+        folder = tmp_path / module
+        LoraConfig(r=2, target_modules=[module]).save_pretrained(folder)
+        name = f"base_model.model.transformer.h.0.{module}"
+        pair = {"lora_A": torch.ones(2, 32), "lora_B": torch.ones(outputs, 2)}
+        tensors = {f"{name}.{which}.weight": matrix for which, matrix in pair.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
+        return folder
+
+    assert check_merge(adapter_of("mlp.dense_h_to_4h", 128), header)
+    with pytest.raises(ModelError, match="in another order"):
+        check_merge(adapter_of("self_attention.query_key_value", 96), header)

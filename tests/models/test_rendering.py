@@ -150,6 +150,24 @@ def test_without_any_end_the_model_is_refused() -> None:
         Renderer(tiny_tokenizer(None, eos_token=None))
 
 
+def test_a_template_that_leaves_out_what_is_said_is_refused() -> None:
+    parts_only = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is not string %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n"
+        "{% endfor %}"
+    )
+    with pytest.raises(ModelError, match="a chat template that writes what is said"):
+        Renderer(tiny_tokenizer(parts_only))
+
+
+def test_what_a_model_has_no_embedding_for_fills_no_row() -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert Renderer(tokenizer).pad == tokenizer.pad_token_id == size
+    assert Renderer(tokenizer, vocabulary=size).pad < size
+
+
 def test_the_fallback_template_is_the_documented_one() -> None:
     renderer = RENDERERS["no template"]
     assert not renderer.has_template

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from misstep.errors import MissingExtra, ModelError, TrainingError
 from misstep.models.rendering import Renderer
@@ -150,6 +151,13 @@ def test_pairs_of_a_prompt_are_all_held_out_or_none() -> None:
     assert {p.chosen.ids[0] for p in trained}.isdisjoint(p.chosen.ids[0] for p in measured)
     assert split_by_prompt(rows[::-1], 0.2, 1)[1] == measured[::-1]
     assert split_by_prompt(rows, 0.2, 2)[1] != measured
+
+
+def test_an_only_step_changes_something(model: Model, tmp_path: Path) -> None:
+    few = [pair(number) for number in range(4)]
+    train_reward(setup(model), RewardSettings(), few, tmp_path, "reward")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(t.abs().max() > 0 for name, t in tensors.items() if "lora_B" in name)
 
 
 def test_pairs_of_one_prompt_only_are_refused(model: Model, tmp_path: Path) -> None:

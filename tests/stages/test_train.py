@@ -926,6 +926,35 @@ def test_all_weights_can_be_trained_and_loaded(model: Model, tmp_path: Path) -> 
     loaded = load_weights(model, tmp_path)
     assert not torch.equal(loaded.lm_head.weight, load_weights(model).lm_head.weight)
     assert "library_name: transformers" in (tmp_path / "README.md").read_text()
+    # Whoever loads it by its configuration gets the type that it is written in.
+    said = json.loads((tmp_path / "config.json").read_text())["dtype"]
+    kept = load_file(tmp_path / "model.safetensors").values()
+    assert {str(tensor.dtype) for tensor in kept} == {f"torch.{said}"}
+
+
+def test_logs_of_a_training_outlive_its_checkpoints(model: Model, tmp_path: Path) -> None:
+    report = train(model, EXAMPLES[:4], QUICK, 7, tmp_path)
+    logs = tmp_path / "checkpoints" / report.inputs / "runs" / "Nov30"
+    logs.mkdir(parents=True)
+    (logs / "events").write_text("loss")
+    train(model, EXAMPLES[:4], QUICK, 7, tmp_path)
+    assert (tmp_path / "runs/Nov30/events").read_text() == "loss"
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_every_layer_is_one_that_is_compiled(kind: str) -> None:
+    sizes = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}.get(kind, {})
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **sizes))
+    assert len(kernels._blocks(lm)) == 2
+
+
+def test_a_head_takes_what_it_can_multiply() -> None:
+    lm = tiny("mamba").bfloat16()
+    lm.config.residual_in_fp32 = True
+    for layer in lm.backbone.layers:
+        layer.residual_in_fp32 = True
+    short_cuts(lm)
 
 
 # --- resuming ---------------------------------------------------------------------------------

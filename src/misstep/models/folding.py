@@ -12,7 +12,14 @@ from safetensors import SafetensorError
 
 from misstep.errors import ModelError
 from misstep.models.gguf_header import read_header
-from misstep.models.gguf_merge import TENSORS, lora_shapes, merge_adapter, tensors_by_module
+from misstep.models.gguf_merge import (
+    TENSORS,
+    WRAPPED,
+    check_merge,
+    lora_shapes,
+    merge_adapter,
+    tensors_by_module,
+)
 from misstep.models.weights import (
     Model,
     adapter_digest,
@@ -29,6 +36,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG = "adapter_config.json"
+PROMPTS = {
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"),
+    "ADAPTION_PROMPT",
+}
+"""Kinds of PEFT that put learned tokens, or their keys and values, before a prompt."""
 
 
 def check_adapter(adapter: str, model: Model) -> Path:
@@ -47,6 +59,58 @@ def check_adapter(adapter: str, model: Model) -> Path:
     if model.endpoint is None:
         _check_fit(folder, model)
     return folder
+
+
+def check_addable(adapter: str, model: Model) -> Path:
+    """The folder of a PEFT adapter that can be added into a model's weights; loads none.
+
+    Raises:
+        ModelError: it fits no such model, or its sum with it would be no such model.
+    """
+    folder = check_adapter(adapter, model)
+    if model.endpoint is not None:
+        return folder
+    if model.is_gguf:
+        check_merge(folder, read_header(model.files))
+        return folder
+    if puts_tokens_first(folder):
+        raise ModelError(
+            f"adapter {adapter}: expected one whose matrices are added to the model's weights, "
+            "found one that puts tokens before a prompt. Put it under `others`, where it is "
+            "tested as it is."
+        )
+    if tied := _changed(folder) & _tied(model):
+        raise ModelError(
+            f"adapter {adapter}: expected one that leaves the embeddings alone, since "
+            f"{model.name} reads and writes by one matrix; found one that changes "
+            f"{', '.join(sorted(tied))} alone. Untie them and save the sum by PEFT, and name "
+            "that as the model."
+        )
+    return folder
+
+
+def puts_tokens_first(adapter: Path) -> bool:
+    """Whether an adapter changes what a model reads and not its weights."""
+    return _config(adapter).get("peft_type") in PROMPTS
+
+
+def _changed(adapter: Path) -> set[str]:
+    """The modules that an adapter changes by matrices of its own."""
+    from safetensors import safe_open
+
+    with safe_open(adapter / TENSORS, framework="numpy") as tensors:
+        keys = list(tensors.keys())
+    parts = [key.removeprefix(WRAPPED).partition(".lora_") for key in keys]
+    return {module for module, lora, _ in parts if lora}
+
+
+def _tied(model: Model) -> set[str]:
+    """The modules of embeddings and head where these are one matrix."""
+    lm = _empty(model)
+    if not lm.config.get_text_config().tie_word_embeddings:
+        return set()
+    both = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    return {name for name, module in lm.named_modules() if any(module is of for of in both)}
 
 
 def base_of(adapter: Path) -> str | None:
@@ -87,19 +151,24 @@ def module_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The matrices of a model by the names of their modules in transformers; loads none."""
     if model.is_gguf:
         return tensors_by_module(read_header(model.files))
+    modules = _empty(model).named_modules()
+    held = {name: getattr(module, "weight", None) for name, module in modules}
+    return {name: tuple(weight.shape) for name, weight in held.items() if weight is not None}
+
+
+def _empty(model: Model) -> Any:
+    """A model of the same modules whose weights hold nothing."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with no_progress_bars(), init_empty_weights():
             config = AutoConfig.from_pretrained(model.files, trust_remote_code=False)
-            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, OSError, KeyError, ImportError) as error:
         raise ModelError(
             f"model {model.name}: transformers cannot build it: {error}"
         ) from error
-    held = {name: getattr(module, "weight", None) for name, module in lm.named_modules()}
-    return {name: tuple(weight.shape) for name, weight in held.items() if weight is not None}
 
 
 def folded(model: Model, adapter: Path, folder: Path) -> Model:

@@ -52,6 +52,13 @@ HARMLESS = {
     *("lora_alpha", "lora_dropout", "qalora_group_size", "r", "use_rslora"),
 }
 
+REORDERED = {
+    "bloom": ("attn_qkv",),
+    "qwen35": ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"),
+    "qwen35moe": ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"),
+}
+"""Matrices whose rows or columns llama.cpp keeps in an order of its own, by architecture."""
+
 # These start from the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ change them.
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -226,6 +233,13 @@ def check_merge(adapter: Path, header: Header) -> dict[str, str]:
                 f"{adapter}: the adapter changes {module} ({shape[1]} x {shape[0]}), for which "
                 f"the GGUF has no such tensor (found {there}). Serve it with the "
                 "`transformers` engine, or train it on this model."
+            )
+        leaf = names[module].removesuffix(".weight").rpartition(".")[2]
+        if leaf in REORDERED.get(header.architecture, ()):
+            raise ModelError(
+                f"{adapter}: the adapter changes {module}, which a GGUF of the family "
+                f"{header.architecture} keeps in another order, so that it cannot be added to "
+                "it here. Serve it with the `transformers` engine."
             )
     return names
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from misstep.errors import DataError, ModelError
 from misstep.models.chat_template import on_one_day
-from misstep.models.weights import Model, configured_ends, load_tokenizer
+from misstep.models.weights import Model, configured_ends, load_tokenizer, vocabulary_size
 from misstep.records import Message
 
 if TYPE_CHECKING:
@@ -56,9 +56,14 @@ class Renderer:
     """Turns conversations into tokens and tokens into text, with one model's tokenizer."""
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", ends: Collection[int] = ()
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        ends: Collection[int] = (),
+        vocabulary: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        """Tokens that the model has embeddings for, where it says so."""
         self.has_template = tokenizer.chat_template is not None
         """Whether the model brings a chat template; if not, `FALLBACK_TEMPLATE` is used."""
         self.next_turns = () if self.has_template else NEXT_TURNS
@@ -91,7 +96,7 @@ class Renderer:
         Raises:
             ModelError: the tokenizer cannot be loaded, or has no token that ends a turn.
         """
-        return cls(load_tokenizer(model), configured_ends(model))
+        return cls(load_tokenizer(model), configured_ends(model), vocabulary_size(model))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """The tokens after which the model answers.
@@ -181,8 +186,10 @@ class Renderer:
         are read at the last token that is no pad, and the end belongs to what is scored.
         """
         known = [self.tokenizer.pad_token_id, *sorted(self._control.values())]
-        end = self.end_of_turn
-        return next((int(i) for i in known if i is not None and i != end), end)
+        end, most = self.end_of_turn, self._vocabulary
+        # Some tokenizers were given a token to pad with that their model knows nothing of.
+        usable = (int(i) for i in known if i is not None and (most is None or i < most))
+        return next((i for i in usable if i != end), end)
 
     def _encode(self, text: str, plain: bool = False) -> list[int]:
         """Tokens of a text; `plain` takes the spelling of a control token as mere text."""
@@ -249,7 +256,13 @@ class Renderer:
     def _find_end_of_turn(self) -> int:
         """The first control token after an assistant turn in the template, else eos."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-        tail = self._template(turns, generate=False).rpartition(PROBE)[2]
+        _, said, tail = self._template(turns, generate=False).rpartition(PROBE)
+        if not said:
+            raise ModelError(
+                f"model {self.tokenizer.name_or_path}: expected a chat template that writes "
+                "what is said, found one that leaves it out; it may read lists of parts only. "
+                "Save the model with one that reads text (tokenizer.chat_template)."
+            )
         found = re.search(self._spelling, tail)
         if found and found[0]:
             return self._control[found[0]]

@@ -251,6 +251,15 @@ def context_length(model: Model) -> int | None:
     return int(longest) if longest else None
 
 
+def vocabulary_size(model: Model) -> int | None:
+    """So many tokens have an embedding; None where the files do not say so."""
+    if model.is_gguf:
+        return None
+    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
+    size = (config.get("text_config") or config).get("vocab_size")
+    return int(size) if size else None
+
+
 def within_context(model: Model, tokens: int) -> int:
     """So many tokens, or as many as the model was made for where that is less."""
     return min(tokens, context_length(model) or tokens)
@@ -596,9 +605,15 @@ def _refuse_unused(adapter: Path, adapted: "PeftModel") -> None:
 
     with safe_open(adapter / "adapter_model.safetensors", "np") as tensors:
         given = {*filter(LORA.search, tensors.keys())}
-    named = f".{adapted.active_adapter}.weight"
+    named = f".{adapted.active_adapter}"
     held = filter(LORA.search, adapted.state_dict())
-    taken = {key.removesuffix(named) + ".weight" for key in held if key.endswith(named)}
+    ends = {named + kind: kind for kind in (".weight", ".bias")}
+    taken = {
+        key.removesuffix(end) + kind
+        for key in held
+        for end, kind in ends.items()
+        if key.endswith(end)
+    }
     if odd := sorted(given ^ taken):
         raise ValueError(
             f"{len(odd)} of its matrices, or of those that it should have, have no place, such "

@@ -144,9 +144,6 @@ def _trainer(
     from misstep.training.trainer import Checkpoints, CompletionTrainer, Steps
 
     tell = notify or (lambda *_: None)
-    if len(order) <= job.settings.batch_size:
-        # A warm-up has whole steps and begins at 0: an only step would change nothing.
-        arguments.warmup_steps = 0
     return CompletionTrainer(
         loss,
         arguments,

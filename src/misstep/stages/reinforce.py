@@ -199,7 +199,7 @@ def _policy_trainer(
         num_generations=settings.samples,
         max_completion_length=settings.max_tokens,
         beta=settings.kl,
-        **job.setup.arguments(job.folder, settings.learning_rate),
+        **job.setup.arguments(job.folder, settings.learning_rate, settings.steps),
     )
 
 

@@ -62,18 +62,21 @@ class Setup:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """A copy that pads with `pad`: TRL takes what it pads with from the tokenizer."""
+        """A copy that pads with `pad` and ends somehow: TRL takes both from the tokenizer."""
         tokenizer = copy.deepcopy(self.renderer.tokenizer)
         tokenizer.pad_token_id = self.renderer.pad
+        if tokenizer.eos_token_id is None:
+            tokenizer.eos_token_id = self.renderer.end_of_turn
         return tokenizer
 
-    def arguments(self, folder: Path, learning_rate: float) -> dict[str, Any]:
-        """What both of TRL's trainers are told alike."""
+    def arguments(self, folder: Path, learning_rate: float, steps: float) -> dict[str, Any]:
+        """What both of TRL's trainers are told alike, of so many steps or fewer."""
         return {
             "output_dir": str(folder),
             "learning_rate": learning_rate,
             "lr_scheduler_type": self.train.scheduler,
-            "warmup_steps": self.train.warmup_ratio,
+            # A warm-up begins at 0, so that an only step would change nothing.
+            "warmup_steps": self.train.warmup_ratio if steps > 1 else 0,
             "weight_decay": self.train.weight_decay,
             # The adapter is computed in the weights' type without autocast.
             "bf16": False,
@@ -188,7 +191,11 @@ def _train(
         train.batch_size,
         [setup.steps(f"{what} steps")],
         num_train_epochs=settings.epochs,
-        **setup.arguments(folder, settings.learning_rate),
+        **setup.arguments(
+            folder,
+            settings.learning_rate,
+            len(split.trained) * settings.epochs / train.batch_size,
+        ),
     )
     seconds = time.monotonic() - started
     scorer = Scorer(model, setup.renderer.pad, micro_tokens())

@@ -35,6 +35,8 @@ FORMAT = 2
 """Raised when equal inputs no longer give an equal adapter."""
 REPORT = "train.json"
 CARD = "README.md"
+LOGS = "runs"
+"""Where Trainer has TensorBoard write, in its output folder."""
 OUTPUTS = (
     *(CARD, "adapter_config.json", "adapter_model.safetensors"),
     *("config.json", "generation_config.json", "model*.safetensors*"),
@@ -88,8 +90,16 @@ def train(
         with processes.together(order.model_dump_json()):
             report = _train(job, notify)
         free()
+    _keep_logs(folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return report
+
+
+def _keep_logs(folder: Path) -> None:
+    """Take what TensorBoard shows from beside the checkpoints to beside the adapter."""
+    for logs in folder.glob(f"{CHECKPOINTS}/*/{LOGS}/*"):
+        (folder / LOGS).mkdir(exist_ok=True)
+        logs.replace(folder / LOGS / logs.name)
 
 
 def follow(order: str) -> None:

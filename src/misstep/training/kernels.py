@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from misstep.models.precision import products_are_cheap, products_dtype
 from misstep.training import sharing
 from misstep.training.label_loss import LabelLoss
-from misstep.training.loss import CompletionLoss, body_of
+from misstep.training.loss import CompletionLoss
 
 SMALL = 0.1
 """The share of all parameters up to which those that are trained are few."""
@@ -50,7 +50,7 @@ def fast_layers(
         loss.lanes = sharing.lanes_of(lm)
     if checkpointing:
         lm.activation_checkpointing_enable()
-    blocks = list(body_of(lm).layers) if compiled else []
+    blocks = _blocks(lm) if compiled else []
     for block in blocks:
         block.compile(dynamic=True)
     try:
@@ -67,6 +67,12 @@ def fast_layers(
         if shares:
             lm.set_attn_implementation(attention)
             loss.collate = collate
+
+
+def _blocks(lm: Any) -> list[Any]:
+    """The layers of a model, by the class of which transformers says that it stays whole."""
+    kinds = set(lm._no_split_modules or ())
+    return [module for module in lm.modules() if type(module).__name__ in kinds]
 
 
 def _is_mostly_frozen(loss: nn.Module) -> bool:

@@ -157,8 +157,9 @@ def short_cuts(lm: Any) -> ShortCuts:
         pads = _close(logits[0, : len(row)], logits[1, : len(row)])
         skips = pads and type(head) is nn.Linear and head.bias is None
         if skips:
-            found = head(body_of(lm)(input_ids=padded, use_cache=False).last_hidden_state)
-            skips = _close(found, logits)
+            hidden = body_of(lm)(input_ids=padded, use_cache=False).last_hidden_state
+            # Some keep what runs between the layers in fp32, and the head takes it down itself.
+            skips = hidden.dtype == head.weight.dtype and _close(head(hidden), logits)
     lm.train(was_training)
     return ShortCuts(pads, skips)
 

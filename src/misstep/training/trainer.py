@@ -55,6 +55,9 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         callbacks: list[TrainerCallback],
     ) -> None:
         starts = range(0, len(rows), batch_size)
+        if len(starts) < 2:
+            # A warm-up has whole steps and begins at 0: an only step would change nothing.
+            args.warmup_steps = 0
         super().__init__(
             model=model,
             args=args,

@@ -98,10 +98,12 @@ def save_all_weights(
     # What was read from GGUF is plain by now, and must not be read as packed again.
     lm.config.__dict__.pop("quantization_config", None)
     lm.hf_quantizer = None
-    lm.config.dtype = dtype
     with no_progress_bars():
         lm.save_pretrained(
             folder, state_dict={name: typed[id(tensor)] for name, tensor in weights.items()}
         )
+    # It names the type that was trained in.
+    lm.config.dtype = dtype
+    lm.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     share(folder)
