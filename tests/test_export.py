@@ -168,7 +168,7 @@ def test_the_card_says_what_is_asked(tiny_model: Path, tmp_path: Path) -> None:
     shown = [
         line.split(" | ")[:3] for line in card.splitlines() if line.startswith("| attacks ")
     ]
-    expected = [["vanilla", "no"], ["mistake_analysis", "yes"]]
+    expected = [["vanilla", "no"], ["vanilla", "yes"], ["mistake_analysis", "yes"]]
     assert [setting for _, *setting in shown] == expected
 
 

@@ -238,11 +238,14 @@ def card(source: Source, run: Path) -> str:
 
 
 def _measured(source: Source, run: Path) -> Iterator[str]:
-    """Its rates beside the untrained model's; of a comparison none, which has several of it."""
+    """Its rates beside the untrained model's, asked alike too; of a comparison, none.
+
+    A comparison has several of it.
+    """
     if not (run / "results.json").is_file():
         return
     results = read_results(run / "results.json")
-    shown = {("vanilla", False), (source.method, source.guided)}
+    shown = {("vanilla", False), ("vanilla", source.guided), (source.method, source.guided)}
     rows = tuple(row for row in results.rows if (row.method, row.guided) in shown)
     if rows and not results.pooled:
         yield "Measured by the run, with 95 % intervals:"

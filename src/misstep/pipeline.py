@@ -89,6 +89,10 @@ class Collected(NamedTuple):
     unguided: Iterable[Analysis] = ()
 
 
+GIVEN = {"induce": "prompts", "good answers": "prompts"}
+"""What a stage is given that is no mistake."""
+
+
 class Run:
     """One run directory and the work that fills it, stage by stage."""
 
@@ -476,11 +480,17 @@ class Run:
             found = RecordFile(self.folder / "responses.jsonl", Answer)
             found.fill(whole_counted(self._all_answers(adapters), tally))
         self._yield("respond", tally)
-        if cut := sum(n for why, n in tally.refused.items() if why.startswith(CUT)):
+        cut = {
+            why.removeprefix(f"{CUT}, "): n
+            for why, n in tally.refused.most_common()
+            if why.startswith(CUT)
+        }
+        if cut:
+            listed = ", ".join(f"{n} of {method}" for method, n in cut.items())
             self.progress.say(
-                f"{cut} of {tally.sampled} answers were cut at respond.max_tokens "
-                f"({self.config.respond.max_tokens}) and are judged as they stand: rates of "
-                "mistakes and of help are too low."
+                f"{sum(cut.values())} of {tally.sampled} answers were cut at "
+                f"respond.max_tokens ({self.config.respond.max_tokens}) and are judged as they "
+                f"stand ({listed}): rates of mistakes and of help are too low."
             )
         return found
 
@@ -585,7 +595,13 @@ class Run:
         counts = tally.counts
         self.manifest.data["yields"][stage] = counts.model_dump(mode="json")
         kept = "whole" if stage == "respond" else "kept"
-        self.progress.say(f"{stage}: {kept} {counts.kept} of {counts.sampled or counts.given}")
+        said = f"{stage}: {kept} {counts.kept} of {counts.sampled or counts.given}"
+        if counts.sampled > counts.given:
+            # At most one is kept for each, as a rule: the share alone would mislead.
+            said += (
+                f" samples, for {counts.given} {GIVEN.get(stage.partition(',')[0], 'mistakes')}"
+            )
+        self.progress.say(said)
 
     @contextmanager
     def _judge_of_mistakes(self) -> Iterator[Judge]:

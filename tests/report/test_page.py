@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 
 from misstep.errors import DataError
-from misstep.evidence.results import FOCUS, Metric, Results, read_results, write_results
+from misstep.evidence.results import (
+    FOCUS,
+    Comparison,
+    Metric,
+    Results,
+    read_results,
+    write_results,
+)
 from misstep.records import (
     Analysis,
     Answer,
@@ -22,6 +29,7 @@ from misstep.records import (
 from misstep.report import words
 from misstep.report.page import write_report
 from misstep.report.reading import FILES, Training, read_run
+from misstep.report.view import Tested
 from misstep.stages.base import Tally
 from misstep.stages.evaluate import Table
 from misstep.training.report import TrainReport
@@ -178,7 +186,8 @@ def test_the_headline_is_made_from_the_numbers(complete: Path) -> None:
     # Of each test set 9 of 10 are scored: 5 mistakes before and 1 after. The pool of both
     # attacked sets counts no case again.
     expected = (
-        "On 18 held-out attacks the model obeyed 56 % before and 11 % after; "
+        "On 18 held-out attacks the model obeyed 56 % before, 44 % by the guide alone and 11 % "
+        "after; "
         "helpful answers to clean tasks went from 56 % to 11 %."
     )
     assert expected in Page(complete).words
@@ -362,3 +371,24 @@ def test_scores_meet_their_own_responses(tmp_path: Path) -> None:
 
 def test_the_reader_asks_for_what_the_training_reports() -> None:
     assert Training.model_fields.keys() <= TrainReport.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("metric", "p", "verdict"),
+    [
+        ("refusal_rate", 0.01, "other"),
+        ("refusal_rate", 0.06, "none"),
+        ("mistake_rate", 0.01, "bad"),
+        ("helpfulness", 0.01, "good"),
+    ],
+)
+def test_a_shown_difference_is_never_called_none(metric: str, p: float, verdict: str) -> None:
+    of: dict[str, Any] = {"a": "dpo/guided", "b": "vanilla/unguided", "metric": metric}
+    of |= {"difference": 0.2, "low": 0.1, "high": 0.3, "p": p, "test": "exact"}
+    found = Comparison(**of, test_set="held-out", seed=0, n=30)
+    assert Tested(found, p).verdict == verdict
+
+
+def test_methods_have_the_names_that_readers_know() -> None:
+    names = {"dpo": "DPO", "rlhf": "RLHF", "coh": "Chain of Hindsight", "revise": "revise"}
+    assert {name: words.method_title(name) for name in names} == names

@@ -12,11 +12,19 @@ WORDS = {
 """For each shipped policy, the name of its cases and of its mistake."""
 
 PLAIN_WORDS = ("held-out cases", "the mistakes of the model were")
-VERDICTS = {"good": "better", "bad": "worse", "none": "no difference shown"}
+VERDICTS = {
+    "good": "better",
+    "bad": "worse",
+    "other": "another rate, in itself neither better nor worse",
+    "none": "no difference shown",
+}
+
+
+GUIDE_ALONE = Setting("vanilla", guided=True)
 
 
 class Finding(NamedTuple):
-    """One sentence on a difference, and its verdict: `good`, `bad` or `none`."""
+    """One sentence on a difference, and its verdict, a key of `VERDICTS`."""
 
     verdict: str
     sentence: str
@@ -43,10 +51,17 @@ def headline(view: View) -> str:
     attacked = judged - ordinary or judged
     clean = {test_set for test_set, _ in scored} - attacked
     if before := _mean(view, view.before, MISTAKES, attacked):
-        after = _mean(view, view.after, MISTAKES, attacked)
         cases, mistake = WORDS.get(view.policy, PLAIN_WORDS)
-        then = f" and {brief(after.value)} after" if after else ""
-        parts.append(f"on {before.n} {cases} {mistake} {brief(before.value)} before{then}")
+        further = [(view.after, "after")]
+        if view.after not in (None, GUIDE_ALONE) and view.after.guided:
+            further.insert(0, (GUIDE_ALONE, "by the guide alone"))
+        then = ["before"] + [
+            f"{brief(mean.value)} {when}"
+            for setting, when in further
+            if (mean := _mean(view, setting, MISTAKES, attacked))
+        ]
+        listed = " and ".join([", ".join(then[:-1]), then[-1]] if len(then) > 1 else then)
+        parts.append(f"on {before.n} {cases} {mistake} {brief(before.value)} {listed}")
     for where, test_sets in ((" to clean tasks", clean), ("", attacked)):
         if before := _mean(view, view.before, HELPFULNESS, test_sets):
             after = _mean(view, view.after, HELPFULNESS, test_sets)

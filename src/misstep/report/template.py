@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 FILTERS: dict[str, Callable[..., Any]] = {
     "method": words.method_title,
     "direction": words.direction,
+    "note": words.note,
     "capitalised": words.capitalised,
     "rate": words.rate,
     "plain": words.plain,

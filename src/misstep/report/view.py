@@ -59,10 +59,12 @@ class Tested(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """`good` or `bad`, or `none` where no difference is shown."""
+        """`good` or `bad`, `other` where neither end is, or `none` where none is shown."""
         better = words.better(self.found.metric)
-        if self.adjusted >= 0.05 or better == "neither":
+        if self.adjusted >= 0.05:
             return "none"
+        if better == "neither":
+            return "other"
         return "good" if (self.found.difference < 0) == (better == "lower") else "bad"
 
 

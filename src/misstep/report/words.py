@@ -53,7 +53,21 @@ UNITS = {
 }
 """Of metrics that are no rates; grades are none, too."""
 
-METHOD_TITLES = {"vanilla": "Model as it was", "ordinary": "Ordinary data only", "sft": "SFT"}
+NOTES = {
+    "answered_without_mistake": "neither a mistake nor a refusal",
+    "stock_opening": "of all answers, those without mistake that begin with the same four "
+    "words; not measured among fewer than 20 such",
+}
+"""What a metric is, where its name does not say so."""
+
+METHOD_TITLES = {
+    "vanilla": "Model as it was",
+    "ordinary": "Ordinary data only",
+    "sft": "SFT",
+    "dpo": "DPO",
+    "rlhf": "RLHF",
+    "coh": "Chain of Hindsight",
+}
 
 SPACE = "\u202f"
 _MINUS = "\u2212"
@@ -102,6 +116,11 @@ def direction(metric: str) -> str:
     """Which end of a metric is the good one, in words."""
     good = better(metric)
     return "" if good == "neither" else f"{good} is better"
+
+
+def note(metric: str) -> str:
+    """What a metric is, where its name does not say so; else nothing."""
+    return NOTES.get(base_metric(metric), "")
 
 
 def rate(value: float | None, metric: str = "") -> str:
