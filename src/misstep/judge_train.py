@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +67,7 @@ OWN = ("model.safetensors", "config.json", "tokenizer.json", CARD)
 """What a training overwrites; a folder that holds any of it and was no judge's is refused."""
 TOGETHER = "all held-out questions"
 """How the data sets together are called on a card."""
+UNREAD = "an answer of which the tokenizer makes nothing"
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -142,6 +144,8 @@ def read_train_inputs(
     for name, found in sets.items():
         if found.pairs:
             raise DataError(f"{name}: expected single answers with labels, found pairs.")
+    reader = Reader.for_model(base)
+    sets = {name: _readable(found, reader) for name, found in sets.items()}
     inputs = TrainInputs(base, metric, sets, checked)
     cases = _parted(inputs)
     for part in ("train", "dev"):
@@ -153,6 +157,14 @@ def read_train_inputs(
                 f"{seen}. Give more data, or another seed, dev or held_out."
             )
     return inputs
+
+
+def _readable(data: DataSet, reader: Reader) -> DataSet:
+    """A data set without the answers that the judge will leave unscored."""
+    kept = [case for case in data.cases if reader.reads(case.response.text)]
+    left_out = Counter(data.left_out)
+    left_out[UNREAD] += len(data.cases) - len(kept)
+    return data._replace(cases=kept, left_out=dict(+left_out))
 
 
 def _settings(overrides: Sequence[str], model: Model, metric: str) -> JudgeTraining:
