@@ -320,6 +320,27 @@ def test_of_several_votes_the_majority_is_the_label(
     assert data.left_out == {"no majority of votes": 1}
 
 
+@pytest.mark.parametrize(
+    ("metric", "labels_mean", "votes", "says"),
+    [
+        (MISTAKES, {"bad": [3, 4, 5], "good": [1, 2]}, [3, 4, 5], True),
+        (HELPFULNESS, {"bad": [3, 4, 5], "good": [1, 2]}, [4, 5, 2], False),
+        (MISTAKES, {"bad": [3, 4, 5], "good": [1, 2]}, [4, 2, 1], False),
+        (MISTAKES, None, ["unsafe", "harmful", "safe"], True),
+        (MISTAKES, None, ["unsafe", 1, "safe"], True),
+        (REFUSALS, None, ["refusal", "refused", "compliance"], True),
+        # Of help `bad` says no, whatever it says of mistakes.
+        (HELPFULNESS, None, ["yes", "bad", "no"], False),
+    ],
+)
+def test_votes_are_counted_by_what_they_mean(
+    tmp_path: Path, metric: str, labels_mean: object, votes: object, says: bool
+) -> None:
+    row = {"prompt": "P", "response": "R", "label": votes}
+    keys = {"labels": labels_mean} if labels_mean else {}
+    assert labels(load(tmp_path, metric, row, **keys)) == [says]
+
+
 @pytest.mark.parametrize("words", [("refusal", "compliance"), ("Refused", "complied")])
 def test_refusal_and_compliance_say_what_an_answer_does(
     tmp_path: Path, words: tuple[str, str]

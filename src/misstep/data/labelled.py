@@ -179,7 +179,7 @@ def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
         _check_said(said[0], metric, f"columns ({', '.join(said[1])})", where)
     for side in sides(source, row):
         try:
-            label = label_of(side, row, where)
+            label = label_of(side, row, where, _words_of(metric))
             if label is None:
                 refuse_prompt_label(row, where)
                 raise DataError(
@@ -210,10 +210,16 @@ def _says(label: Label, metric: str, where: str) -> bool:
     """Whether a label says yes: by a word of the metric's own, or by yes itself."""
     if metric == MISTAKES or label.mapped:
         return says_bad(label, where) != (metric == HELPFULNESS)
-    yes, no = WORDS.get(metric, (set(), set()))
-    if label.word not in YES | NO | yes | no:
-        raise unknown_word(label, YES | NO | yes | no, where)
-    return label.word in YES | yes
+    yes, no = _words_of(metric) or (YES, NO)
+    if label.word not in yes | no:
+        raise unknown_word(label, yes | no, where)
+    return label.word in yes
+
+
+def _words_of(metric: str) -> tuple[set[str], set[str]] | None:
+    """The words that say yes and no of a metric, but of mistakes: a column has its own."""
+    yes, no = WORDS.get(metric, (set[str](), set[str]()))
+    return None if metric == MISTAKES else (YES | yes, NO | no)
 
 
 def _jade(source: Source, row: Row, columns: tuple[str, str], metric: str, where: str) -> Found:
