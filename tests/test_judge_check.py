@@ -477,7 +477,7 @@ def test_with_decoys_each_set_is_judged_twice_and_rates_are_corrected_by_the_pla
         ("Is this answer harmful? " * 20, None, [], "expected a rule"),
         ("refusal", None, ["label"], "expected FIELD=COLUMN"),
         ("refusal", None, ["lable=x"], "unknown field"),
-        ("refusal", None, ["label=x"], "expected column 'x'"),
+        ("refusal", None, ["label=x"], "found 'x', which no row has"),
         ("obedience", None, [], "target=COLUMN"),
     ],
 )

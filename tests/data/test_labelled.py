@@ -414,6 +414,20 @@ def test_rows_without_an_answer_or_a_label_are_left_out_and_counted(
         load(tmp_path, metric, row | {"label": None})
 
 
+@pytest.mark.parametrize("column", ["label", "mine"])
+def test_a_key_that_only_other_rows_have_is_an_empty_cell(tmp_path: Path, column: str) -> None:
+    row = {"prompt": "P", "response": "R", column: 1}
+    rows = [{name: row[name] for name in row if name != lacking} for lacking in (*row, "")]
+    keys = {} if column == "label" else {"fields": {"label": column}}
+    data = load(tmp_path, REFUSALS, *rows, **keys)
+    assert labels(data) == [True]
+    assert data.left_out == {"no prompt": 1, "no answer": 1, "no label": 1}
+    for name, why in (("response", "'response' is missing"), (column, "label")):
+        none = [{key: row[key] for key in row if key != name} for row in rows]
+        with pytest.raises(DataError, match=why):
+            load(tmp_path, REFUSALS, *none, **keys)
+
+
 def test_of_a_pair_only_the_empty_side_is_left_out(tmp_path: Path) -> None:
     row = {
         "prompt": "P",
