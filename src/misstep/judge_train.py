@@ -250,9 +250,16 @@ def _is_made_of(folder: Path, inputs: TrainInputs) -> bool:
 def _measure(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
     """Put the held-out questions into the card, where they are not in it yet."""
     card, cases = read_card(folder), _parted(inputs)
-    if not {name for name, of in cases.items() if of["held_out"]} <= set(card.data):
+    if not _names_tested(inputs, cases) <= set(card.data):
         tested = _tested(inputs, cases, folder, progress)
         write_card(folder, card.model_copy(update={"data": dict(card.data) | tested}))
+
+
+def _names_tested(inputs: TrainInputs, cases: Parted) -> set[str]:
+    """All that `_tested` measures; a check may have put a part of it into the card."""
+    names = {name for name, of in cases.items() if of["held_out"]}
+    hard = {NAME.format(name) for name in names} if inputs.metric == MISTAKES else set()
+    return names | hard | ({TOGETHER} if names and len(inputs.data) > 1 else set())
 
 
 def _train_into(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
