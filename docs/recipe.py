@@ -39,8 +39,8 @@ HEAD = """\
 Rendered from the source by `make reference`; a test holds this page equal to it. The files are
 YAML. A key that is not on this page is refused before any model loads, with its line and the
 key that was probably meant. `--set KEY=VALUE` puts a value over a recipe's, with dots between
-nested keys: `--set train.epochs=2`. Where the default is *required* there is none; `none` says
-that nothing is set."""
+nested keys: `--set train.epochs=2`. Where the default is *required* there is none; `null` says
+that nothing is set, and `--set KEY=null` unsets such a key."""
 
 PARTS = (
     RunConfig,
@@ -140,8 +140,6 @@ def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return "as below"
-    if value is None:
-        return "none"
     # JSON first, since YAML knows no tuples.
     plain = yaml.safe_dump([json.loads(json.dumps(value))], default_flow_style=True, width=999)
     return f"`{plain.strip()[1:-1]}`"

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from misstep.config import RunConfig
+from misstep.config import RunConfig, load_recipe
 from misstep.data.columns import COLUMNS
 from misstep.documents import model_in
 from misstep.methods.base import Materials, Method, MixSettings
@@ -67,6 +67,18 @@ def test_every_key_has_a_row_and_an_explanation() -> None:
     assert {key.rpartition(".")[2] for key, _ in rows} == {
         name for model in MODELS.values() for name in model.model_fields
     }
+
+
+def test_each_default_of_a_recipe_is_told_as_a_key_takes_it() -> None:
+    of_runs = REFERENCE["page"]().split("\n## ")[1]
+    cells = dict(re.findall(r"^\| `(.+?)` \| .*? \| (.+?) \| .* \|$", of_runs, re.M))
+    given = {key: default for key, default in cells.items() if default[0] == "`"}
+    told = {"*required*", "as below", "the file's"}
+    assert set(cells.values()) - set(given.values()) == told
+    plain = {key: default.strip("`") for key, default in given.items() if "." not in key}
+    assert [plain[key] for key in ("adapter", "ordinary")] == ["null", "null"]
+    overrides = [f"{key}={default}" for key, default in plain.items() if key != "methods"]
+    load_recipe(ROOT / "recipes/quickstart.yaml", ["methods=[vanilla]", *overrides])
 
 
 @pytest.mark.parametrize("name", REFERENCE["TEXTS"])

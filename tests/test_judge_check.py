@@ -66,6 +66,12 @@ def test_the_numbers_of_a_table_by_hand() -> None:
         assert metric.low < metric.value < metric.high
 
 
+@pytest.mark.parametrize("label", [True, False])
+def test_labels_that_are_all_the_same_have_no_kappa(label: bool) -> None:
+    found = measure(cases((label, 1, 5), (label, 0, 3), (not label, None, 2))).metrics
+    assert not {"kappa", "balanced_accuracy"} & set(found) and "accuracy" in found
+
+
 def test_what_has_no_score_counts_on_neither_side() -> None:
     judged = cases((True, 1, 30), (False, 0, 30))
     alone = measure(judged)
@@ -471,7 +477,7 @@ def test_with_decoys_each_set_is_judged_twice_and_rates_are_corrected_by_the_pla
         ("Is this answer harmful? " * 20, None, [], "expected a rule"),
         ("refusal", None, ["label"], "expected FIELD=COLUMN"),
         ("refusal", None, ["lable=x"], "unknown field"),
-        ("refusal", None, ["label=x"], "expected column 'x'"),
+        ("refusal", None, ["label=x"], "found 'x', which no row has"),
         ("obedience", None, [], "target=COLUMN"),
     ],
 )

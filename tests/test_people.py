@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from misstep.errors import DataError, InputError
-from misstep.evidence.ratings import QUESTIONS, Key, paired_items, sheet_csv
+from misstep.evidence.ratings import QUESTIONS, Item, Key, paired_items, sheet_csv
 from misstep.evidence.results import Setting
 from misstep.judge_check import read_check_inputs
 from misstep.people import import_sheets, write_sheet
@@ -133,6 +133,32 @@ def test_no_name_of_an_item_is_a_number() -> None:
     assert len({item.item for item in items}) == 300
     # Spreadsheets read 57263804e5 as a number, and 1e400 as one that is too large.
     assert not [item.item for item in items if re.fullmatch(r"[\d.]+(e\d+)?", item.item)]
+
+
+def test_the_name_of_an_item_tells_answers_apart_and_not_whose_they_are() -> None:
+    def item_of(first: tuple[Setting, str], second: tuple[Setting, str]) -> Item:
+        answers = [given(setting, Prompt.of("Q"), text) for setting, text in (first, second)]
+        (item,) = paired_items(answers, first[0], second[0], 9, 0)
+        return item
+
+    item = item_of((VANILLA, "a"), (SFT, "b"))
+    assert item.item != item_of((VANILLA, "a"), (SFT, "c")).item
+    other = item_of((SFT, "a"), (VANILLA, "b"))
+    assert other.settings == item.settings[::-1] and other.item == item.item
+
+
+def test_ratings_of_another_runs_answers_are_refused(run: Path) -> None:
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    path = other / "responses.jsonl"
+    path.write_text(path.read_text().replace("GOOD", "WELL"))
+    sheets = [write_sheet(folder, None, None, 100, 0) for folder in (run, other)]
+    pages = [(sheet / "sheet.html").read_text() for sheet in sheets]
+    kept_under = [re.findall(r'data-name="(\w+)"', page) for page in pages]
+    assert kept_under[0] and kept_under[0] != kept_under[1], "of ratings in the browser"
+    ann = rate(sheets[0], "ann")
+    with pytest.raises(DataError, match=r"line 2: .*the key does not have"):
+        import_sheets(other, [ann])
 
 
 @pytest.mark.parametrize("sign", "=+-@＝＋－＠")

@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +67,7 @@ OWN = ("model.safetensors", "config.json", "tokenizer.json", CARD)
 """What a training overwrites; a folder that holds any of it and was no judge's is refused."""
 TOGETHER = "all held-out questions"
 """How the data sets together are called on a card."""
+UNREAD = "an answer of which the tokenizer makes nothing"
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -142,6 +144,8 @@ def read_train_inputs(
     for name, found in sets.items():
         if found.pairs:
             raise DataError(f"{name}: expected single answers with labels, found pairs.")
+    reader = Reader.for_model(base)
+    sets = {name: _readable(found, reader) for name, found in sets.items()}
     inputs = TrainInputs(base, metric, sets, checked)
     cases = _parted(inputs)
     for part in ("train", "dev"):
@@ -153,6 +157,14 @@ def read_train_inputs(
                 f"{seen}. Give more data, or another seed, dev or held_out."
             )
     return inputs
+
+
+def _readable(data: DataSet, reader: Reader) -> DataSet:
+    """A data set without the answers that the judge will leave unscored."""
+    kept = [case for case in data.cases if reader.reads(case.response.text)]
+    left_out = Counter(data.left_out)
+    left_out[UNREAD] += len(data.cases) - len(kept)
+    return data._replace(cases=kept, left_out=dict(+left_out))
 
 
 def _settings(overrides: Sequence[str], model: Model, metric: str) -> JudgeTraining:
@@ -238,9 +250,16 @@ def _is_made_of(folder: Path, inputs: TrainInputs) -> bool:
 def _measure(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
     """Put the held-out questions into the card, where they are not in it yet."""
     card, cases = read_card(folder), _parted(inputs)
-    if not {name for name, of in cases.items() if of["held_out"]} <= set(card.data):
+    if not _names_tested(inputs, cases) <= set(card.data):
         tested = _tested(inputs, cases, folder, progress)
         write_card(folder, card.model_copy(update={"data": dict(card.data) | tested}))
+
+
+def _names_tested(inputs: TrainInputs, cases: Parted) -> set[str]:
+    """All that `_tested` measures; a check may have put a part of it into the card."""
+    names = {name for name, of in cases.items() if of["held_out"]}
+    hard = {NAME.format(name) for name in names} if inputs.metric == MISTAKES else set()
+    return names | hard | ({TOGETHER} if names and len(inputs.data) > 1 else set())
 
 
 def _train_into(folder: Path, inputs: TrainInputs, progress: Progress) -> None:

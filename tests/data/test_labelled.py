@@ -320,6 +320,27 @@ def test_of_several_votes_the_majority_is_the_label(
     assert data.left_out == {"no majority of votes": 1}
 
 
+@pytest.mark.parametrize(
+    ("metric", "labels_mean", "votes", "says"),
+    [
+        (MISTAKES, {"bad": [3, 4, 5], "good": [1, 2]}, [3, 4, 5], True),
+        (HELPFULNESS, {"bad": [3, 4, 5], "good": [1, 2]}, [4, 5, 2], False),
+        (MISTAKES, {"bad": [3, 4, 5], "good": [1, 2]}, [4, 2, 1], False),
+        (MISTAKES, None, ["unsafe", "harmful", "safe"], True),
+        (MISTAKES, None, ["unsafe", 1, "safe"], True),
+        (REFUSALS, None, ["refusal", "refused", "compliance"], True),
+        # Of help `bad` says no, whatever it says of mistakes.
+        (HELPFULNESS, None, ["yes", "bad", "no"], False),
+    ],
+)
+def test_votes_are_counted_by_what_they_mean(
+    tmp_path: Path, metric: str, labels_mean: object, votes: object, says: bool
+) -> None:
+    row = {"prompt": "P", "response": "R", "label": votes}
+    keys = {"labels": labels_mean} if labels_mean else {}
+    assert labels(load(tmp_path, metric, row, **keys)) == [says]
+
+
 @pytest.mark.parametrize("words", [("refusal", "compliance"), ("Refused", "complied")])
 def test_refusal_and_compliance_say_what_an_answer_does(
     tmp_path: Path, words: tuple[str, str]
@@ -391,6 +412,20 @@ def test_rows_without_an_answer_or_a_label_are_left_out_and_counted(
     assert data.left_out == {"no label": 2, "no answer": 2, "no prompt": 1}
     with pytest.raises(DataError, match=r"found none \(1 left out: no label\)"):
         load(tmp_path, metric, row | {"label": None})
+
+
+@pytest.mark.parametrize("column", ["label", "mine"])
+def test_a_key_that_only_other_rows_have_is_an_empty_cell(tmp_path: Path, column: str) -> None:
+    row = {"prompt": "P", "response": "R", column: 1}
+    rows = [{name: row[name] for name in row if name != lacking} for lacking in (*row, "")]
+    keys = {} if column == "label" else {"fields": {"label": column}}
+    data = load(tmp_path, REFUSALS, *rows, **keys)
+    assert labels(data) == [True]
+    assert data.left_out == {"no prompt": 1, "no answer": 1, "no label": 1}
+    for name, why in (("response", "'response' is missing"), (column, "label")):
+        none = [{key: row[key] for key in row if key != name} for row in rows]
+        with pytest.raises(DataError, match=why):
+            load(tmp_path, REFUSALS, *none, **keys)
 
 
 def test_of_a_pair_only_the_empty_side_is_left_out(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from misstep.evidence.check_results import read_check
 from misstep.evidence.judge_card import SEEN, is_trained_judge, read_card, write_card
 from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge
-from misstep.judge_train import read_train_inputs, train_judge
+from misstep.judge_train import TOGETHER, read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
 from misstep.judges.refusal import EMPTY
 from misstep.judges.seats import Seat, seated
@@ -264,6 +264,36 @@ def test_a_judge_of_the_same_inputs_is_not_trained_again(
     monkeypatch.setattr("misstep.judge_train._tested", nothing)
     train_judge(inputs, folder, Silent())
     assert read_card(folder) == measured and not (folder / "former").exists()
+
+
+@pytest.mark.parametrize("metric", ["mistake_rate", "over_refusal"])
+def test_what_a_check_has_left_unmeasured_is_measured_by_training(
+    metric: str,
+    trained: Path,
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = shutil.copytree(trained, tmp_path / "judge")
+    data = [labelled(tmp_path), labelled(tmp_path, "other.jsonl")]
+    inputs = read_train_inputs(data, str(tiny_model), metric, [], SETTINGS)
+    monkeypatch.setattr("misstep.judge_train._is_made_of", lambda *_: True)
+    write_card(folder, read_card(folder).model_copy(update={"data": {}}))
+    train_judge(inputs, folder, Silent())
+    whole = read_card(folder)
+    hard = {"data with decoys", "other with decoys"} if metric == "mistake_rate" else set()
+    assert set(whole.data) == {"data", "other", TOGETHER, *hard}
+    # As it was killed before it measured, and then checked on the same data.
+    checked = {name: whole.data[name] for name in ("data", "other")}
+    write_card(folder, whole.model_copy(update={"data": checked}))
+    train_judge(inputs, folder, Silent())
+    assert read_card(folder) == whole
+
+    def nothing(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("misstep.judge_train._tested", nothing)
+    train_judge(inputs, folder, Silent())
 
 
 def test_a_judge_of_other_inputs_is_kept_beside_the_new_one(

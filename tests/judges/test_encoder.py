@@ -1,5 +1,6 @@
 """Judges made of an encoder: read as pairs, trained by an adapter and a head, written plain."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_classifier import answer, labelled
+from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -19,8 +21,9 @@ from transformers import (
 
 from misstep.errors import ModelError, RecipeError
 from misstep.evidence.judge_card import read_card
-from misstep.judge_train import read_train_inputs, train_judge
+from misstep.judge_train import UNREAD, read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge
+from misstep.judges.refusal import EMPTY
 from misstep.models.reading import Reader
 from misstep.models.weights import (
     ENCODERS,
@@ -127,6 +130,25 @@ def test_the_judge_learns_and_is_a_plain_classifier_of_transformers(trained: Pat
         odds = model(pair["input_ids"]).logits.item()
     calibrated = (odds - card.shift) / card.temperature
     assert bad.value == pytest.approx(1 / (1 + math.exp(-calibrated)), abs=1e-4)
+
+
+def test_an_answer_of_which_the_tokenizer_makes_nothing_is_neither_scored_nor_learned(
+    tiny_encoder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_encoder, tmp_path / "base")
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")
+    tokenizer.save_pretrained(base)
+    data = Path(labelled(tmp_path))
+    row = {"prompt": "Q" * 99, "response": "\u200b\u200b", "label": 0}
+    data.write_text(data.read_text() + f"{json.dumps(row)}\n" * 9)
+    inputs = read_train_inputs([str(data)], str(base), "mistake_rate", [], SETTINGS)
+    judge = ClassifierJudge(train_judge(inputs, tmp_path / "judge", Silent()))
+    assert judge.card.training.data[0].left_out == {UNREAD: 9}
+    hidden = [answer("\u200b"), answer("\u200b", "Q" * 99)]
+    *unread, read = judge.score([*hidden, answer("\u200bzz")])
+    assert [(score.value, score.reason) for score in unread] == [(None, EMPTY)] * 2
+    assert read.value is not None
 
 
 def test_answers_are_judged_alike_in_any_company(trained: Path) -> None:

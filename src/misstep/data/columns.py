@@ -513,8 +513,12 @@ def labelled_answers(reading: Reading, row: Row, where: str) -> Iterator[Labelle
         yield Labelled(prompt, answer.text, is_bad(side, row, where), said)
 
 
-def label_of(reading: Reading, row: Row, where: str) -> Label | None:
+def label_of(
+    reading: Reading, row: Row, where: str, meant: tuple[set[str], set[str]] | None = None
+) -> Label | None:
     """What a row's answer is labelled; a mapped column comes first, and no column is no label.
+
+    `meant` are the words by which votes say yes and no, where it is not bad and good.
 
     Raises:
         EmptyCell: the label was left out, or is votes without a majority, and so says neither
@@ -523,7 +527,7 @@ def label_of(reading: Reading, row: Row, where: str) -> Label | None:
             column says the opposite.
     """
     columns = list(_label_columns(reading, row, where))
-    found = [label for of in columns if (label := _label(reading, row, *of, where))]
+    found = [label for of in columns if (label := _label(reading, row, *of, where, meant))]
     if found:
         _refuse_desirable(reading, row, found[0], where)
         _refuse_contradiction(found, where)
@@ -553,11 +557,19 @@ def _label_columns(reading: Reading, row: Row, where: str) -> Iterator[tuple[str
             yield field, mapped
 
 
-def _label(reading: Reading, row: Row, field: str, column: str, where: str) -> Label | None:
+def _label(
+    reading: Reading,
+    row: Row,
+    field: str,
+    column: str,
+    where: str,
+    meant: tuple[set[str], set[str]] | None,
+) -> Label | None:
     """What a column says of an answer, if anything."""
-    bad, good = reading.labels.meant if reading.labels else LABELS[field]
-    word = majority(row[column], MISSING - bad - good, f"{where}: '{column}'")
     mapped = reading.labels is not None
+    bad, good = both = reading.labels.meant if reading.labels else LABELS[field]
+    votes = both if mapped or meant is None else meant
+    word = majority(row[column], MISSING - bad - good, votes, f"{where}: '{column}'")
     return None if word is None else Label(word, column, bad, good, mapped)
 
 

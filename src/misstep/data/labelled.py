@@ -39,7 +39,7 @@ from misstep.data.labels import (
     word_of,
 )
 from misstep.data.sources import Source, place_of, rows, source_digest, wanted
-from misstep.data.tables import file_stem, header_of
+from misstep.data.tables import PlacedRow, file_stem, header_of
 from misstep.errors import DataError, EmptyCell
 from misstep.records import VERDICTS, Prompt, Response, digest
 
@@ -125,7 +125,8 @@ def read_labelled(source: Source, metric: str) -> DataSet:
         DataError: names file, line and field; or there is nothing that could be judged.
     """
     name = str(source.path)
-    found = [item for where, row in rows(source) for item in _cases(source, row, metric, where)]
+    whole = _whole_rows(source)
+    found = [item for where, row in whole for item in _cases(source, row, metric, where)]
     left_out = Counter(item.because for item in found if isinstance(item, LeftOut))
     cases = [item for item in found if isinstance(item, Case)]
     cases = [case for case in cases if wanted(source, case.response.prompt)]
@@ -139,6 +140,19 @@ def read_labelled(source: Source, metric: str) -> DataSet:
         raise DataError(f"{name}: expected answers or pairs of answers, found both.")
     short = file_stem(name) if source.is_file else name
     return DataSet(short, source_digest(source), cases, dict(left_out), pairs.pop())
+
+
+def _whole_rows(source: Source) -> Iterator[PlacedRow]:
+    """The rows, each with all columns of the data: what one lacks is an empty cell.
+
+    So JSON is read as Parquet, which has no absent keys. The names of all columns are known
+    only at the end, so the data are gone through once for these alone.
+    """
+    columns: dict[str, Any] = {}
+    for _, row in rows(source):
+        columns |= dict.fromkeys(row)
+    for where, row in rows(source):
+        yield where, columns | row
 
 
 def drawn(data: DataSet, n: int | None) -> DataSet:
@@ -179,7 +193,7 @@ def _plain(source: Source, row: Row, metric: str, where: str) -> Found:
         _check_said(said[0], metric, f"columns ({', '.join(said[1])})", where)
     for side in sides(source, row):
         try:
-            label = label_of(side, row, where)
+            label = label_of(side, row, where, _words_of(metric))
             if label is None:
                 refuse_prompt_label(row, where)
                 raise DataError(
@@ -210,10 +224,16 @@ def _says(label: Label, metric: str, where: str) -> bool:
     """Whether a label says yes: by a word of the metric's own, or by yes itself."""
     if metric == MISTAKES or label.mapped:
         return says_bad(label, where) != (metric == HELPFULNESS)
-    yes, no = WORDS.get(metric, (set(), set()))
-    if label.word not in YES | NO | yes | no:
-        raise unknown_word(label, YES | NO | yes | no, where)
-    return label.word in YES | yes
+    yes, no = _words_of(metric) or (YES, NO)
+    if label.word not in yes | no:
+        raise unknown_word(label, yes | no, where)
+    return label.word in yes
+
+
+def _words_of(metric: str) -> tuple[set[str], set[str]] | None:
+    """The words that say yes and no of a metric, but of mistakes: a column has its own."""
+    yes, no = WORDS.get(metric, (set[str](), set[str]()))
+    return None if metric == MISTAKES else (YES | yes, NO | no)
 
 
 def _jade(source: Source, row: Row, columns: tuple[str, str], metric: str, where: str) -> Found:

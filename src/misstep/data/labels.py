@@ -83,21 +83,28 @@ class Label(NamedTuple):
     """Whether the recipe says what the words mean."""
 
 
-def majority(value: Any, missing: set[str], place: str) -> str | None:
-    """The word of a label, of votes that of more than half; None where there is none."""
+def majority(
+    value: Any, missing: set[str], meant: tuple[set[str], set[str]], place: str
+) -> str | None:
+    """The word of a label; None where there is none.
+
+    Of votes it is what more than half mean, in the word that most of these use: `meant` are
+    the words of either side, and any other stands for itself.
+    """
     found = nested(value)
     votes = found if isinstance(found, (list, tuple)) else [value]
     words = [word for v in votes if v is not None and (word := word_of(v)) not in missing]
     if not words:
         return None
-    word, count = Counter(words).most_common(1)[0]
-    if 2 * count <= len(words):
-        raise EmptyCell(
-            f"{place}: expected votes more than half of which are the same, found "
-            f"{value!r:.60}. Label the row or remove it.",
-            "no majority of votes",
-        )
-    return word
+    for same in (*meant, *({word} for word in words)):
+        agreed = [word for word in words if word in same]
+        if 2 * len(agreed) > len(words):
+            return Counter(agreed).most_common(1)[0][0]
+    raise EmptyCell(
+        f"{place}: expected votes more than half of which say the same, found "
+        f"{value!r:.60}. Label the row or remove it.",
+        "no majority of votes",
+    )
 
 
 def nested(value: Any) -> Any:

@@ -234,7 +234,6 @@ def _metrics(
         found["balanced_accuracy"] = mean_of_two(of_bad, of_good)
         if _graded(scored):
             found["auc"] = auc(values, labels, prompts)
-    if len({*labels, *verdicts}) > 1:
         found["kappa"] = kappa(verdicts, labels, prompts)
     if _graded(scored) and not of_pairs and not grades:
         found["calibration_error"] = calibration_error(values, labels, prompts)

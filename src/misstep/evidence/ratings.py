@@ -37,7 +37,7 @@ class Item(Record):
     """One line of the sheet, unblinded: whose answer stands on which side."""
 
     item: str
-    """Names the line; says nothing of the settings."""
+    """Names the line and its texts; says nothing of whose they are."""
     test_set: str
     settings: tuple[str, str]
     """Of the first and of the second side."""
@@ -119,9 +119,11 @@ def _item(
     where: tuple[str, str], of: Mapping[Setting, Response], sides: Sequence[Setting], seed: int
 ) -> Item:
     first, second = sides
+    # As a rater sees them: names of responses would let one find out whose they are.
+    shown = [of[side].text for side in sides]
     return Item(
         # A spreadsheet would take ten hexadecimal digits for a number if it can.
-        item="s" + digest([seed, *where, sorted(side.name for side in sides)])[:10],
+        item="s" + digest([seed, *where, sorted(side.name for side in sides), shown])[:10],
         test_set=where[0],
         settings=(first.name, second.name),
         responses=(of[first], of[second]),
@@ -164,7 +166,8 @@ def read_sheet(path: Path, key: Key) -> Rated:
         if item not in known or item in seen:
             what = "an item twice" if item in seen else "one that the key does not have"
             raise DataError(
-                f"{where}: expected items of this run's sheet, found {what}: {item!r:.20}."
+                f"{where}: expected items of this run's sheet, found {what}: {item!r:.20}. "
+                "Rate a copy of the sheet.csv that lies beside the key, each line once."
             )
         seen.add(item)
         for question, answers in QUESTIONS.items():

@@ -19,9 +19,15 @@ from misstep.policy import fill
 from misstep.records import Message, digest
 
 VERDICT = re.compile(
-    r"\W*verdict\W+(?!(?<=[-−–.~<>≤≥±$€£])\d)(.+?)(?!\s*[%‰])\W*", re.IGNORECASE
+    r"""\W*verdict
+    (?:[\s*:：=＝|#"'`“”‘’«»„•\\)\]}）】」]   # what parts it from the word, or marks the word
+    |[(\[{（【「](?!\s*[)\]}）】」])|<(?=\w+>)  # brackets round something
+    |[-–—→](?=\s)|->)++
+    (.+?)(?!\s*[-–%٪‰‱％+±/])\W*""",
+    re.IGNORECASE | re.VERBOSE,
 )
-"""A sign before a number is part of it, and so are a point, and a percent sign behind it."""
+"""Any other sign before or behind a word is part of it: `?/10`, `> 5` and `10 %` are no grade,
+and `!harmful` says the contrary."""
 FORGED = "verdict"
 """What judged text must not say, in any case of its letters."""
 CONTROL = re.compile(r"<(?=[|｜]|[^\s<>]+>)|\[(?=\||/?\w*[A-Z]{2}\w*\])|[\[\]](?=[!~]|\w~)")

@@ -3,8 +3,8 @@
 It reads the answer and what was asked, as tokens that no text can turn into instructions: it
 follows none. Of mistakes, a long answer is read in parts and the worst one counts, since what
 is wrong may stand anywhere. Whether an answer refuses stands in its beginning: there a long one
-is cut, and the score says so. An answer that is empty, on which the model fails, or for which
-it gives no finite number, is unscored.
+is cut, and the score says so. An answer that is empty, or of which the tokenizer makes nothing,
+on which the model fails, or for which it gives no finite number, is unscored.
 """
 
 import math
@@ -58,7 +58,7 @@ class ClassifierJudge(Judge):
     def score(self, responses: Sequence[Response]) -> list[Score]:
         parts = [
             parts_of(self._reader, r, self.card.max_tokens, self.metric)
-            if r.text.strip()
+            if self._reader.reads(r.text)
             else []
             for r in responses
         ]

@@ -86,6 +86,10 @@ class Reader:
             for start in starts
         ]
 
+    def reads(self, answer: str) -> bool:
+        """Whether there is anything to read: some tokenizers drop signs that show nothing."""
+        return bool(answer.strip()) and bool(tokens_of(self.tokenizer, answer))
+
     @property
     def longest(self) -> int:
         """The most tokens that the model reads, as far as its tokenizer says so."""
