@@ -244,6 +244,15 @@ def test_swept_keys_make_variants(recipe: Path) -> None:
     assert len({cell.folder for cell in cells}) == 4
 
 
+def test_a_swept_section_is_not_changed_by_a_key_swept_inside_of_it(recipe: Path) -> None:
+    sweep = "sweep={train: [{epochs: 1}, {epochs: 2}], train.rank: [2, 4]}"
+    cells = load_cells(recipe, [sweep, "seeds=[0]"])
+    assert [(c.config.train.epochs, c.config.train.rank) for c in cells] == [
+        *((1, 2), (1, 4), (2, 2), (2, 4))
+    ]
+    assert cells[0].title == "train={'epochs': 1}, train.rank=2"
+
+
 def test_a_variant_is_a_setting_of_its_own(recipe: Path, tmp_path: Path) -> None:
     few = ["methods=[vanilla, sft]", "sweep={train.epochs: [1, 2]}"]
     folder = compare_methods(recipe, tmp_path / "swept", few, Silent())

@@ -91,6 +91,18 @@ def test_an_override_changes_its_key_and_no_other(
     assert after == next(iter(value.values()))
 
 
+def test_an_override_of_an_alias_leaves_its_anchor_as_it_is(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("{ path: pairs", "&clean { path: pairs")
+    recipe = recipe.replace("{ suite: goal-hijacking, split: test, part: clean }", "*clean")
+    found = load(tmp_path, "evaluate.tests.clean.n=2", recipe=recipe)
+    assert found.evaluate.tests["clean"].n == 2
+    assert found.ordinary is not None and found.ordinary.n is None
+    both = "evaluate.tests={a: &a { path: x.jsonl }, b: *a}"
+    tests = load(tmp_path, both, "evaluate.pools={}", "evaluate.tests.a.n=2").evaluate.tests
+    assert (tests["a"].n, tests["b"].n) == (2, None)
+    assert "no valid YAML" in fault(tmp_path, "train=&a { x: *a }")
+
+
 def test_the_last_override_holds(tmp_path: Path) -> None:
     assert load(tmp_path, "seed=1", "seed=2").seed == 2
 

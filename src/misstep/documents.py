@@ -70,7 +70,7 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
         ) from fault
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        data = unshared(yaml.safe_load(text))
         places = list(_lines(node, ()))
     except yaml.YAMLError as fault:
         raise error(f"{path}: no valid YAML. {_where(fault)}") from fault
@@ -95,6 +95,16 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
             )
         lines[keys] = line
     return data, lines
+
+
+def unshared(value: Any) -> Any:
+    """A copy of YAML's data in which no two places are one object, as those of an alias are.
+
+    Else what is put into one of them would stand in the others, too.
+    """
+    if isinstance(value, dict):
+        return {key: unshared(inner) for key, inner in value.items()}
+    return [unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def check(
