@@ -326,6 +326,7 @@ def test_variants_are_a_family_of_their_own(recipe: Path) -> None:
         ("sweep={train.epochs: [-1]}", "train.epochs"),
         ("sweep={train.epochs: []}", "sweep"),
         ("seeds=[]", "seeds"),
+        ("seeds=[4294967296]", "less than 4294967296"),
         ("seeds=[1, 1]", "same"),
         ("train_seed=4", "seeds"),
         ("methods=[vanilla, cho]", "coh"),

@@ -172,6 +172,20 @@ def test_a_wrong_recipe_says_where_and_why(
         ("seed=[", "--set seed=[: the value is no valid YAML"),
         ("seed.inner=3", "--set seed.inner=3: 'seed' has no keys below it"),
         ("train={epochs: 2, rang: 3}", "unknown key 'train.rang'. Did you mean 'rank'?"),
+        *(
+            (f"{key}={2**32}", f"'{key}': expected less than 4294967296 (found 4294967296)")
+            for key in ("seed", "train_seed")
+        ),
+        *(
+            (f"{key}=.inf", f"'{key}': expected a finite number (found inf)")
+            for key in (
+                "train.learning_rate",
+                "train.preferences.learning_rate",
+                "reinforce.reward.learning_rate",
+                "reinforce.kl",
+                "mix.ordinary",
+            )
+        ),
         ("mistakes={source: origin}", "the key 'mistakes.data' is missing"),
     ],
 )

@@ -56,7 +56,7 @@ from misstep.run_folder import (
     set_aside,
     writable,
 )
-from misstep.stages.base import Settings
+from misstep.stages.base import Seed, Settings
 from misstep.stages.evaluate import Correct, agreements
 
 CELLS = "cells"
@@ -73,7 +73,7 @@ Variant = tuple[tuple[str, Any], ...]
 class ComparedSettings(Settings):
     """What a comparison adds to a run."""
 
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Seeds of training, each a run's `train_seed`."""
     sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
         default_factory=dict

@@ -24,7 +24,7 @@ from misstep.methods.registry import METHODS
 from misstep.policy import is_policy
 from misstep.records import digest
 from misstep.stages.analyse import AnalyseSettings
-from misstep.stages.base import Settings, each_once
+from misstep.stages.base import Seed, Settings, each_once
 from misstep.stages.good_answers import GoodAnswerSettings
 from misstep.stages.induce import InduceSettings
 from misstep.stages.reinforce import ReinforceSettings
@@ -133,9 +133,9 @@ class RunConfig(Settings):
     """The model that a policy's rubric is put to, named as `model` is; `self` is the model as
     it is. A policy with a rule needs none. Or a judge of mistakes, written as
     `misstep judge check` takes it, that takes the place of the policy's own."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """The seed of the data's draws, of sampling and of training."""
-    train_seed: Annotated[int, Field(ge=0)] | None = None
+    train_seed: Seed | None = None
     """The seed of the rows' draws and of training alone, so that several trainings share their
     mistakes and analyses; `seed` where left out."""
     data: str | None = None

@@ -34,10 +34,11 @@ WORDS = {
     "too_short": "expected at least {min_length} of them",
     "dict_type": "expected keys with values",
     "model_type": "expected keys with values",
-    "greater_than": "expected more than {gt:g}",
-    "greater_than_equal": "expected {ge:g} or more",
-    "less_than": "expected less than {lt:g}",
-    "less_than_equal": "expected {le:g} or less",
+    "finite_number": "expected a finite number",
+    "greater_than": "expected more than {gt:.10g}",
+    "greater_than_equal": "expected {ge:.10g} or more",
+    "less_than": "expected less than {lt:.10g}",
+    "less_than_equal": "expected {le:.10g} or less",
     "string_pattern_mismatch": "expected text that matches {pattern}",
 }
 """For kinds of faults that pydantic names in Python's words."""

@@ -514,6 +514,8 @@ def test_no_probability_is_certain_and_none_overflows() -> None:
     [
         (["epoch=2"], "unknown key 'epoch'"),
         (["dev=0.6", "held_out=0.5"], "leave nothing"),
+        (["seed=4294967296"], "less than 4294967296"),
+        (["learning_rate=.inf"], "finite number"),
         (["epochs=0"], "more than 0"),
     ],
 )
