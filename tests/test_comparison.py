@@ -244,6 +244,15 @@ def test_swept_keys_make_variants(recipe: Path) -> None:
     assert len({cell.folder for cell in cells}) == 4
 
 
+def test_cells_whose_folders_would_have_one_name_are_told_apart(recipe: Path) -> None:
+    sweep = "sweep={analysis.engine: [a/b, a-b, c]}"
+    cells = load_cells(recipe, [sweep, "seeds=[0]"])
+    first, second, third = (cell.folder for cell in cells)
+    assert first != second and third == "engine-c_seed-0"
+    assert all(name.startswith("engine-a-b_seed-0_") for name in (first, second))
+    assert [cell.folder for cell in load_cells(recipe, [sweep])][::2] == [first, second, third]
+
+
 def test_a_swept_section_is_not_changed_by_a_key_swept_inside_of_it(recipe: Path) -> None:
     sweep = "sweep={train: [{epochs: 1}, {epochs: 2}], train.rank: [2, 4]}"
     cells = load_cells(recipe, [sweep, "seeds=[0]"])
@@ -327,7 +336,10 @@ def test_variants_are_a_family_of_their_own(recipe: Path) -> None:
         ("sweep={train.epochs: []}", "sweep"),
         ("seeds=[]", "seeds"),
         ("seeds=[4294967296]", "less than 4294967296"),
-        ("seeds=[1, 1]", "same"),
+        ("seeds=[1, 1]", "same: seed-1 and seed-1"),
+        ("sweep={train.learning_rate: [2e-4, 0.0002]}", "same: learning_rate-2e-4_seed-0 and"),
+        ("sweep={train.epochs: [1, 1.0]}", "same"),
+        ("sweep={name: [a, b]}", "same"),
         ("train_seed=4", "seeds"),
         ("methods=[vanilla, cho]", "coh"),
     ],

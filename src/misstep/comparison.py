@@ -10,7 +10,7 @@ This module knows runs and their files; it trains and generates nothing itself.
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -87,6 +87,8 @@ class Cell(NamedTuple):
     variant: Variant
     seed: int
     config: RunConfig
+    apart: str = ""
+    """Ends the folder's name where another cell's would be the same."""
 
     @property
     def title(self) -> str:
@@ -97,7 +99,7 @@ class Cell(NamedTuple):
     def folder(self) -> str:
         """Of the cell's run: readable, and safe as a name of a folder."""
         parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in self.variant]
-        text = "_".join([*parts, f"seed-{self.seed}"])
+        text = "_".join([*parts, f"seed-{self.seed}", *filter(None, [self.apart])])
         name = "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
         # File systems take 255 bytes and no more.
         return name if len(name.encode()) <= LONGEST_NAME else f"{digest(text)}_{name[-40:]}"
@@ -118,11 +120,26 @@ def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
         for variant in product(*swept)
         for seed in settings.seeds
     ]
-    names = [cell.folder for cell in cells]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise RecipeError(f"{path}: seeds and sweep: two cells are the same, {doubled[0]}.")
-    return cells
+    _refuse_same(path, cells)
+    names = Counter(cell.folder for cell in cells)
+    return [
+        cell._replace(apart=digest(cell.title)[:6]) if names[cell.folder] > 1 else cell
+        for cell in cells
+    ]
+
+
+def _refuse_same(path: Path, cells: Sequence[Cell]) -> None:
+    """Cells that are the same would be compared as if they were independent."""
+    known: dict[str, Cell] = {}
+    for cell in cells:
+        # A name changes nothing that is done.
+        content = digest(cell.config.model_dump(mode="json", exclude={"name"}))
+        other = known.setdefault(content, cell)
+        if other is not cell:
+            raise RecipeError(
+                f"{path}: seeds and sweep: expected cells that differ, found two that are the "
+                f"same: {other.folder} and {cell.folder}. Leave one of them out."
+            )
 
 
 def _config(
