@@ -216,6 +216,30 @@ def test_a_finished_table_is_not_made_less_by_a_command_that_stops(
     assert {row.seed for row in read_results(folder / "results.json").rows} == {0}
 
 
+def test_only_results_that_stand_there_are_set_aside(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["methods=[vanilla]"]
+    folder = compare_methods(recipe, tmp_path / "c", [*few, "seeds=[0, 1]"], Silent())
+    real = comparison._run_cell
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    changed = [*few, "respond.max_tokens=7"]
+    monkeypatch.setattr("misstep.comparison._run_cell", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compare_methods(recipe, folder, [*changed, "seeds=[0]"], Silent())
+    assert [place.name for place in (folder / "former").iterdir()] == ["1"]
+    monkeypatch.setattr("misstep.comparison._run_cell", real)
+    compare_methods(recipe, folder, [*changed, "seeds=[0]"], Silent())
+    # The second seed's folder is still that of the former recipe.
+    compare_methods(recipe, folder, [*changed, "seeds=[0, 1]"], Silent())
+    assert [place.name for place in (folder / "former").iterdir()] == ["1"]
+    assert {row.seed for row in read_results(folder / "results.json").rows} == {0, 1}
+
+
 def test_the_pages_show_every_setting(compared: Path) -> None:
     results = read_results(compared / "results.json")
     page = (compared / "report.html").read_text(encoding="utf-8")

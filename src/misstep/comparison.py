@@ -62,7 +62,8 @@ from misstep.stages.evaluate import Correct, agreements
 CELLS = "cells"
 LONGEST_NAME = 120
 """Bytes of a cell's folder name; a longer one is a digest and its end."""
-OWN = (MANIFEST, "results.json", "report.html", "adapters")
+RESULTS = ("results.json", "report.html")
+OWN = (MANIFEST, *RESULTS, "adapters")
 """What is written beside the cells, under names that a user may use, too."""
 Corrections = dict[tuple[str, str], Correct]
 """By variant and metric."""
@@ -194,9 +195,12 @@ def _standing(
         return 0
     known = _recipe(as_now(data.get("recipe") or {}, RUN))
     same = known == _recipe(cells[0].config.model_dump(mode="json"))
-    if same and not any(_changed(folder, *pair) for pair in zip(cells, inputs, strict=True)):
-        return len({cell.folder for cell in cells} & set(data["cells"]))
-    progress.say(f"What the former recipe left is in {set_aside(folder, OWN[1:3])}.")
+    # Other folders may be of a recipe before this one: they are in no results that stand.
+    held = [pair for pair in zip(cells, inputs, strict=True) if pair[0].folder in data["cells"]]
+    if same and not any(_changed(folder, *pair) for pair in held):
+        return len({cell.folder for cell, _ in held})
+    if any((folder / name).exists() for name in RESULTS):
+        progress.say(f"What the former recipe left is in {set_aside(folder, RESULTS)}.")
     return 0
 
 
