@@ -305,6 +305,19 @@ def test_a_variant_is_a_setting_of_its_own(recipe: Path, tmp_path: Path) -> None
     assert "vanilla[train.epochs=2]/unguided | vanilla[train.epochs=1]" not in markdown
 
 
+def test_swept_models_and_policies_are_all_named(
+    recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    other = str(shutil.copytree(tiny_model, tmp_path / "other"))
+    sweep = f"sweep={{model: [{tiny_model}, {other}], policy: [goal-hijacking, harmlessness]}}"
+    given = [sweep, "judge=obedience", "methods=[vanilla]", "seeds=[0]"]
+    results = read_results(
+        compare_methods(recipe, tmp_path / "c", given, Silent()) / "results.json"
+    )
+    assert results.model == f"{tiny_model}, {other}"
+    assert results.policy == "goal-hijacking, harmlessness"
+
+
 def swept(recipe: Path, sweep: str, rates: list[float]) -> list[Comparison]:
     """Comparisons of a sweep whose variants make so many mistakes in 40 answers, two seeds."""
     cells = load_cells(recipe, [f"sweep={sweep}"])

@@ -248,10 +248,11 @@ def _run_cell(
 def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> None:
     """Write what all finished cells say together."""
     values: Values = defaultdict(dict)
-    rows, answers, judgements = [], [], []
+    of_cells, rows, answers, judgements = [], [], [], []
     for cell in cells:
         place = folder / CELLS / cell.folder
         found = read_results(place / "results.json")
+        of_cells.append(found)
         rows += [row.model_copy(update={"variant": cell.title}) for row in found.rows]
         answers += list(read_jsonl(place / "responses.jsonl", Answer))
         judged = list(read_jsonl(place / "scores.jsonl", Judgement))
@@ -259,8 +260,8 @@ def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> No
         _collect(values, answers, judged, cell)
     config = cells[0].config
     results = Results(
-        policy=found.policy,
-        model=config.model,
+        policy=", ".join(dict.fromkeys(found.policy for found in of_cells)),
+        model=", ".join(dict.fromkeys(found.model for found in of_cells)),
         rows=tuple(rows),
         pooled=tuple(_pooled(values, corrections, config.seed)),
         kinds=tuple(_of_kinds(values, answers, config)),
