@@ -216,6 +216,30 @@ def test_a_finished_table_is_not_made_less_by_a_command_that_stops(
     assert {row.seed for row in read_results(folder / "results.json").rows} == {0}
 
 
+def test_only_results_that_stand_there_are_set_aside(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["methods=[vanilla]"]
+    folder = compare_methods(recipe, tmp_path / "c", [*few, "seeds=[0, 1]"], Silent())
+    real = comparison._run_cell
+
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    changed = [*few, "respond.max_tokens=7"]
+    monkeypatch.setattr("misstep.comparison._run_cell", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compare_methods(recipe, folder, [*changed, "seeds=[0]"], Silent())
+    assert [place.name for place in (folder / "former").iterdir()] == ["1"]
+    monkeypatch.setattr("misstep.comparison._run_cell", real)
+    compare_methods(recipe, folder, [*changed, "seeds=[0]"], Silent())
+    # The second seed's folder is still that of the former recipe.
+    compare_methods(recipe, folder, [*changed, "seeds=[0, 1]"], Silent())
+    assert [place.name for place in (folder / "former").iterdir()] == ["1"]
+    assert {row.seed for row in read_results(folder / "results.json").rows} == {0, 1}
+
+
 def test_the_pages_show_every_setting(compared: Path) -> None:
     results = read_results(compared / "results.json")
     page = (compared / "report.html").read_text(encoding="utf-8")
@@ -244,6 +268,24 @@ def test_swept_keys_make_variants(recipe: Path) -> None:
     assert len({cell.folder for cell in cells}) == 4
 
 
+def test_cells_whose_folders_would_have_one_name_are_told_apart(recipe: Path) -> None:
+    sweep = "sweep={analysis.engine: [a/b, a-b, c]}"
+    cells = load_cells(recipe, [sweep, "seeds=[0]"])
+    first, second, third = (cell.folder for cell in cells)
+    assert first != second and third == "engine-c_seed-0"
+    assert all(name.startswith("engine-a-b_seed-0_") for name in (first, second))
+    assert [cell.folder for cell in load_cells(recipe, [sweep])][::2] == [first, second, third]
+
+
+def test_a_swept_section_is_not_changed_by_a_key_swept_inside_of_it(recipe: Path) -> None:
+    sweep = "sweep={train: [{epochs: 1}, {epochs: 2}], train.rank: [2, 4]}"
+    cells = load_cells(recipe, [sweep, "seeds=[0]"])
+    assert [(c.config.train.epochs, c.config.train.rank) for c in cells] == [
+        *((1, 2), (1, 4), (2, 2), (2, 4))
+    ]
+    assert cells[0].title == "train={'epochs': 1}, train.rank=2"
+
+
 def test_a_variant_is_a_setting_of_its_own(recipe: Path, tmp_path: Path) -> None:
     few = ["methods=[vanilla, sft]", "sweep={train.epochs: [1, 2]}"]
     folder = compare_methods(recipe, tmp_path / "swept", few, Silent())
@@ -261,6 +303,19 @@ def test_a_variant_is_a_setting_of_its_own(recipe: Path, tmp_path: Path) -> None
     assert "Between variants" in page and "## Between variants (a minus b)" in markdown
     assert "| sft[train.epochs=2]/guided | sft[train.epochs=1]/guided |" in markdown
     assert "vanilla[train.epochs=2]/unguided | vanilla[train.epochs=1]" not in markdown
+
+
+def test_swept_models_and_policies_are_all_named(
+    recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    other = str(shutil.copytree(tiny_model, tmp_path / "other"))
+    sweep = f"sweep={{model: [{tiny_model}, {other}], policy: [goal-hijacking, harmlessness]}}"
+    given = [sweep, "judge=obedience", "methods=[vanilla]", "seeds=[0]"]
+    results = read_results(
+        compare_methods(recipe, tmp_path / "c", given, Silent()) / "results.json"
+    )
+    assert results.model == f"{tiny_model}, {other}"
+    assert results.policy == "goal-hijacking, harmlessness"
 
 
 def swept(recipe: Path, sweep: str, rates: list[float]) -> list[Comparison]:
@@ -317,7 +372,11 @@ def test_variants_are_a_family_of_their_own(recipe: Path) -> None:
         ("sweep={train.epochs: [-1]}", "train.epochs"),
         ("sweep={train.epochs: []}", "sweep"),
         ("seeds=[]", "seeds"),
-        ("seeds=[1, 1]", "same"),
+        ("seeds=[4294967296]", "less than 4294967296"),
+        ("seeds=[1, 1]", "same: seed-1 and seed-1"),
+        ("sweep={train.learning_rate: [2e-4, 0.0002]}", "same: learning_rate-2e-4_seed-0 and"),
+        ("sweep={train.epochs: [1, 1.0]}", "same"),
+        ("sweep={name: [a, b]}", "same"),
         ("train_seed=4", "seeds"),
         ("methods=[vanilla, cho]", "coh"),
     ],

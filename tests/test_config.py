@@ -91,6 +91,18 @@ def test_an_override_changes_its_key_and_no_other(
     assert after == next(iter(value.values()))
 
 
+def test_an_override_of_an_alias_leaves_its_anchor_as_it_is(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("{ path: pairs", "&clean { path: pairs")
+    recipe = recipe.replace("{ suite: goal-hijacking, split: test, part: clean }", "*clean")
+    found = load(tmp_path, "evaluate.tests.clean.n=2", recipe=recipe)
+    assert found.evaluate.tests["clean"].n == 2
+    assert found.ordinary is not None and found.ordinary.n is None
+    both = "evaluate.tests={a: &a { path: x.jsonl }, b: *a}"
+    tests = load(tmp_path, both, "evaluate.pools={}", "evaluate.tests.a.n=2").evaluate.tests
+    assert (tests["a"].n, tests["b"].n) == (2, None)
+    assert "no valid YAML" in fault(tmp_path, "train=&a { x: *a }")
+
+
 def test_the_last_override_holds(tmp_path: Path) -> None:
     assert load(tmp_path, "seed=1", "seed=2").seed == 2
 
@@ -160,6 +172,20 @@ def test_a_wrong_recipe_says_where_and_why(
         ("seed=[", "--set seed=[: the value is no valid YAML"),
         ("seed.inner=3", "--set seed.inner=3: 'seed' has no keys below it"),
         ("train={epochs: 2, rang: 3}", "unknown key 'train.rang'. Did you mean 'rank'?"),
+        *(
+            (f"{key}={2**32}", f"'{key}': expected less than 4294967296 (found 4294967296)")
+            for key in ("seed", "train_seed")
+        ),
+        *(
+            (f"{key}=.inf", f"'{key}': expected a finite number (found inf)")
+            for key in (
+                "train.learning_rate",
+                "train.preferences.learning_rate",
+                "reinforce.reward.learning_rate",
+                "reinforce.kl",
+                "mix.ordinary",
+            )
+        ),
         ("mistakes={source: origin}", "the key 'mistakes.data' is missing"),
     ],
 )

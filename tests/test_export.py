@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from misstep.errors import InputError, ModelError
+from misstep.errors import DataError, InputError, ModelError
 from misstep.export import export, find
 from misstep.methods.registry import METHODS
 from misstep.models.folding import folded
@@ -63,6 +63,7 @@ def adapter_of(model: Model, folder: Path) -> None:
             torch.nn.init.normal_(weight, std=0.05)
     adapted.peft_config["default"].base_model_name_or_path = model.published
     adapted.save_pretrained(folder)
+    (folder / "train.json").write_text("{}")
 
 
 def asked(model: Model, messages: tuple[Message, ...]) -> list[int]:
@@ -137,6 +138,7 @@ def test_a_full_fine_tune_is_written_as_it_is(tiny_model: Path, tmp_path: Path) 
     tuned: Any = load_weights(model, None)
     tuned.model.norm.weight.data *= 2
     tuned.save_pretrained(run / "adapter")
+    (run / "adapter" / "train.json").write_text("{}")
     export(run, "mistake_analysis", True, out)
     made = locate(str(out))
     assert (logits(made) - logits(model, run / "adapter")).abs().max() < 1e-5
@@ -228,6 +230,17 @@ def test_adapters_of_a_comparison_are_told_apart(tiny_model: Path, tmp_path: Pat
     empty = finished(tmp_path / "empty", str(tiny_model), ())
     with pytest.raises(InputError, match=r"found nothing\. Run the recipe .*, with dpo"):
         find(empty, "dpo", False)
+
+
+@pytest.mark.parametrize("left", ["checkpoints", "adapter_config.json"])
+def test_a_training_that_was_killed_is_told_to_be_unfinished(
+    tiny_model: Path, tmp_path: Path, left: str
+) -> None:
+    run = finished(tmp_path / "run", str(tiny_model), ())
+    (run / "adapter").mkdir()
+    (run / "adapter" / left).write_text("{}")
+    with pytest.raises(DataError, match=r"adapter: expected a training that is finished"):
+        export(run, "mistake_analysis", False, tmp_path / "out")
 
 
 def test_an_adapter_of_a_former_recipe_is_not_taken_for_this_ones(

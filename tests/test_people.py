@@ -333,6 +333,14 @@ def test_a_sheet_whose_policy_is_not_there_is_not_begun(
     assert not (run / "sheet").exists()
 
 
+def test_a_study_has_no_sheet(run: Path) -> None:
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    manifest["recipe"] = {"models": ["a", "b"], "policy": "goal-hijacking"}
+    (run / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(DataError, match="found that of a study"):
+        write_sheet(run, None, None, 10, 0)
+
+
 def test_a_cell_may_be_of_any_length(run: Path) -> None:
     sheet = write_sheet(run, None, None, 100, 0)
     filled = list(csv.DictReader(rate(sheet, "ann").open(encoding="utf-8")))

@@ -20,7 +20,7 @@ from misstep import pipeline
 from misstep.cli import rows as rows_command
 from misstep.cli import train
 from misstep.data.sources import question_of
-from misstep.errors import InputError, RecipeError
+from misstep.errors import InputError, NothingKept, RecipeError
 from misstep.evidence.judge_card import SEEN, read_card
 from misstep.inputs import read_inputs
 from misstep.judge_check import check_judge
@@ -551,6 +551,11 @@ def test_rounds_go_on_while_they_help(
     assert len(list((folder / "rounds").iterdir())) == trained
     found = list(read_jsonl(folder / "mistakes.jsonl", Mistake))
     assert most >= len({mistake.id for mistake in found}) == len(found) >= 4
+    before = files(folder)
+    for stage in ("induce", "analyse"):
+        run(path, folder, [*ROUNDS, f"mistakes.limit={most}"], heard, stage)
+        assert heard.lines[-1].startswith(f"Nothing is done for {stage}: mistakes.jsonl")
+    assert {n for n, of in files(folder).items() if of != before[n]} <= {"manifest.json"}
     if says == "would not help":
         # What the second round had added did not help, so the first one's lessons stand alone.
         judge.shares = iter(shares)
@@ -716,6 +721,20 @@ def test_ordinary_data_without_good_answers_are_called_so(recipe: Path, tmp_path
     asked = write_jsonl(tmp_path / "asked.jsonl", [{"prompt": q} for q in QUESTIONS])
     with pytest.raises(RecipeError, match=r"ordinary: .*asked\.jsonl: .*in columns prompt"):
         read_inputs(recipe, [f"ordinary.path={asked}"])
+
+
+def yields(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "manifest.json").read_text())["yields"])
+
+
+def test_the_manifest_says_what_the_last_stage_kept(recipe: Path, tmp_path: Path) -> None:
+    folder = run(recipe, tmp_path / "run", [], Silent(), "analyse")
+    assert yields(folder)["analyse"]["kept"] > 0
+    gated = ["analysis.gate=true", "analysis.n=1"]
+    with pytest.raises(NothingKept):
+        run(recipe, tmp_path / "none", gated, Silent(), "analyse")
+    found = yields(tmp_path / "none")["analyse"]
+    assert found["kept"] == 0 < found["sampled"] and found["refused"]
 
 
 def test_what_reads_no_analyses_waits_for_none(recipe: Path, tmp_path: Path) -> None:

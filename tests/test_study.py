@@ -270,6 +270,7 @@ def test_a_bad_recipe_ends_with_status_2_before_any_model_loads(
     ("overrides", "kind", "said"),
     [
         (["models=[]"], RecipeError, "'models'"),
+        (["seed=4294967296"], RecipeError, "less than 4294967296"),
         (["models=[a, a]"], RecipeError, "expected each once; twice or more: a"),
         (["models=[absent.gguf]"], ModelError, "absent.gguf"),
         (["analyse.temprature=1"], RecipeError, "Did you mean 'temperature'?"),

@@ -1,6 +1,7 @@
 """What the terminal shows of results."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_many_metrics_leave_every_name_whole(
     write_results(tmp_path / "results.json", Results(policy="p", model="m", rows=rows))
     print_summary(tmp_path)
     out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 110
+    assert max(len(line) for line in out.splitlines() if "│" in line) <= 110
     assert "mistake_analysis" in out
     clean, attacked = out.split("red-team")
     assert "refuses" in clean and "mistakes" not in clean
@@ -153,6 +154,21 @@ def test_a_judge_that_scored_nothing_is_said_to_have(
     out = capsys.readouterr().out.replace("\n", " ")
     assert "d: no answer has a score; 4 of 4: the judge gave no verdict." in out
     assert "(--model)" in out
+
+
+def test_paths_stand_in_one_line_and_can_be_given_to_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my runs" / ("long-" * 30) / ":cat:"
+    folder.mkdir(parents=True)
+    row = Row(method="vanilla", guided=False, seed=0, test_set="t", metrics={"m": SOME})
+    write_results(folder / "results.json", Results(policy="p", model="m", rows=(row,)))
+    (folder / "manifest.json").write_text(json.dumps({"training": {"sft": {}}}))
+    print_summary(folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert {str(folder / "report.html"), str(folder / "results.json")} <= set(lines)
+    (hint,) = (line for line in lines if line.startswith("To serve it: "))
+    assert shlex.split(hint)[5] == str(folder)
 
 
 def test_what_was_not_trained_is_not_offered_to_be_served(

@@ -10,7 +10,7 @@ This module knows runs and their files; it trains and generates nothing itself.
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -56,13 +56,14 @@ from misstep.run_folder import (
     set_aside,
     writable,
 )
-from misstep.stages.base import Settings
+from misstep.stages.base import Seed, Settings
 from misstep.stages.evaluate import Correct, agreements
 
 CELLS = "cells"
 LONGEST_NAME = 120
 """Bytes of a cell's folder name; a longer one is a digest and its end."""
-OWN = (MANIFEST, "results.json", "report.html", "adapters")
+RESULTS = ("results.json", "report.html")
+OWN = (MANIFEST, *RESULTS, "adapters")
 """What is written beside the cells, under names that a user may use, too."""
 Corrections = dict[tuple[str, str], Correct]
 """By variant and metric."""
@@ -73,7 +74,7 @@ Variant = tuple[tuple[str, Any], ...]
 class ComparedSettings(Settings):
     """What a comparison adds to a run."""
 
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Seeds of training, each a run's `train_seed`."""
     sweep: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(
         default_factory=dict
@@ -87,6 +88,8 @@ class Cell(NamedTuple):
     variant: Variant
     seed: int
     config: RunConfig
+    apart: str = ""
+    """Ends the folder's name where another cell's would be the same."""
 
     @property
     def title(self) -> str:
@@ -97,7 +100,7 @@ class Cell(NamedTuple):
     def folder(self) -> str:
         """Of the cell's run: readable, and safe as a name of a folder."""
         parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in self.variant]
-        text = "_".join([*parts, f"seed-{self.seed}"])
+        text = "_".join([*parts, f"seed-{self.seed}", *filter(None, [self.apart])])
         name = "".join(c if c.isalnum() or c in "._-" else "-" for c in text)
         # File systems take 255 bytes and no more.
         return name if len(name.encode()) <= LONGEST_NAME else f"{digest(text)}_{name[-40:]}"
@@ -118,11 +121,26 @@ def load_cells(path: Path, overrides: Sequence[str] = ()) -> list[Cell]:
         for variant in product(*swept)
         for seed in settings.seeds
     ]
-    names = [cell.folder for cell in cells]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    if doubled:
-        raise RecipeError(f"{path}: seeds and sweep: two cells are the same, {doubled[0]}.")
-    return cells
+    _refuse_same(path, cells)
+    names = Counter(cell.folder for cell in cells)
+    return [
+        cell._replace(apart=digest(cell.title)[:6]) if names[cell.folder] > 1 else cell
+        for cell in cells
+    ]
+
+
+def _refuse_same(path: Path, cells: Sequence[Cell]) -> None:
+    """Cells that are the same would be compared as if they were independent."""
+    known: dict[str, Cell] = {}
+    for cell in cells:
+        # A name changes nothing that is done.
+        content = digest(cell.config.model_dump(mode="json", exclude={"name"}))
+        other = known.setdefault(content, cell)
+        if other is not cell:
+            raise RecipeError(
+                f"{path}: seeds and sweep: expected cells that differ, found two that are the "
+                f"same: {other.folder} and {cell.folder}. Leave one of them out."
+            )
 
 
 def _config(
@@ -177,9 +195,12 @@ def _standing(
         return 0
     known = _recipe(as_now(data.get("recipe") or {}, RUN))
     same = known == _recipe(cells[0].config.model_dump(mode="json"))
-    if same and not any(_changed(folder, *pair) for pair in zip(cells, inputs, strict=True)):
-        return len({cell.folder for cell in cells} & set(data["cells"]))
-    progress.say(f"What the former recipe left is in {set_aside(folder, OWN[1:3])}.")
+    # Other folders may be of a recipe before this one: they are in no results that stand.
+    held = [pair for pair in zip(cells, inputs, strict=True) if pair[0].folder in data["cells"]]
+    if same and not any(_changed(folder, *pair) for pair in held):
+        return len({cell.folder for cell, _ in held})
+    if any((folder / name).exists() for name in RESULTS):
+        progress.say(f"What the former recipe left is in {set_aside(folder, RESULTS)}.")
     return 0
 
 
@@ -227,10 +248,11 @@ def _run_cell(
 def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> None:
     """Write what all finished cells say together."""
     values: Values = defaultdict(dict)
-    rows, answers, judgements = [], [], []
+    of_cells, rows, answers, judgements = [], [], [], []
     for cell in cells:
         place = folder / CELLS / cell.folder
         found = read_results(place / "results.json")
+        of_cells.append(found)
         rows += [row.model_copy(update={"variant": cell.title}) for row in found.rows]
         answers += list(read_jsonl(place / "responses.jsonl", Answer))
         judged = list(read_jsonl(place / "scores.jsonl", Judgement))
@@ -238,8 +260,8 @@ def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> No
         _collect(values, answers, judged, cell)
     config = cells[0].config
     results = Results(
-        policy=found.policy,
-        model=config.model,
+        policy=", ".join(dict.fromkeys(found.policy for found in of_cells)),
+        model=", ".join(dict.fromkeys(found.model for found in of_cells)),
         rows=tuple(rows),
         pooled=tuple(_pooled(values, corrections, config.seed)),
         kinds=tuple(_of_kinds(values, answers, config)),

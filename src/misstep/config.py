@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from misstep.data.sources import Source
-from misstep.documents import KeyPath, Places, check, read_yaml, suggestion
+from misstep.documents import KeyPath, Places, check, read_yaml, suggestion, unshared
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.evidence.results import FOCUS
@@ -24,7 +24,7 @@ from misstep.methods.registry import METHODS
 from misstep.policy import is_policy
 from misstep.records import digest
 from misstep.stages.analyse import AnalyseSettings
-from misstep.stages.base import Settings, each_once
+from misstep.stages.base import Seed, Settings, each_once
 from misstep.stages.good_answers import GoodAnswerSettings
 from misstep.stages.induce import InduceSettings
 from misstep.stages.reinforce import ReinforceSettings
@@ -133,9 +133,9 @@ class RunConfig(Settings):
     """The model that a policy's rubric is put to, named as `model` is; `self` is the model as
     it is. A policy with a rule needs none. Or a judge of mistakes, written as
     `misstep judge check` takes it, that takes the place of the policy's own."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """The seed of the data's draws, of sampling and of training."""
-    train_seed: Annotated[int, Field(ge=0)] | None = None
+    train_seed: Seed | None = None
     """The seed of the rows' draws and of training alone, so that several trainings share their
     mistakes and analyses; `seed` where left out."""
     data: str | None = None
@@ -353,13 +353,13 @@ def parse_override(override: str) -> tuple[KeyPath, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.epochs=2.")
     try:
-        return tuple(key.strip().split(".")), yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as fault:
+        return tuple(key.strip().split(".")), unshared(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:
         raise RecipeError(f"--set {override}: the value is no valid YAML.") from fault
 
 
 def put(data: dict[str, Any], keys: KeyPath, value: Any, said: str) -> None:
-    """Put a value under nested keys; `said` names it in errors.
+    """Put a copy of a value under nested keys; `said` names it in errors.
 
     Raises:
         RecipeError: one of the keys has a plain value.
@@ -370,7 +370,7 @@ def put(data: dict[str, Any], keys: KeyPath, value: Any, said: str) -> None:
         if not isinstance(inner, dict):
             raise RecipeError(f"{said}: '{key}' has no keys below it.")
         data = inner
-    data[str(keys[-1])] = value
+    data[str(keys[-1])] = unshared(value)
 
 
 def overridden(lines: Places, keys: KeyPath, said: str) -> Places:

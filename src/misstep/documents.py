@@ -34,10 +34,11 @@ WORDS = {
     "too_short": "expected at least {min_length} of them",
     "dict_type": "expected keys with values",
     "model_type": "expected keys with values",
-    "greater_than": "expected more than {gt:g}",
-    "greater_than_equal": "expected {ge:g} or more",
-    "less_than": "expected less than {lt:g}",
-    "less_than_equal": "expected {le:g} or less",
+    "finite_number": "expected a finite number",
+    "greater_than": "expected more than {gt:.10g}",
+    "greater_than_equal": "expected {ge:.10g} or more",
+    "less_than": "expected less than {lt:.10g}",
+    "less_than_equal": "expected {le:.10g} or less",
     "string_pattern_mismatch": "expected text that matches {pattern}",
 }
 """For kinds of faults that pydantic names in Python's words."""
@@ -70,7 +71,7 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
         ) from fault
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        data = unshared(yaml.safe_load(text))
         places = list(_lines(node, ()))
     except yaml.YAMLError as fault:
         raise error(f"{path}: no valid YAML. {_where(fault)}") from fault
@@ -95,6 +96,16 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
             )
         lines[keys] = line
     return data, lines
+
+
+def unshared(value: Any) -> Any:
+    """A copy of YAML's data in which no two places are one object, as those of an alias are.
+
+    Else what is put into one of them would stand in the others, too.
+    """
+    if isinstance(value, dict):
+        return {key: unshared(inner) for key, inner in value.items()}
+    return [unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def check(

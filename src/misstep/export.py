@@ -136,9 +136,8 @@ def _maker(
     if "cells" in manifest:
         cells = manifest["cells"].items()
         trained = {run / CELLS / name: cell["training"] for name, cell in cells}
-    report = adapter / REPORT if adapter else None
-    if report and report.is_file():
-        inputs = json.loads(report.read_text(encoding="utf-8")).get("inputs")
+    if adapter is not None:
+        inputs = json.loads((adapter / REPORT).read_text(encoding="utf-8")).get("inputs")
         trained = {
             folder: of
             for folder, of in trained.items()
@@ -274,8 +273,13 @@ def _adapter(run: Path, name: str) -> Path:
     if name == FOCUS:
         places.append(run / "adapter")
     for place in places:
-        if place.is_dir():
+        if (place / REPORT).is_file():
             return place
+        if place.is_dir():
+            raise DataError(
+                f"{place}: expected a training that is finished, found none yet: no {REPORT}. "
+                "Run the recipe to its end."
+            )
     there = [FOCUS] if (run / "adapter").is_dir() else []
     there += _with_cells(run, sorted(folder.name for folder in (run / "adapters").glob("*")))
     otherwise = "Give one of these as --method, or run" if there else "Run"

@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from misstep.data.tables import as_path
 from misstep.documents import check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
@@ -58,6 +59,11 @@ class JudgeConfig(Settings):
     max_tokens: Annotated[int, Field(ge=1)] = MAX_TOKENS
     """Of a model's answer; one that reasons first needs more."""
 
+    @field_validator("classifier")
+    @classmethod
+    def _own_folder(cls, given: str | None) -> str | None:
+        return str(as_path(given)) if given and given.startswith("~/") else given
+
     @model_validator(mode="after")
     def _one_kind(self) -> "JudgeConfig":
         found = [kind for kind in KINDS if getattr(self, kind) is not None]
@@ -96,7 +102,7 @@ def names_judge(name: str) -> bool:
 
 def _is_classifier(name: str) -> bool:
     """Whether this is the folder of one; a training that was stopped has left no card there."""
-    config = Path(name) / "config.json"
+    config = as_path(name) / "config.json"
     # A name may be too long for a file, as a whole rubric is, and a file may be no text.
     with suppress(OSError, ValueError):
         return is_trained_judge(name) or (

@@ -55,7 +55,7 @@ from misstep.models.weights import Model, is_encoder, load_weights, locate_any
 from misstep.progress import Progress
 from misstep.records import digest
 from misstep.run_folder import beside_runs, set_aside
-from misstep.stages.base import Settings
+from misstep.stages.base import Seed, Settings
 from misstep.training import processes
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class JudgeTraining(Settings):
     """The share of the questions that only measure the judge."""
     dev: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share that decides when to stop, and the temperature."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """The seed that parts the questions, and of training."""
     epochs: Annotated[float, Field(gt=0)] = 1.5
     """Passes over the data at most; training stops where the dev part no longer gains."""

@@ -22,7 +22,7 @@ from misstep.evidence.ratings import (
 )
 from misstep.evidence.results import Setting
 from misstep.records import Answer, Judgement, read_json, read_jsonl, write_json, write_text
-from misstep.report.reading import run_policy
+from misstep.report.reading import read_manifest, run_policy
 from misstep.report.sheet import write_sheet_page
 from misstep.report.view import ends, setting_of
 
@@ -40,6 +40,11 @@ def write_sheet(run: Path, a: str | None, b: str | None, n: int, seed: int) -> P
             sheet already, whose key would be lost.
     """
     folder, mistake = run / FOLDER, run_policy(run).mistake
+    if "models" in read_manifest(run)["recipe"]:
+        raise DataError(
+            f"{run}: expected the directory of a run, or of a comparison's cell, found that of "
+            "a study, whose answers are no two settings of one model."
+        )
     if (folder / "ratings.json").exists():
         raise DataError(
             f"{folder}: expected no ratings yet, found ratings.json, which belongs to the key "

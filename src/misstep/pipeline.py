@@ -77,6 +77,8 @@ LOOKING: tuple[Stage, ...] = ("induce", "analyse")
 """Stages that are worth their while though nothing is trained."""
 TESTING: tuple[Stage, ...] = ("respond", "evaluate")
 """Stages that what was trained elsewhere takes part in."""
+ROUND = "induce, round "
+"""How the yield of a further round is called, before its number."""
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
 
 
@@ -197,6 +199,13 @@ class Run:
             return dict.fromkeys(self.config.methods)
         if self.config.trains:
             Renderer.for_model(self.model).refuse_hidden_answers()
+        if last in LOOKING and self._has_rounds:
+            self.progress.say(
+                f"Nothing is done for {last}: mistakes.jsonl and analyses.jsonl hold what "
+                "several rounds brought, and would have the first one's alone. `misstep run` "
+                "goes through all rounds."
+            )
+            return {}
         mistakes = self.induce()
         if last == "induce":
             return {}
@@ -220,6 +229,11 @@ class Run:
         config = self.config
         read = any(METHODS[name].uses_analyses for name in config.methods)
         return read or config.rounds > 1
+
+    @property
+    def _has_rounds(self) -> bool:
+        """Whether a run of this recipe has come beyond the first round."""
+        return any(name.startswith(ROUND) for name in self.manifest.data["yields"])
 
     @property
     def _settings(self) -> InduceSettings:
@@ -282,7 +296,7 @@ class Run:
                 except NoMistakeError:
                     self.progress.say(f"Round {number}: the model makes no mistake any more.")
                     break
-            self._yield(f"induce, round {number}", tally)
+            self._yield(f"{ROUND}{number}", tally)
             now = self._share_of_mistakes(found)
             if now >= share:
                 self.progress.say(
@@ -594,6 +608,7 @@ class Run:
     def _yield(self, stage: str, tally: Tally) -> None:
         counts = tally.counts
         self.manifest.data["yields"][stage] = counts.model_dump(mode="json")
+        self.manifest.save()
         kept = "whole" if stage == "respond" else "kept"
         said = f"{stage}: {kept} {counts.kept} of {counts.sampled or counts.given}"
         if counts.sampled > counts.given:

@@ -15,7 +15,7 @@ from misstep.data.sources import Source
 from misstep.documents import check
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
-from misstep.stages.base import Settings, each_once
+from misstep.stages.base import Seed, Settings, each_once
 from misstep.stages.discriminate import DiscriminateSettings
 
 
@@ -44,7 +44,7 @@ class StudyConfig(Settings):
     """The model that a policy's rubric is put to, one for all answers; a policy with a rule
     needs none. There is no `self`: a model that judges its own answers would be asked twice
     for one opinion."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """The seed of the data's draw and of sampling."""
     prompts: Source
     """What every model answers, and then analyses its answers to."""

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from misstep.evidence.check_results import Check, JudgedCase, Measured, read_check
@@ -87,7 +88,8 @@ def _serving(folder: Path) -> Iterator[str]:
     manifest = folder / "manifest.json"
     trained = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     if trained.get("training"):
-        yield f"To serve it: misstep export {folder} --method METHOD --out NAME [--guided]"
+        run = quote(str(folder))
+        yield f"To serve it: misstep export {run} --method METHOD --out NAME [--guided]"
 
 
 def _without_scores(results: Results, metrics: Sequence[str], folder: Path) -> Iterator[str]:
@@ -230,11 +232,16 @@ def _show(table: "Table", where: str) -> None:
 
 
 def _print(shown: "Table | str") -> None:
-    """Print as wide as the terminal is, if there is one."""
+    """Print a table as wide as the terminal is, if there is one; text as it is."""
     from rich.console import Console
 
-    # Brackets are part of a name, as of a variant's, and no markup of rich's.
-    console = Console(width=None if Console().is_terminal else WIDTH, markup=False)
+    if isinstance(shown, str):
+        # A path that is broken into lines is none.
+        print(shown)
+        return
+    # Brackets and colons are part of a name, as of a variant's, and no markup of rich's.
+    width = None if Console().is_terminal else WIDTH
+    console = Console(width=width, markup=False, emoji=False)
     console.print(shown, highlight=False)
 
 

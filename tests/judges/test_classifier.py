@@ -20,7 +20,7 @@ from misstep.errors import EngineError, InputError
 from misstep.evidence.check_results import read_check
 from misstep.evidence.judge_card import SEEN, is_trained_judge, read_card, write_card
 from misstep.judge_check import check_judge, read_check_inputs
-from misstep.judge_config import load_judge
+from misstep.judge_config import load_judge, names_judge
 from misstep.judge_train import TOGETHER, read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
 from misstep.judges.refusal import EMPTY
@@ -544,6 +544,8 @@ def test_no_probability_is_certain_and_none_overflows() -> None:
     [
         (["epoch=2"], "unknown key 'epoch'"),
         (["dev=0.6", "held_out=0.5"], "leave nothing"),
+        (["seed=4294967296"], "less than 4294967296"),
+        (["learning_rate=.inf"], "finite number"),
         (["epochs=0"], "more than 0"),
     ],
 )
@@ -581,6 +583,20 @@ def test_a_trained_judge_is_named_by_folder_or_file(trained: Path, tmp_path: Pat
         load_judge(str(path), None)
     with pytest.raises(InputError, match="asks no model"):
         load_judge(str(trained), "smollm2-135m")
+
+
+def test_a_trained_judge_may_lie_in_the_users_own_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(trained.parent))
+    written = f"~/{trained.name}"
+    path = tmp_path / "judge.yaml"
+    path.write_text(f"classifier: {written}\n")
+    assert names_judge(written)
+    for name in (written, str(path)):
+        found = read_judge(name)
+        assert found.trained() == [trained]
+        assert found.probe().name == read_card(trained).judge
 
 
 def test_a_judge_has_a_page_in_markdown_only(trained: Path) -> None:

@@ -12,7 +12,7 @@ from misstep.errors import DataError
 from misstep.evidence.results import Comparison, adjusted, read_results
 from misstep.evidence.study_results import read_study
 from misstep.report.check_markdown import check_markdown
-from misstep.report.compared import write_picture
+from misstep.report.compared import write_comparison, write_picture
 from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import markdown_page, rows_table
 from misstep.report.study import write_study_picture
@@ -64,6 +64,27 @@ def test_a_picture_is_drawn_from_its_results(picture: Path, tmp_path: Path) -> N
         else {p.setting.name for p in read_results(tmp_path / name).pooled}
     )
     assert shown and all(f">{title}" in drawn for title in shown)
+
+
+def test_settings_of_other_kinds_stand_in_one_table_and_bars_in_cells(tmp_path: Path) -> None:
+    made = ROOT / "docs/results/compare-smoke"
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    data = json.loads((made / "results.json").read_text(encoding="utf-8"))
+    first = data["kinds"][0]
+    same = [of for of in data["kinds"] if of["kind"] == first["kind"]]
+    assert len(same) > 1
+    first["kind"] = "a|b"
+    (tmp_path / "results.json").write_text(json.dumps(data), encoding="utf-8")
+    page = markdown_page(tmp_path)
+    heads = next(line for line in page.splitlines() if "a\\|b" in line)
+    table = page[page.index(heads) :].partition("\n\n")[0].splitlines()
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table]
+    assert len({len(line) for line in cells}) == 1 and len(cells) > 3
+    column = [line[cells[0].index(f" a\\|b ({first['n']}) ")].strip() for line in cells[2:]]
+    assert column[0] == rate(first["value"]) and set(column[1:]) == {"–"}
+    html = write_comparison(tmp_path).read_text(encoding="utf-8")
+    assert "<h2>Mistakes by kind of prompt</h2>" in html
+    assert all(f"<th>{of['kind']} (" in html for of in data["kinds"])
 
 
 def test_without_harm_and_help_there_is_nothing_to_draw(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from misstep.data.labelled import DataSet
 from misstep.data.sources import question_of
+from misstep.data.tables import as_path
 from misstep.errors import DataError
 from misstep.evidence.check_results import CalibrationBin, Check, DataCheck
 from misstep.evidence.results import Metric
@@ -123,7 +124,7 @@ class JudgeCard(Record):
 
 def is_trained_judge(name: str) -> bool:
     """Whether this is the folder of a trained judge."""
-    return (Path(name) / CARD).is_file()
+    return (as_path(name) / CARD).is_file()
 
 
 def read_card(folder: Path) -> JudgeCard:

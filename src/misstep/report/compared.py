@@ -4,7 +4,7 @@ Made from results.json and manifest.json alone. The picture is plain SVG, whose 
 computed here and drawn by scatter.svg.j2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from misstep.errors import DataError
 from misstep.evidence.results import (
     Comparison,
     Corrected,
+    OfKind,
     Pooled,
     Results,
     Setting,
@@ -67,6 +68,7 @@ def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
             (test_set, [(s, [cell(of.get(m)) for m in metrics]) for s, of in lines.items()])
             for test_set, lines in by_test_set(results.pooled).items()
         ],
+        "kinds": list(by_kind(results.kinds)),
         "differences": [differences_line(c) for c in within_variants(results.comparisons)],
         "between": [differences_line(c) for c in between_variants(results.comparisons)],
         "seeds": sorted({row.seed for row in results.rows}),
@@ -79,6 +81,25 @@ def by_test_set(pooled: Iterable[Pooled]) -> dict[str, dict[Setting, dict[str, P
     for p in sorted(pooled, key=lambda p: p.test_set):
         found.setdefault(p.test_set, {}).setdefault(p.setting, {})[p.metric] = p
     return found
+
+
+def by_kind(found: Sequence[OfKind]) -> Iterator[list[list[str]]]:
+    """Mistakes by kind of prompt: a table, its head first, for each test set with several.
+
+    Variants may be tested on other kinds; a setting has no rate of what it was not asked.
+    """
+    for test_set in dict.fromkeys(of.test_set for of in found):
+        there = [of for of in found if of.test_set == test_set]
+        kinds = list(dict.fromkeys(of.kind for of in there))
+        most = {kind: max(of.n for of in there if of.kind == kind) for kind in kinds}
+        values = {(of.setting, of.kind): of.value for of in there}
+        yield [
+            [test_set, *(f"{kind} ({most[kind]})" for kind in kinds)],
+            *(
+                [setting.name, *(rate(values.get((setting, kind))) for kind in kinds)]
+                for setting in dict.fromkeys(of.setting for of in there)
+            ),
+        ]
 
 
 def cell(metric: Pooled | None) -> str:

@@ -21,6 +21,7 @@ from misstep.evidence.results import (
 )
 from misstep.report.compared import (
     between_variants,
+    by_kind,
     by_test_set,
     cell,
     corrected_text,
@@ -33,6 +34,7 @@ from misstep.report.words import direction, duration, in_order, metric_title, pl
 UNTRAINED = "vanilla/unguided"
 SHOWN = (UNTRAINED, "sft/guided")
 """What a comparison's page sets the others against; guided SFT may be missing in none."""
+BAR = r"\|"
 HOLM = "The adjusted p is Holm's, for all comparisons of one metric and test set"
 CORRECTED = (
     "Corrected: the rate that the judge's verdicts stand for (Rogan and Gladen), with an "
@@ -145,17 +147,10 @@ def pooled_table(results: Results, only: Sequence[str] = ()) -> str:
 
 def _kinds(results: Results) -> list[str]:
     """Mistakes by kind of prompt, a table for each test set that has several."""
-    parts = []
-    for test_set in dict.fromkeys(found.test_set for found in results.kinds):
-        of = {(k.setting, k.kind): k for k in results.kinds if k.test_set == test_set}
-        kinds = list(dict.fromkeys(kind for _, kind in of))
-        most = {kind: max(k.n for (_, name), k in of.items() if name == kind) for kind in kinds}
-        lines = table([test_set, *(f"{kind} ({most[kind]})" for kind in kinds)])
-        lines += [
-            line([setting.name, *(rate(of[setting, kind].value) for kind in kinds)])
-            for setting in dict.fromkeys(setting for setting, _ in of)
-        ]
-        parts.append("\n".join(lines))
+    parts = [
+        "\n".join([*table(heads), *map(line, lines)])
+        for heads, *lines in by_kind(results.kinds)
+    ]
     about = "In brackets the prompts of a kind; intervals stand in `results.json`."
     return ["## Mistakes by kind of prompt", about, *parts] if parts else []
 
@@ -242,5 +237,5 @@ def table(titles: Sequence[str]) -> list[str]:
 
 
 def line(cells: Iterable[str]) -> str:
-    """A line of a table."""
-    return f"| {' | '.join(cells)} |"
+    """A line of a table; a bar in a cell, as a name may have one, would end it."""
+    return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,12 +19,14 @@ Notify = Callable[[str, int, int], None]
 Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 """Puts a conversation, its guide included, into the words that a model was trained on."""
 T = TypeVar("T")
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A recipe's seed; NumPy, which a training sets, takes no larger one."""
 
 
 class Settings(BaseModel):
-    """A part of a recipe: frozen, unknown keys refused."""
+    """A part of a recipe: frozen, unknown keys and numbers without an end refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def each_once(values: tuple[T, ...]) -> tuple[T, ...]:
