@@ -205,6 +205,8 @@ def test_the_readmes_own_repair_confirms_the_failures_that_it_speaks_of(
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     files = re.findall(r"```yaml\n# (\S+)\n(.*?)```", readme, re.DOTALL)
     assert [name for name, _ in files] == ["euros.yaml", "recipe.yaml"]
+    shop = ROOT / "recipes/shop"
+    assert {name: (shop / name).read_text(encoding="utf-8") for name, _ in files} == dict(files)
     monkeypatch.chdir(tmp_path)
     for name, text in files:
         Path(name).write_text(text, encoding="utf-8")
@@ -224,6 +226,9 @@ def test_the_readmes_own_repair_confirms_the_failures_that_it_speaks_of(
         # To name the mistake's own words is not to call it one.
         "The green tea is 4.50 dollars a box, and a dollar is a currency.": (
             "does not name the fault",
+        ),
+        "The response is wrong about euros: it should have been given in dollars here.": (
+            "endorses the response",
         ),
     }
     assert {said: gate(policy, mistakes[0], said) for said in analyses} == analyses

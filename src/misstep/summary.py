@@ -14,7 +14,7 @@ from misstep.evidence.results import Metric, Results, read_results
 from misstep.evidence.study_results import Study, Task, read_study
 from misstep.records import Judgement, read_jsonl
 from misstep.report.check_words import shown
-from misstep.report.words import in_order
+from misstep.report.words import in_order, note
 from misstep.stages.base import kind_of
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
     from rich.table import Table
 
     _print(f"{results.model}, {results.policy}: rates with 95 % intervals")
+    shown: dict[str, None] = {}
     for test_set in sorted(found):
         metrics = in_order(name for of in found[test_set].values() for name in of)
         table = Table(title=test_set, title_justify="left")
@@ -79,8 +80,12 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
         for setting, of in found[test_set].items():
             table.add_row(*setting, *(_text(of.get(name)) for name in metrics[:MOST]))
         _print(table)
+        shown |= dict.fromkeys(metrics[:MOST])
         if further := metrics[MOST:]:
             _print(f"In the report: {', '.join(further)}.")
+    for name in shown:
+        if said := note(name):
+            _print(f"{TITLES.get(name, name.replace('_', ' '))}: {said}.")
 
 
 def _serving(folder: Path) -> Iterator[str]:

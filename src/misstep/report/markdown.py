@@ -54,10 +54,9 @@ def markdown_page(folder: Path) -> str:
     results = read_results(folder / "results.json")
     manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
     if results.pooled and manifest is not None:
-        return _comparison_page(results, manifest)
-    name = manifest["recipe"]["name"] if manifest else folder.resolve().name
+        return _comparison_page(folder, results, manifest)
     parts = [
-        f"# {name}: {results.policy} on {results.model}",
+        f"# {named(folder, manifest)}: {results.policy} on {results.model}",
         *([made_by(manifest), *_overlaps(manifest)] if manifest else []),
         "## Rates with 95 % intervals",
         rows_table(results),
@@ -109,11 +108,11 @@ def _agreements(results: Results) -> list[str]:
     return ["## Agreement of the judges", "\n".join(lines)]
 
 
-def _comparison_page(results: Results, manifest: dict[str, Any]) -> str:
+def _comparison_page(folder: Path, results: Results, manifest: dict[str, Any]) -> str:
     spent = sum(s["seconds"] for c in manifest["cells"].values() for s in c["stages"].values())
     seeds = sorted({row.seed for row in results.rows})
     parts = [
-        f"# {manifest['recipe']['name']}: {results.policy} on {results.model}",
+        f"# {named(folder, manifest)}: {results.policy} on {results.model}",
         "`results.json` and `manifest.json` lie beside this page.\n"
         f"Machine: {manifest['device']}. Training seeds {', '.join(map(str, seeds))}. "
         f"{len(manifest['cells'])} cells, {duration(spent)} in all.",
@@ -190,6 +189,14 @@ def rows_table(results: Results, only: Sequence[str] = ()) -> str:
         cells = [metric_cell(row.metrics.get(m), m) for m in metrics]
         lines.append(line([row.test_set, row.method, "yes" if row.guided else "no", *cells]))
     return "\n".join(lines)
+
+
+def named(folder: Path, manifest: dict[str, Any] | None) -> str:
+    """What a page is called: as its folder, and beside it as the recipe, of which several
+    folders may be."""
+    own = folder.resolve().name
+    recipe = manifest["recipe"]["name"] if manifest else own
+    return own if own == recipe else f"{own}, of the recipe {recipe}"
 
 
 def made_by(manifest: dict[str, Any], numbers: str = "results.json") -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from misstep.evidence.study_results import Study, StudyModel, StudyRow, read_study
-from misstep.report.markdown import line, made_by, metric_cell, table
+from misstep.report.markdown import line, made_by, metric_cell, named, table
 from misstep.report.reading import read_manifest
 from misstep.report.study import TITLES, tested
 from misstep.report.words import capitalised
@@ -31,7 +31,7 @@ def study_markdown(folder: Path) -> str:
     """
     study, manifest = read_study(folder / "study.json"), read_manifest(folder)
     parts = [
-        f"# {manifest['recipe']['name']}: {study.policy}, {study.prompts} prompts",
+        f"# {named(folder, manifest)}: {study.policy}, {study.prompts} prompts",
         made_by(manifest, "study.json"),
         "## Answering and analysing, with 95 % intervals",
         "\n".join(_rows(study)),
