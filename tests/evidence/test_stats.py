@@ -294,6 +294,15 @@ def test_rates_that_differ_alike_everywhere_have_the_interval_of_one(
     assert crossed_difference([right] * 2, [wrong] * 2, rate=False)[:3] == (1.0, 1.0, 1.0)
 
 
+def test_no_interval_holds_a_difference_that_no_rates_have() -> None:
+    # Student's interval about 0.98 would end at 1.01.
+    nearly = [1.0] * 58 + [0.0]
+    one, other = [[*nearly, 1.0], [*nearly, 1.0]], [[0.0] * 60] * 2
+    found, turned = crossed_difference(one, other), crossed_difference(other, one)
+    assert found.low < found.difference < found.high == 1.0
+    assert turned.low == -1.0 < turned.difference < turned.high
+
+
 def test_grades_of_1_are_no_rate() -> None:
     assert crossed_mean([[1.0] * 20] * 3) == pytest.approx((1.0, 0.839, 1.0, 20), abs=0.001)
     assert crossed_mean([[1.0] * 20] * 3, rate=False) == (1.0, 1.0, 1.0, 20)

@@ -271,6 +271,9 @@ def crossed_difference(
     error = math.sqrt(variance)
     half = _student(freedom) * error
     low, high = value - half, value + half
+    if rate:
+        # No two rates are further apart than 0 and 1.
+        low, high = max(-1.0, low), min(1.0, high)
     if error < _NOTHING and rate and _binary(left) and _binary(right):
         both, only_a, only_b = (
             float(cells.sum()) / len(left)
