@@ -141,6 +141,9 @@ def test_an_adapter_with_biases_of_its_own_has_its_place(
     config = LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
     adapter = saved(model, config, tmp_path / "adapter")
     assert any("lora_B" in name for name in load_weights(model, adapter).state_dict())
+    # The model's own layers have none that they could be added to.
+    with pytest.raises(ModelError, match="that PEFT cannot add"):
+        folded(model, adapter, tmp_path / "base")
 
 
 def test_matrices_that_gguf_keeps_in_another_order_are_refused(tmp_path: Path) -> None:

@@ -193,7 +193,13 @@ def save_whole(
     """Write a model as a folder of safetensors, with an adapter added into its weights."""
     weights: Any = load_weights(model, adapter)
     if adapter is not None and not is_full_fine_tune(adapter):
-        weights = weights.merge_and_unload()
+        try:
+            weights = weights.merge_and_unload()
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"{adapter}: expected one that can be added into weights, found one that "
+                f"PEFT cannot add: {error}"
+            ) from error
     temporary = out.with_name(out.name + ".tmp")
     with no_progress_bars():
         weights.save_pretrained(temporary)
