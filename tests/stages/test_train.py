@@ -942,7 +942,7 @@ def test_logs_of_a_training_outlive_its_checkpoints(model: Model, tmp_path: Path
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "mamba"])
 def test_every_layer_is_one_that_is_compiled(kind: str) -> None:
     sizes = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}.get(kind, {})
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **sizes))

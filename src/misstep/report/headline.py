@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from misstep.report.view import Setting, Tested, View, ordinary_tasks
+from misstep.report.view import VANILLA, Setting, Tested, View, ordinary_tasks
 from misstep.report.words import HELPFULNESS, MISTAKES, brief, capitalised, gap, p_text, points
 
 WORDS = {
@@ -20,7 +20,7 @@ VERDICTS = {
 }
 
 
-GUIDE_ALONE = Setting("vanilla", guided=True)
+GUIDE_ALONE = Setting(VANILLA, guided=True)
 
 
 class Finding(NamedTuple):

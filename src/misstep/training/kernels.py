@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from misstep.models.precision import products_are_cheap, products_dtype
 from misstep.training import sharing
 from misstep.training.label_loss import LabelLoss
-from misstep.training.loss import CompletionLoss
+from misstep.training.loss import CompletionLoss, body_of
 
 SMALL = 0.1
 """The share of all parameters up to which those that are trained are few."""
@@ -70,9 +70,9 @@ def fast_layers(
 
 
 def _blocks(lm: Any) -> list[Any]:
-    """The layers of a model, by the class of which transformers says that it stays whole."""
-    kinds = set(lm._no_split_modules or ())
-    return [module for module in lm.modules() if type(module).__name__ in kinds]
+    """The layers of a model, which are its body's outermost list, whatever that is called."""
+    lists = (m for m in body_of(lm).modules() if isinstance(m, nn.ModuleList))
+    return list(next(lists, ()))
 
 
 def _is_mostly_frozen(loss: nn.Module) -> bool:
