@@ -147,10 +147,30 @@ def test_the_build_for_processors_computes_prompts_whole(
     assert ("--no-enable-chunked-prefill" in vllm.command("vllm", model, None, 1)) == told
 
 
-def test_ranks_beyond_vllm_are_refused(model: Model, told: Path, tmp_path: Path) -> None:
-    adapter = adapter_in(tmp_path / "adapter", rank_pattern={"q_proj": 1000})
-    with pytest.raises(ModelError, match="rank 512 at most"):
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"rank_pattern": {"q_proj": 1000}}, "rank is 1000, and vLLM's limit is 512"),
+        ({"peft_type": "PREFIX_TUNING"}, "of the type PREFIX_TUNING"),
+        ({"use_dora": True}, "use_dora True"),
+        ({"bias": "all", "modules_to_save": ["lm_head"]}, "bias all and modules_to_save"),
+    ],
+)
+def test_what_vllm_cannot_serve_is_refused_before_it_starts_and_not_chosen(
+    model: Model,
+    told: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    said: str,
+) -> None:
+    adapter = adapter_in(tmp_path / "adapter", **config)
+    with pytest.raises(ModelError, match=said):
         choose("vllm", model, adapter)
+    monkeypatch.setattr("misstep.engines.choose._has_gpu", lambda: True)
+    assert choose("auto", model, adapter_in(tmp_path / "plain")).why.startswith("vllm")
+    chosen = choose("auto", model, adapter)
+    assert chosen.why.startswith("transformers, because") and said in chosen.why
 
 
 def test_the_server_is_no_process_of_a_launcher_and_asks_for_no_key() -> None:
@@ -291,7 +311,7 @@ def test_what_is_missing_is_named(model: Model, monkeypatch: pytest.MonkeyPatch)
 
 def test_gguf_files_are_not_for_vllm(told: Path, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="because it is a GGUF file"):
+    with pytest.raises(ModelError, match="because the model is a GGUF file"):
         choose("vllm", Model("m", tmp_path / "m.gguf"))
 
 

@@ -9,15 +9,14 @@ memory at most. This module knows our side and its peers; it knows no round and 
 
 import gc
 import json
+import os
 import shlex
-import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from misstep.bench.overhead import overhead
 from misstep.bench.peers import ROWS_A_STEP
 from misstep.errors import RunError
 from misstep.models.precision import device, fastest_dtype
-from misstep.models.weights import Model, load_tokenizer, load_weights, locate
+from misstep.models.weights import load_tokenizer, load_weights, locate
 from misstep.records import Example, Message
 from misstep.training.trl_rows import as_trl
 
@@ -41,9 +40,6 @@ Found = dict[str, Any]
 WARM_UP = "Hi"
 GEMM_SECONDS = 0.3
 """So long at least is each shape of matrices measured."""
-SECONDS_TO_START = 600.0
-"""For a server to load its model."""
-SECONDS_TO_STOP = 60.0
 
 
 def train_ours(work: Work) -> Found:
@@ -186,13 +182,18 @@ def generate_served(work: Work) -> Found:
     """A server in its own process, asked over HTTP."""
     from misstep.engines.openai import OpenAIEngine
     from misstep.engines.pace import Pace
+    from misstep.engines.server import PORT, Server
     from misstep.engines.vllm import AT_ONCE
     from misstep.models.endpoint import Endpoint
 
-    with _server(locate(work["model"]), work["settings"]) as (url, process):
+    settings, files = work["settings"], str(locate(work["model"]).files)
+    blanks = {"program": settings["program"], "files": files, "port": PORT}
+    line = [part.format(**blanks) for part in shlex.split(settings["command"])]
+    with closing(Server(line, dict(os.environ))) as server:
         # As many as there are at once, as in our vLLM engine: a server queues by itself.
         pace = Pace(AT_ONCE, AT_ONCE)
-        with OpenAIEngine(Endpoint("bench", url), pace=pace) as engine:
+        endpoint = Endpoint("bench", f"{server.url}/v1")
+        with OpenAIEngine(endpoint, pace=pace, proxies=False) as engine:
             engine.generate(_requests([(Message(role="user", content=WARM_UP),)], 4))
             requests = _requests(_prompts(work), work["max_tokens"])
             started = time.monotonic()
@@ -201,45 +202,9 @@ def generate_served(work: Work) -> Found:
         if failed := [answer.error for answer in answers if answer.error]:
             raise RunError(f"the server left {len(failed)} prompts unanswered: {failed[0]}")
         tokens, texts = sum(a.tokens for a in answers), [a.text for a in answers]
-        held = sum(map(peak_memory_mb, family(str(process.pid))))
+        _, *processes = family(str(server.pid))
+        held = sum(map(peak_memory_mb, processes))
         return _found(tokens, seconds, texts=texts) | {"peak_memory_mb": held}
-
-
-@contextmanager
-def _server(
-    model: Model, settings: dict[str, str]
-) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    blanks = {"program": settings["program"], "files": str(model.files), "port": str(port)}
-    command = [part.format(**blanks) for part in shlex.split(settings["command"])]
-    process = subprocess.Popen(command, stdout=sys.stderr)
-    try:
-        _wait_until_ready(process, port)
-        yield f"http://127.0.0.1:{port}/v1", process
-    finally:
-        process.terminate()
-        try:
-            process.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            process.kill()
-
-
-def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
-    from urllib.error import URLError
-    from urllib.request import urlopen
-
-    until = time.monotonic() + SECONDS_TO_START
-    while time.monotonic() < until:
-        if process.poll() is not None:
-            raise RunError(f"{process.args!r} ended with status {process.returncode}.")
-        try:
-            urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return
-        except (URLError, OSError):
-            time.sleep(0.5)
-    raise RunError(f"{process.args!r} did not answer within {SECONDS_TO_START:.0f} seconds.")
 
 
 def gemm(work: Work) -> Found:

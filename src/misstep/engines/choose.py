@@ -200,8 +200,8 @@ def _fastest(model: Model, adapter: Path | None) -> tuple[str, str]:
 
     if vllm.find_program() is None:
         return "transformers", "there is a GPU, and vLLM is not installed"
-    if reason := vllm.reads(model):
-        return "transformers", f"there is a GPU, but vLLM cannot read the model: {reason}"
+    if reason := vllm.obstacle(model, adapter):
+        return "transformers", f"there is a GPU, but vLLM cannot serve this: {reason}"
     return "vllm", "there is a GPU and vLLM is installed"
 
 

@@ -63,8 +63,13 @@ class Server:
         try:
             self._wait()
         except BaseException as error:
-            self.stop(keep_log=isinstance(error, EngineError))
+            self.close(keep_log=isinstance(error, EngineError))
             raise
+
+    @property
+    def pid(self) -> int:
+        """The process that keeps the server, of which the server is a child."""
+        return self._keeper.pid
 
     @property
     def death(self) -> str | None:
@@ -82,7 +87,7 @@ class Server:
     def _kept(self) -> str:
         return f"The server's log is kept: {self.log}"
 
-    def stop(self, keep_log: bool = False) -> None:
+    def close(self, keep_log: bool = False) -> None:
         """End the server and all that it started; wait until they are gone.
 
         The log of a server that ended by itself is kept in any case.

@@ -41,6 +41,12 @@ BASE, TRAINED = "base", "trained"
 """What the server calls the model without and with the adapter."""
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM has room for in an adapter."""
+PLAIN: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("use_dora", (None, False)),
+    ("bias", (None, "none")),
+    ("modules_to_save", (None, [])),
+)
+"""Options of an adapter, and the values beside which vLLM refuses it."""
 AT_ONCE = 256
 """Requests that the server is given; it queues and batches them itself."""
 
@@ -69,7 +75,7 @@ class VllmEngine(OpenAIEngine):
     def close(self) -> None:
         """Stop the server."""
         super().close()
-        self._server.stop()
+        self._server.close()
 
     def _send(self, request: Request) -> Completion | Fault:
         found = super()._send(request)
@@ -116,9 +122,20 @@ class _Answer(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
 
 
-def reads(model: Model) -> str | None:
-    """Why vLLM cannot read this model, or None where it can."""
-    return "it is a GGUF file" if model.is_gguf else None
+def obstacle(model: Model, adapter: Path | None) -> str | None:
+    """Why vLLM cannot serve this model with this adapter, or None where it can."""
+    if model.is_gguf:
+        return "the model is a GGUF file"
+    if adapter is None or is_full_fine_tune(adapter):
+        return None
+    config = _config(adapter)
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        return f"the adapter is no LoRA but of the type {kind}"
+    if odd := [f"{key} {config[key]}" for key, plain in PLAIN if config.get(key) not in plain]:
+        return f"the adapter has {' and '.join(odd)}, which vLLM does not know"
+    if _rank(config) > RANKS[-1]:
+        return f"the adapter's rank is {_rank(config)}, and vLLM's limit is {RANKS[-1]}"
+    return None
 
 
 def find_program() -> str | None:
@@ -165,25 +182,19 @@ def command(vllm: str, model: Model, adapter: Path | None, gpus: int) -> list[st
         line.append("--no-enable-chunked-prefill")
     if adapter is None or full:
         return line
-    lora = ["--enable-lora", "--max-lora-rank", str(_rank(adapter))]
+    room = next(room for room in RANKS if room >= _rank(_config(adapter)))
+    lora = ["--enable-lora", "--max-lora-rank", str(room)]
     return [*line, *lora, "--lora-modules", f"{TRAINED}={adapter}"]
 
 
-def _rank(adapter: Path) -> int:
-    """The smallest rank that vLLM has room for and the adapter fits into."""
-    config: dict[str, Any] = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
-    if (kind := config.get("peft_type", "LORA")) != "LORA":
-        raise ModelError(
-            f"{adapter}: expected a LoRA adapter, which vLLM serves, found one of the type "
-            f"{kind}. Use the `transformers` engine."
-        )
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    if rank > RANKS[-1]:
-        raise ModelError(
-            f"{adapter}: expected an adapter of rank {RANKS[-1]} at most, which is vLLM's "
-            f"limit, found {rank}. Use the `transformers` engine."
-        )
-    return next(room for room in RANKS if room >= rank)
+def _config(adapter: Path) -> dict[str, Any]:
+    return dict(json.loads((adapter / "adapter_config.json").read_text("utf-8")))
+
+
+def _rank(config: Mapping[str, Any]) -> int:
+    """The highest rank of an adapter's matrices."""
+    ranks: list[int] = [config["r"], *(config.get("rank_pattern") or {}).values()]
+    return max(ranks)
 
 
 def gpus_needed(model: Model) -> int:
@@ -229,16 +240,15 @@ def identity(model: Model, adapter: Path | None, gpus: int) -> str:
 
     Raises:
         MissingExtra: vLLM is not installed.
-        ModelError: it cannot read this model.
+        ModelError: it cannot serve this model, or this adapter.
     """
-    if reason := reads(model):
+    if reason := obstacle(model, adapter):
         raise ModelError(
-            f"model {model.name}: vLLM cannot read it, because {reason}. Name a folder of "
-            "safetensors or a Hub id, or use the `transformers` engine."
+            f"{adapter or f'model {model.name}'}: vLLM cannot serve it, because {reason}. Use "
+            "the `transformers` engine"
+            + (", or name a folder of safetensors or a Hub id." if model.is_gguf else ".")
         )
     trained = adapter_digest(adapter) if adapter else "base"
-    if adapter is not None and not is_full_fine_tune(adapter):
-        _rank(adapter)
     split = f"tp{gpus}" if gpus > 1 else "one"
     computed = f"{_precision()}-{split}{named_stops(model)}"
     return f"vllm {release(program())}:{model.digest}:{trained}:{computed}"
