@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from misstep.errors import ModelError
 from misstep.models.folding import check_adapter, check_addable, folded
 from misstep.models.gguf_header import read_header
-from misstep.models.gguf_merge import check_merge
+from misstep.models.gguf_merge import check_merge, tensors_by_module
 from misstep.models.weights import Model, load_weights, locate
 
 
@@ -174,3 +174,22 @@ def test_matrices_that_gguf_keeps_in_another_order_are_refused(tmp_path: Path) -
     assert check_merge(adapter_of("mlp.dense_h_to_4h", 128), header)
     with pytest.raises(ModelError, match="in another order"):
         check_merge(adapter_of("self_attention.query_key_value", 96), header)
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [("newest", r"family is newest.* gguf \d"), ("llama", r"expected llama\.block_count")],
+)
+def test_a_gguf_whose_tensors_cannot_be_named_is_told_in_words(
+    tmp_path: Path, family: str, told: str
+) -> None:
+    from gguf import GGUFWriter
+
+    file = tmp_path / "odd.gguf"
+    writer = GGUFWriter(str(file), family)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=rf"odd\.gguf: .*{told}"):
+        tensors_by_module(read_header(file))

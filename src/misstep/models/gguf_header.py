@@ -43,6 +43,7 @@ class TensorPlace:
 class Header:
     """Everything that stands before the weights."""
 
+    path: Path
     values: dict[str, Scalar]
     """Metadata that are single values; arrays, such as the vocabulary, are left out."""
     positions: dict[str, int]
@@ -58,8 +59,18 @@ class Header:
         return str(self.values.get("general.architecture", ""))
 
     def number(self, key: str) -> int:
-        """A whole number below the architecture's own prefix, such as `block_count`."""
-        return int(self.values[f"{self.architecture}.{key}"])
+        """A whole number below the architecture's own prefix, such as `block_count`.
+
+        Raises:
+            ModelError: the file does not say it.
+        """
+        name = f"{self.architecture}.{key}"
+        if name not in self.values:
+            raise ModelError(
+                f"{self.path}: expected {name} in the file's metadata, found none. Use a file "
+                "that llama.cpp has converted."
+            )
+        return int(self.values[name])
 
 
 def is_gguf(path: Path) -> bool:
@@ -114,6 +125,7 @@ class _Reader:
         base = self.aligned(self.file.tell())
         self.file.seek(start)
         return Header(
+            path=Path(self.file.name),
             values=self.values,
             positions={key: at - start for key, at in self.ends.items()},
             metadata=self.file.read(end - start),

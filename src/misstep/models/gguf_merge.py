@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -274,7 +275,7 @@ def lora_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
 
 def tensors_by_module(header: Header) -> dict[str, tuple[int, ...]]:
     """The matrices of a GGUF file, by the names of their modules in transformers."""
-    names = _name_map(header.architecture, header.number("block_count")).mapping
+    names = _name_map(header).mapping
     shapes = {place.name.removesuffix(".weight"): place.shape for place in header.tensors}
     return {module: shapes[name] for module, (_, name) in names.items() if name in shapes}
 
@@ -328,13 +329,26 @@ def _pairs(adapter: Path) -> dict[str, tuple[str, str]]:
 
 def _tensor_name(module: str, header: Header) -> str:
     """The GGUF's name for a module of transformers; empty where it has none."""
-    name = _name_map(header.architecture, header.number("block_count")).get_name(module)
+    name = _name_map(header).get_name(module)
     return f"{name}.weight" if name else ""
 
 
+def _name_map(header: Header) -> "TensorNameMap":
+    from gguf import MODEL_ARCH_NAMES
+
+    family = header.architecture
+    if family not in MODEL_ARCH_NAMES.values():
+        raise ModelError(
+            f"{header.path}: its family is {family or 'unknown'}, whose tensors the package "
+            f"gguf {version('gguf')} cannot name, so that no adapter can be matched to them. "
+            "Install a newer one: pip install --upgrade gguf."
+        )
+    return _names(family, header.number("block_count"))
+
+
 @lru_cache(maxsize=1)
-def _name_map(architecture: str, blocks: int) -> "TensorNameMap":
+def _names(family: str, blocks: int) -> "TensorNameMap":
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == family)
     return get_tensor_name_map(arch, blocks)
