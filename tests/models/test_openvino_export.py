@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,17 @@ def test_an_export_that_fails_says_what_was_said_and_leaves_nothing(
     assert ("no such family" in str(caught.value)) == ("family" in body)
     assert not list(cache.iterdir())
     assert not list(cache.glob(f"{UNFINISHED}*"))
+
+
+def test_an_export_removes_what_a_killed_one_has_left(
+    install: Install, tiny_model: Path, cache: Path
+) -> None:
+    install(WRITES)
+    left = cache / f"{UNFINISHED}killed"
+    left.mkdir(parents=True)
+    os.utime(left, (time.time() - 2 * 86_400,) * 2)
+    assert list(cache.iterdir()) == [left]
+    assert [exported(locate(str(tiny_model)))] == list(cache.iterdir())
 
 
 def test_without_the_command_only_what_was_exported_can_be_served(

@@ -76,13 +76,13 @@ def test_what_breaks_off_leaves_nothing(
 
     monkeypatch.setattr(model, "save_pretrained", full_disk)
     assert unpacked("abc", torch.bfloat16, lambda: model) is model
-    assert not list(cache_folder().iterdir())
+    assert not list(cache_folder("unpacked").iterdir())
 
 
 def test_what_a_killed_process_left_is_removed_and_what_one_writes_now_is_not(
     model: PreTrainedModel,
 ) -> None:
-    old, new = (cache_folder() / f"{UNFINISHED}{name}" for name in ("old", "new"))
+    old, new = (cache_folder("unpacked") / f"{UNFINISHED}{name}" for name in ("old", "new"))
     for folder in (old, new):
         folder.mkdir(parents=True)
     days_ago = time.time() - 2 * 86_400
@@ -99,7 +99,7 @@ def test_a_copy_that_another_process_made_meanwhile_is_used(model: PreTrainedMod
 
     folder = unpacked("abc", torch.bfloat16, slowly)
     assert isinstance(folder, Path)
-    assert list(cache_folder().iterdir()) == [folder]
+    assert list(cache_folder("unpacked").iterdir()) == [folder]
 
 
 @pytest.mark.model
@@ -115,7 +115,7 @@ def test_the_embedded_model_loads_as_it_was_packed() -> None:
     first, second = load_weights(model), load_weights(model)
     assert equal(first, read)
     assert equal(second, read)
-    assert list(cache_folder().iterdir())
+    assert list(cache_folder("unpacked").iterdir())
     # Saving notes where it was, and the class's name.
     noted = {"_name_or_path": "", "architectures": []}
     ours, theirs = (loaded.config.to_dict() | noted for loaded in (second, read))

@@ -12,13 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from misstep.errors import EngineError, ModelError
 from misstep.models.gguf_merge import plain_lora
-from misstep.models.unpacked import UNFINISHED, cache_folder
+from misstep.models.unpacked import cache_folder, whole
 from misstep.models.weights import Model, count_weights
 
 PROGRAM = "optimum-cli"
@@ -75,27 +74,18 @@ def exported(model: Model) -> Path:
     Raises:
         EngineError: the command is not there, or it failed; with what it said last.
     """
-    folder = _place(model)
-    return folder if folder.is_dir() else export(model.files, folder)
-
-
-def export(files: Path, folder: Path) -> Path:
-    """Export a folder of safetensors into another one, whole or not at all.
-
-    Raises:
-        EngineError: the command is not there, or it failed; with what it said last.
-    """
+    files, folder = model.files, _place(model)
+    if folder.is_dir():
+        return folder
     program = find_program()
     if program is None:
         raise EngineError(f"{files}: expected {PROGRAM} on the path, found none: {INSTALL}.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
-    # Weights as GGUF files are served, too: in F16.
-    how = ["--task", TASK, "--weight-format", "fp16", str(temporary)]
-    command = [program, "export", "openvino", "--model", str(files.resolve()), *how]
     # It is a Python of its own: what this one adds to its path is not for it.
     own = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    try:
+    with whole(folder) as temporary:
+        # Weights as GGUF files are served, too: in F16.
+        how = ["--task", TASK, "--weight-format", "fp16", str(temporary)]
+        command = [program, "export", "openvino", "--model", str(files.resolve()), *how]
         done = subprocess.run(
             command, env=own, capture_output=True, text=True, errors="replace", check=False
         )
@@ -107,10 +97,6 @@ def export(files: Path, folder: Path) -> Path:
                 + "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
                 + "\nUse the `transformers` engine (engine: transformers)."
             )
-        if not folder.is_dir():  # Else another process has made the same.
-            temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -133,4 +119,4 @@ def adapter_scale(folder: Path, adapter: Path) -> float:
 
 
 def _place(model: Model) -> Path:
-    return cache_folder().with_name("openvino") / model.digest
+    return cache_folder("openvino") / model.digest

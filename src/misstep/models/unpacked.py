@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ SHARE_OF_DISK = 0.1
 """Of the free space, what one copy may take."""
 UNFINISHED = ".unfinished-"
 SECONDS_AT_MOST = 86_400
-"""No copy takes so long to write."""
+"""Nothing takes so long to write."""
 
 
 def unpacked(
@@ -37,7 +38,7 @@ def unpacked(
     from safetensors import SafetensorError
 
     name = f"{digest}-{str(dtype).removeprefix('torch.')}-{version('transformers')}"
-    folder = cache_folder() / name
+    folder = cache_folder("unpacked") / name
     if folder.is_dir():
         return folder
     model = read()
@@ -47,37 +48,43 @@ def unpacked(
         return model
 
 
-def cache_folder() -> Path:
-    """Where copies lie: below XDG_CACHE_HOME, else below ~/.cache."""
+def cache_folder(kind: str) -> Path:
+    """Where what was made of models lies: below XDG_CACHE_HOME, else below ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "misstep" / "unpacked"
+    return Path(root) / "misstep" / kind
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes the wanted one at the end, whole or not at all.
+
+    Several processes may do so at once. What killed ones have left is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{UNFINISHED}*"):
+        if time.time() - left.stat().st_mtime > SECONDS_AT_MOST:
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
+    try:
+        yield temporary
+        try:
+            temporary.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # Else another process has made the same.
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _written(model: "PreTrainedModel", folder: Path) -> Path:
-    """Write a copy, whole or not at all: several processes may do so at once.
+    """Write a copy.
 
     Raises:
         OSError: it does not fit, or the folder cannot be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(weights.nbytes for weights in model.state_dict().values())
-    if needed > SHARE_OF_DISK * shutil.disk_usage(folder.parent).free:
-        raise OSError(f"{folder}: a copy of {needed:,} bytes does not fit")
-    _clear(folder.parent)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED))
-    try:
+    with whole(folder) as temporary:
+        needed = sum(weights.nbytes for weights in model.state_dict().values())
+        if needed > SHARE_OF_DISK * shutil.disk_usage(temporary).free:
+            raise OSError(f"{folder}: a copy of {needed:,} bytes does not fit")
         model.save_pretrained(temporary)
-        temporary.replace(folder)
-    except OSError:
-        if not folder.is_dir():  # Else another process has written the same.
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _clear(parent: Path) -> None:
-    """Remove what processes that were killed have left."""
-    for left in parent.glob(f"{UNFINISHED}*"):
-        if time.time() - left.stat().st_mtime > SECONDS_AT_MOST:
-            shutil.rmtree(left, ignore_errors=True)
