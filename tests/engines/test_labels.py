@@ -6,7 +6,7 @@ import pytest
 
 from misstep.engines.base import Request
 from misstep.engines.labels import LabelEngine, check
-from misstep.errors import ModelError, PolicyError
+from misstep.errors import EngineError, ModelError, PolicyError
 from misstep.guard import SHIPPED, Guard, load_guard
 from misstep.judges.guard import GuardJudge, centred
 from misstep.models.endpoint import parse_endpoint
@@ -93,6 +93,32 @@ def test_a_text_longer_than_the_guard_reads_is_unscored_and_alone_so(tiny_model:
     assert one.value is not None and 0 < one.value < 1
     assert nothing.value is None and "empty" in nothing.reason
     assert other.value is None and "the guard reads 4096" in other.reason
+
+
+def test_what_a_gpu_does_not_hold_is_asked_in_smaller_groups(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    texts = ("a", "bc " * 9, "d", "e " * 30, "f")
+    with LabelEngine(locate(str(tiny_model)), guard(lines=["One:", " two:"])) as engine:
+        inner, tried, most = engine._next, list[int](), 2
+        wanted = [json.loads(answer.text) for answer in engine.generate(asked(*texts))]
+
+        def limited(prompts: Any) -> torch.Tensor:
+            tried.append(len(prompts))
+            if len(prompts) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return inner(prompts)
+
+        monkeypatch.setattr(engine, "_next", limited)
+        found = [json.loads(answer.text) for answer in engine.generate(asked(*texts))]
+        for one, other in zip(found, wanted, strict=True):
+            assert one == pytest.approx(other, abs=2e-3)
+        assert tried == [5, 2, 2, 3, 1, 1, 2, 2]
+        most = 0
+        with pytest.raises(EngineError, match="more memory than the GPU has left"):
+            engine.generate(asked("a"))
 
 
 def test_a_closed_engine_gives_a_gpu_back(tiny_model: Path, held: list[int]) -> None:

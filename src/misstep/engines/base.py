@@ -42,6 +42,11 @@ class Completion(Record):
     fail one by one says so here, one that fails as a whole raises."""
 
 
+def failure(reason: str) -> Completion:
+    """A completion that tells why there is none."""
+    return Completion(text="", tokens=0, error=reason)
+
+
 def in_order(parts: Iterable[Sequence[tuple[int, Completion]]]) -> list[Completion]:
     """All that a stream of parts gives, by place."""
     found = dict(pair for part in parts for pair in part)
@@ -74,11 +79,10 @@ def too_long(prompt: int, request: Request, most: int | None, what: str) -> Comp
     """
     if most is None or prompt + request.max_tokens <= most:
         return None
-    because = (
+    return failure(
         f"the prompt ({prompt} tokens) and its answer ({request.max_tokens} at most) exceed "
         f"{what} of {most} tokens"
     )
-    return Completion(text="", tokens=0, error=because)
 
 
 class Engine(ABC):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from misstep.engines.base import Completion, Engine, Request
+from misstep.engines.base import Completion, Engine, Request, failure
 from misstep.errors import EngineError, ModelError
 from misstep.guard import Guard
 from misstep.models.precision import device
@@ -22,6 +22,7 @@ from misstep.models.weights import (
     answering_dtype,
     context_length,
     free,
+    halve,
     load_for_answers,
 )
 from misstep.records import Message, digest
@@ -50,12 +51,19 @@ class LabelEngine(Engine):
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """The probabilities for every request, in order."""
-        lengths = [len(self._prompt(request, "")) for request in requests]
-        order = sorted(range(len(requests)), key=lengths.__getitem__)
-        found: dict[int, Completion] = {}
+        # As long as a prompt can become: with all lines, and a label after each but the last.
+        tail = max((of.texts[0] for of in self.guard.labels), key=len).join(self.guard.lines)
+        lengths = [len(self._prompt(request, tail)) for request in requests]
+        found = {
+            place: failure(f"{length} tokens, and the guard reads {self._longest}")
+            for place, length in enumerate(lengths)
+            if length > self._longest
+        }
+        read = [place for place in range(len(requests)) if place not in found]
+        order = sorted(read, key=lengths.__getitem__)
         for start in range(0, len(order), AT_ONCE):
             places = order[start : start + AT_ONCE]
-            answers = self._answers([requests[place] for place in places])
+            answers = self._halved([requests[place] for place in places])
             found |= dict(zip(places, answers, strict=True))
         return [found[place] for place in range(len(requests))]
 
@@ -67,14 +75,37 @@ class LabelEngine(Engine):
     def _prompt(self, request: Request, tail: str) -> list[int]:
         return self.renderer.filled(self.guard.template, request.messages, tail)
 
+    def _halved(self, requests: Sequence[Request]) -> list[Completion]:
+        """Answers, fewer at once where a GPU has no memory for so many."""
+        if (answers := self._tried(requests)) is not None:
+            return answers
+        half = halve(len(requests))
+        return self._halved(requests[:half]) + self._halved(requests[half:])
+
+    def _tried(self, requests: Sequence[Request]) -> list[Completion] | None:
+        """Answers, or None where memory holds only fewer prompts."""
+        import torch
+
+        try:
+            return self._answers(requests)
+        except torch.OutOfMemoryError as error:
+            if len(requests) > 1:
+                return None
+            raise EngineError(
+                "a single prompt needs more memory than the GPU has left. Use a smaller guard, "
+                "or see what else is on the GPU."
+            ) from error
+        except RuntimeError as error:
+            raise EngineError(
+                f"transformers stopped in {len(requests)} prompts: {error}"
+            ) from error
+
     def _answers(self, requests: Sequence[Request]) -> list[Completion]:
         tails = [""] * len(requests)
         for line in self.guard.lines:
             prompts = [
                 self._prompt(r, tail + line) for r, tail in zip(requests, tails, strict=True)
             ]
-            if max(map(len, prompts)) > self._longest:
-                return self._each_alone(requests, prompts)
             shares = self._shares(prompts)
             tails = [
                 tail
@@ -84,19 +115,6 @@ class LabelEngine(Engine):
             ]
         n = len(self.guard.lines)
         return [Completion(text=json.dumps(of), tokens=n) for of in shares]
-
-    def _each_alone(
-        self, requests: Sequence[Request], prompts: Sequence[list[int]]
-    ) -> list[Completion]:
-        """Answers where some prompts are longer than the model reads; those have none."""
-        found = []
-        for request, prompt in zip(requests, prompts, strict=True):
-            if len(prompt) > self._longest:
-                because = f"{len(prompt)} tokens, and the guard reads {self._longest}"
-                found.append(Completion(text="", tokens=0, error=because))
-            else:
-                found += self._answers([request])
-        return found
 
     def _shares(self, prompts: Sequence[list[int]]) -> list[list[float]]:
         """Of each prompt, the labels' shares of their tokens' probability."""
@@ -123,18 +141,13 @@ class LabelEngine(Engine):
             ids[place, width - len(prompt) :] = torch.tensor(prompt, device=self._device)
             mask[place, width - len(prompt) :] = 1
         model: Any = self._model
-        try:
-            with torch.inference_mode():
-                output = model(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                    logits_to_keep=1,
-                )
-        except RuntimeError as error:
-            raise EngineError(
-                f"transformers stopped in {len(prompts)} prompts: {error}"
-            ) from error
+        with torch.inference_mode():
+            output = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                logits_to_keep=1,
+            )
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from misstep.engines.base import Completion, Engine, Request, in_order
+from misstep.engines.base import Completion, Engine, Request, failure, in_order
 from misstep.engines.pace import Pace
 from misstep.engines.threads import as_done
 from misstep.errors import EngineError, MissingExtra
@@ -325,11 +325,6 @@ class OpenAIEngine(Engine):
 def identity(endpoint: Endpoint) -> str:
     """What an engine for this endpoint will be called; asks nobody."""
     return f"openai {endpoint.model}@{endpoint.url}"
-
-
-def failure(reason: str) -> Completion:
-    """A completion that tells why there is none."""
-    return Completion(text="", tokens=0, error=reason)
 
 
 class _Part(BaseModel):
