@@ -23,10 +23,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from misstep.bench.sides import peak_memory_mb
 from misstep.inputs import Inputs, read_inputs
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.judges.seats import Seat
+from misstep.machine import peak_memory_mb
 from misstep.methods.base import Materials
 from misstep.methods.registry import METHODS
 from misstep.models.precision import fastest_dtype

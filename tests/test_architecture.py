@@ -31,6 +31,7 @@ LAYERS = [
     "misstep",
     "misstep.errors",
     "misstep.claims",
+    "misstep.machine",
     "misstep.records",
     "misstep.documents",
     "misstep.policy",

@@ -1,6 +1,10 @@
 """What was not written by a run is never overwritten; results stand beside their manifest."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,7 +12,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from misstep import run_folder
+from misstep.config import load_recipe
 from misstep.errors import InputError
+from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.run_folder import (
     RUN,
@@ -164,3 +171,31 @@ def test_the_directory_of_another_kind_or_recipe_is_refused(tmp_path: Path) -> N
     renamed = described() | {"recipe": {"name": "s", "kept": 1}}
     with pytest.raises(InputError, match="found when running 's'"):
         Manifest(tmp_path, renamed, KIND)
+
+
+SAVES = """
+import sys
+from pathlib import Path
+from misstep.run_folder import RUN, Manifest
+Manifest(Path(sys.argv[1]), {"recipe": {}}, RUN).save()
+"""
+
+
+def test_a_manifests_memory_is_not_that_of_who_started_the_command(tmp_path: Path) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("asks Linux")
+    held = b"x" * (500 * 2**20)
+    subprocess.run([sys.executable, "-c", SAVES, str(tmp_path)], check=True)
+    found = json.loads((tmp_path / "manifest.json").read_text())["peak_memory_mb"]
+    assert 0 < found < len(held) // 2**20
+
+
+def test_a_manifest_names_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = load_recipe(Path(__file__).parents[1] / "recipes" / "quickstart.yaml", ())
+    policy, plain = load_policy(config.policy), f"{platform.machine()}, {os.cpu_count()} cores"
+    assert run_folder.described(config, policy)["device"] == plain
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H200'\necho 'NVIDIA H200'\n")
+    program.chmod(0o755)
+    assert run_folder.described(config, policy)["device"] == f"{plain}, 2 x NVIDIA H200"

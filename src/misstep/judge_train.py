@@ -7,19 +7,15 @@ part; the held-out part is only measured, by the judge as it was written. The sa
 seed and settings give the same parts; on the same machine and versions the same judge.
 """
 
-import os
-import platform
 import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from misstep import __version__
 from misstep.claims import LOCK, claimed
 from misstep.config import parse_override, put
 from misstep.data.decoys import LEARNED, NAME, beside, with_decoys
@@ -50,6 +46,8 @@ from misstep.judges.classifier import (
     name_of,
     parts_of,
 )
+from misstep.machine import device_text, versions
+from misstep.models.precision import micro_tokens
 from misstep.models.reading import Reader
 from misstep.models.weights import Model, is_encoder, load_weights, locate_any
 from misstep.progress import Progress
@@ -354,7 +352,6 @@ def _trained(
     folder: Path,
     progress: Progress,
 ) -> Training:
-    from misstep.stages.fit import micro_tokens
     from misstep.training import classifier
 
     settings, started, (train, dev) = inputs.settings, time.monotonic(), rows
@@ -387,8 +384,8 @@ def _trained(
         cut=train.cut,
         seconds=round(time.monotonic() - started, 1),
         tokens_per_second=round(seen / seconds, 1),
-        device=f"{platform.machine()}, {os.cpu_count()} cores",
-        versions={"misstep": __version__, **{name: version(name) for name in LIBRARIES}},
+        device=device_text(),
+        versions=versions(LIBRARIES),
     )
 
 

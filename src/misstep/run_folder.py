@@ -5,12 +5,10 @@ recipe that they came from and no other. Knows files and what a run reads; knows
 """
 
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from shutil import copy2
@@ -18,24 +16,22 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from misstep import __version__
 from misstep.claims import LOCK
 from misstep.config import RunConfig, changed_keys
 from misstep.data.sources import source_digest
 from misstep.errors import InputError
 from misstep.evidence.check_results import Check
 from misstep.inputs import Inputs
+from misstep.machine import device_text, peak_memory_mb, versions
 from misstep.methods.registry import SHIPPED, source_of
 from misstep.models.weights import adapter_digest
 from misstep.policy import Policy
 from misstep.progress import Progress
 from misstep.records import digest, write_text
-from misstep.stages.fit import peak_memory_mb
 from misstep.study_config import StudyConfig
 
 MANIFEST = "manifest.json"
 FORMER = "former"
-LIBRARIES = ("torch", "transformers", "peft", "accelerate", "openvino-genai", "openai")
 
 
 def writable(folder: Path) -> Path:
@@ -266,12 +262,8 @@ def described(config: RunConfig | StudyConfig, policy: Policy) -> dict[str, Any]
         "recipe": config.model_dump(mode="json"),
         "seed": config.seed,
         "policy": {"name": policy.name, "digest": policy.digest},
-        "versions": {
-            "misstep": __version__,
-            "python": platform.python_version(),
-            **_versions(),
-        },
-        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **versions()},
+        "device": device_text(),
     }
 
 
@@ -303,13 +295,3 @@ def _part_digests(inputs: Inputs) -> dict[str, str]:
     found |= {f"others.{name}": of.digest for name, of in inputs.others.items()}
     installed = (name for name in inputs.config.methods if name not in SHIPPED)
     return found | {f"methods.{name}": source_of(name) for name in installed}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -16,7 +16,6 @@ from misstep.bench.measure import (
     Job,
     answered_operations,
     gemm_share,
-    gpus,
     machine,
     peer_side,
     take_turns,
@@ -30,8 +29,9 @@ from misstep.bench.run import (
     different_tokens,
     equal_first_tokens,
 )
-from misstep.bench.sides import family, gemm, peak_memory_mb
+from misstep.bench.sides import family, gemm
 from misstep.errors import InputError, RunError
+from misstep.machine import gpus, peak_memory_mb
 from misstep.models.rendering import Renderer
 from misstep.models.weights import locate
 from misstep.progress import Silent
@@ -262,7 +262,7 @@ def test_servers_are_taken_only_for_what_they_read(
 
 
 def test_the_memory_is_this_programs_own() -> None:
-    code = "from misstep.bench.sides import peak_memory_mb; print(peak_memory_mb())"
+    code = "from misstep.machine import peak_memory_mb; print(peak_memory_mb())"
     held = b"x" * (300 * 2**20)
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     if Path("/proc/self/status").exists():

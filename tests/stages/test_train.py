@@ -742,7 +742,7 @@ def test_the_base_weights_do_not_change(
 def test_steps_are_the_same_in_small_micro_batches(
     model: Model, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "MICRO_TOKENS", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(precision, "MICRO_TOKENS", {"cpu": 1, "cuda": 1})
     curve = train(model, EXAMPLES, QUICK, 7, tmp_path).loss_curve
     wanted = report_of(undisturbed).loss_curve
     # In bf16, whose rounding depends on the shapes of the products.
@@ -761,7 +761,7 @@ def in_lanes(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sharing, "lanes_of", lambda _lm: count)
     # Of this small a model an adapter is no small part.
     monkeypatch.setattr(kernels, "SMALL", 1.0)
-    monkeypatch.setattr(fit, "MICRO_TOKENS", {"cpu": 100, "cuda": 100})
+    monkeypatch.setattr(precision, "MICRO_TOKENS", {"cpu": 100, "cuda": 100})
     return threads
 
 

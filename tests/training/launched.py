@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import DistributedType, PartialState
 
+from misstep.models import precision
 from misstep.models import weights as models
 from misstep.records import Example, Message, Pair
 from misstep.stages import fit
@@ -22,7 +23,7 @@ from misstep.stages.train_settings import PreferenceSettings, TrainSettings
 from misstep.training import processes
 
 vars(models)["weights_dtype"] = lambda: torch.float32
-fit.MICRO_TOKENS = {"cpu": 120, "cuda": 120}
+precision.MICRO_TOKENS = {"cpu": 120, "cuda": 120}
 fit.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 
 

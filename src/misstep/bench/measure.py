@@ -13,19 +13,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from misstep import __version__
 from misstep.errors import RunError
+from misstep.machine import gpus
 from misstep.progress import Progress
 from misstep.records import Record, write_text
-from misstep.run_folder import LIBRARIES
 
 LINES_OF_A_FAILURE = 15
 OURS = "misstep"
@@ -259,22 +256,6 @@ def machine() -> dict[str, Any]:
         "load_at_end": [round(load, 2) for load in os.getloadavg()],
         "platform": platform.platform(),
     }
-
-
-def gpus() -> list[str]:
-    """The names of the GPUs, as their driver says them; none where there is no driver."""
-    asked = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    try:
-        shown = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return shown.stdout.split("\n")[:-1]
-
-
-def versions() -> dict[str, str]:
-    """Of all libraries that may take part."""
-    installed = [n for n in (*LIBRARIES, "trl") if find_spec(n.replace("-", "_"))]
-    return {"misstep": __version__} | {name: version(name) for name in installed}
 
 
 def write_bench(bench: Bench, out: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from misstep.bench.measure import machine, versions
+from misstep.bench.measure import machine
 from misstep.config import EvaluateSettings, RunConfig
 from misstep.data.sources import Source, load_prompts
 from misstep.data.suites import attacked_prompts
@@ -23,6 +23,7 @@ from misstep.engines.choose import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE, Store
 from misstep.inputs import Inputs
+from misstep.machine import LIBRARIES, versions
 from misstep.models.weights import Model
 from misstep.pipeline import Run
 from misstep.policy import load_policy
@@ -73,7 +74,7 @@ def measured(found: Mapping[int, Mapping[str, Any]]) -> Overhead:
     grown = (passed[-1].peak_memory_mb - passed[0].peak_memory_mb) * 2**20
     return Overhead(
         machine=machine(),
-        versions=versions(),
+        versions=versions((*LIBRARIES, "trl")),
         passed=passed,
         growth_bytes_a_record=round(grown / more, 1) if more else None,
     )

@@ -22,12 +22,12 @@ from misstep.bench.measure import (
     side,
     take_turns,
     trained_operations,
-    versions,
 )
 from misstep.bench.overhead import Overhead, measured
 from misstep.bench.peers import GENERATION, TRAINING, Peer, installed_servers
 from misstep.errors import InputError
 from misstep.inputs import read_inputs
+from misstep.machine import LIBRARIES, versions
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, load_tokenizer, locate
 from misstep.progress import Progress
@@ -265,7 +265,7 @@ def _bench(
         model=model,
         rounds=rounds,
         machine=machine(),
-        versions=versions(),
+        versions=versions((*LIBRARIES, "trl")),
         workloads=workloads,
         **more,
     )

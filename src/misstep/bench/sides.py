@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from misstep.bench.overhead import overhead
 from misstep.bench.peers import ROWS_A_STEP
 from misstep.errors import RunError
-from misstep.models.precision import device, fastest_dtype
+from misstep.machine import peak_memory_mb
+from misstep.models.precision import device, fastest_dtype, micro_tokens
 from misstep.models.weights import load_tokenizer, load_weights, locate
 from misstep.records import Example, Message
 from misstep.training.trl_rows import as_trl
@@ -216,8 +217,6 @@ def gemm(work: Work) -> Found:
     """
     from torch import nn
 
-    from misstep.stages.fit import micro_tokens
-
     lm: Any = load_weights(locate(work["model"]))
     head = lm.get_output_embeddings()
     layers = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
@@ -310,23 +309,6 @@ def _found(tokens: int, seconds: float, **more: Any) -> Found:
         "peak_gpu_memory_mb": _peak_gpu_memory_mb(),
         **more,
     }
-
-
-def peak_memory_mb(process: str = "self") -> int:
-    """The most memory that a process has held.
-
-    Linux is asked for the peak of this program: that of `getrusage` begins with what the
-    process that started this one held.
-    """
-    status = Path(f"/proc/{process}/status")
-    if not status.exists():
-        from misstep.stages import fit
-
-        return fit.peak_memory_mb()
-    lines = status.read_text().splitlines()
-    # One that has ended and is not waited for yet holds none.
-    held = (int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    return next(held, 0) // 2**10
 
 
 def family(process: str) -> Iterator[str]:

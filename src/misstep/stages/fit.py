@@ -6,8 +6,6 @@ after; tokens, losses and the trainer are in `misstep.training`, loaded when tra
 It writes nothing but checkpoints.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
-from misstep.models.precision import device
+from misstep.machine import peak_memory_mb
+from misstep.models.precision import micro_tokens
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, load_weights
 from misstep.stages.base import Notify
@@ -37,11 +36,6 @@ MEASURED_ROWS = 8
 """Of each kind, for the loss before and after."""
 MEASURED_PAIRS = 64
 """Of each kind, for loss and ranking; a share of eight would be a coarse one."""
-MICRO_TOKENS = {"cpu": 1536, "cuda": 16384}
-"""Padded tokens of one micro-batch: what a processor needs to be busy, and not more memory.
-
-SmolLM2-135M, rows of analyses, one core: 1,024 take as long as 2,048, and 0.5 GB less. Between
-the two, since more cores need more rows; that was not measured apart."""
 
 
 @dataclass(frozen=True)
@@ -187,11 +181,6 @@ def _arguments(job: Job) -> "TrainingArguments":
     return processes.on_one_device(arguments)
 
 
-def micro_tokens() -> int:
-    """Padded tokens of one micro-batch on this machine."""
-    return MICRO_TOKENS[device()]
-
-
 def _losses(loss: Any, sample: dict[str, list[Any]]) -> dict[str, float]:
     from misstep.training.loss import mean_loss
 
@@ -245,9 +234,3 @@ def _report(job: Job, curve: list[tuple[int, float]], **measured: Any) -> TrainR
 
 def _tokens(units: Sequence[Row] | Sequence[PairRow]) -> int:
     return sum(len(row.ids) for unit in units for row in unit.lines)
-
-
-def peak_memory_mb() -> int:
-    """The largest resident memory that the process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // 2**20 if sys.platform == "darwin" else peak // 2**10

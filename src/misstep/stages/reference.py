@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from misstep.models.precision import device
+from misstep.models.precision import device, micro_tokens
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
     Model,
@@ -22,7 +22,6 @@ from misstep.models.weights import (
 from misstep.policy import Policy
 from misstep.records import Answer, Example, Judgement, Score, digest, write_json
 from misstep.stages.base import Ask
-from misstep.stages.fit import micro_tokens
 from misstep.training.rows import Row, render_rows
 
 METRIC = "reference_loss"

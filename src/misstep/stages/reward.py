@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from misstep.errors import MissingExtra, TrainingError
-from misstep.models.precision import device, fastest_dtype
+from misstep.models.precision import device, fastest_dtype, micro_tokens
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, free, load_weights
 from misstep.records import Pair, digest, write_text
 from misstep.stages.base import Notify, Settings
-from misstep.stages.fit import micro_tokens
 from misstep.stages.train import usable_rows
 from misstep.stages.train_settings import HOW, TrainSettings, naming
 from misstep.training.report import RewardReport
