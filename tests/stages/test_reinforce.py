@@ -26,9 +26,10 @@ from misstep.stages.reinforce import Feedback, Job, ReinforceSettings, reinforce
 from misstep.stages.reward import RewardSettings, Setup, load_scorer, train_reward
 from misstep.stages.train_settings import TrainSettings
 from misstep.training.report import TrainReport
-from misstep.training.reward import split_by_prompt
+from misstep.training.reward import split_by_prompt, with_reward_adapter
 from misstep.training.rows import PairRow, Row, render_pairs
 from misstep.training.scoring import Scorer, classifier
+from misstep.training.weights import lora_config
 
 TRAIN = TrainSettings(rank=4, alpha=8, batch_size=8, max_length=200)
 QUICK = ReinforceSettings(
@@ -186,6 +187,22 @@ class Lengths(Scorer):
     def __call__(self, rows: Any) -> list[float]:
         self.seen.extend(rows)  # type: ignore[attr-defined]
         return [float(len(row)) for row in rows]
+
+
+def test_routers_of_a_mixture_learn_nothing_from_a_reward_either() -> None:
+    from peft import LoraConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), 32)
+    counts = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("phimoe", **sizes, **counts, num_local_experts=2)
+    lm = AutoModelForCausalLM.from_config(config)
+    found = lora_config(lm, 2, 4, task_type="CAUSAL_LM")
+    assert isinstance(found, LoraConfig) and found.exclude_modules == {"router"}
+    made = with_reward_adapter(lm, 0, 2, 4, 0)
+    assert not [name for name in made.state_dict() if "router" in name and "lora" in name]
+    ids = torch.arange(1, 9).unsqueeze(0)
+    assert made(input_ids=ids, attention_mask=ids > 0).logits.shape == (1, 1)
 
 
 def test_answers_are_scored_as_rows_of_training_are(model: Model, tmp_path: Path) -> None:

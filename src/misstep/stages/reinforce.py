@@ -184,13 +184,14 @@ def _policy_trainer(
     from misstep.training.weights import lora_config
 
     settings, train = job.settings, job.setup.train
+    lm = load_weights(job.setup.model).to(fastest_dtype())
     return policy_trainer(
-        load_weights(job.setup.model).to(fastest_dtype()),
+        lm,
         job.setup.tokenizer,
         job.renderer.stop_ids,
         prompts,
         lambda asked, answers: _rewards(job, scorers, asked, answers),
-        lora_config(train.rank, train.alpha, task_type="CAUSAL_LM"),
+        lora_config(lm, train.rank, train.alpha, task_type="CAUSAL_LM"),
         [job.setup.steps("policy steps")],
         max_steps=settings.steps,
         # A prompt's samples at a time; the step's further prompts come after each other.

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from misstep.errors import ModelError
 from misstep.models.weights import no_progress_bars
 from misstep.training.label_loss import EncoderLoss, balance
-from misstep.training.weights import lora_config, with_peft
+from misstep.training.weights import drawn_by, lora_config, with_peft
 
 
 class Encoder(NamedTuple):
@@ -38,8 +38,7 @@ def load_encoder(folder: Path, seed: int = 0) -> Encoder:
         ModelError: transformers cannot read it, has no classifier of this kind, or the files
             lack more than a head.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with drawn_by(seed):
         model, found = read_classifier(
             folder, torch.float32, num_labels=1, ignore_mismatched_sizes=True
         )
@@ -66,8 +65,9 @@ def of_encoder(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" not in encoder.head
     ]
-    config = lora_config(rank, 2 * rank, target_modules=layers)
-    adapted = with_peft(model, config, seed)
+    config = lora_config(model, rank, 2 * rank, target_modules=layers)
+    with drawn_by(seed):
+        adapted = with_peft(model, config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or name in encoder.head)
     return EncoderLoss(adapted, pad, balance(labels))

@@ -9,18 +9,15 @@ This module knows torch, PEFT and TRL; it knows no record and no folder but the 
 
 import math
 import random
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import torch
-
 from misstep.training.processes import on_one_device
 from misstep.training.rows import PairRow
 from misstep.training.scoring import Scorer, classifier
-from misstep.training.weights import lora_config
+from misstep.training.weights import drawn_by, lora_config, with_peft
 
 PAIRS_AT_ONCE = 4
 """Of one forward pass; a step's further ones come after each other."""
@@ -30,13 +27,10 @@ CENTRE = 0.01
 
 def with_reward_adapter(lm: Any, pad: int, rank: int, alpha: float, seed: int) -> Any:
     """A new reward model: an adapter on all linear layers, and the head."""
-    from peft import get_peft_model
-
-    config = lora_config(rank, alpha, task_type="SEQ_CLS", modules_to_save=["score"])
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(seed)
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        return get_peft_model(classifier(lm, pad), config, autocast_adapter_dtype=True)
+    with drawn_by(seed):
+        model = classifier(lm, pad)
+        options = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        return with_peft(model, lora_config(model, rank, alpha, **options))
 
 
 def fit(

@@ -4,7 +4,8 @@ This module knows PEFT and transformers' files; it knows no row and no training 
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +28,52 @@ def adapted(
 ) -> Any:
     """The model with a LoRA adapter in fp32 on every linear layer but the head.
 
-    Of named `modules` on these alone. What `unfit` names learns nothing, either.
+    Of named `modules` on these alone.
     """
-    left = sorted(unfit(lm)) or None
     chosen = {} if modules is None else {"target_modules": [*modules]}
-    config = lora_config(rank, alpha, task_type="CAUSAL_LM", exclude_modules=left, **chosen)
-    return with_peft(lm, config, seed)
+    config = lora_config(lm, rank, alpha, task_type="CAUSAL_LM", **chosen)
+    with drawn_by(seed):
+        return with_peft(lm, config)
 
 
-def unfit(lm: Any) -> set[str]:
-    """Names of linear layers that PEFT cannot put an adapter on, in no other layer's use.
+def lora_config(model: Any, rank: int, alpha: float, **options: Any) -> Any:
+    """An adapter on every linear layer that is fit but the head, or on `target_modules`."""
+    from peft import LoraConfig
+
+    given = {"target_modules": "all-linear", "exclude_modules": sorted(unfit(model)) or None}
+    return LoraConfig(r=rank, lora_alpha=alpha, **{**given, **options})
+
+
+def unfit(model: Any) -> set[str]:
+    """The last parts of the names of linear layers that PEFT cannot put an adapter on.
 
     Routers of Llama 4 and Phi-MoE give more than a product, and Mamba's kernels pass the
-    layer by that leads out.
+    layer by that leads out. No other layer of these models has such a name.
     """
     routers = {
         name.rpartition(".")[2]
-        for name, module in lm.named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router")
     }
-    return routers | ({"out_proj"} if lm.config.model_type in MAMBA else set())
+    return routers | ({"out_proj"} if model.config.model_type in MAMBA else set())
 
 
-def with_peft(model: Any, config: Any, seed: int) -> Any:
-    """The model with PEFT's wrapper around it, the adapter drawn by the seed."""
+@contextmanager
+def drawn_by(seed: int) -> Iterator[None]:
+    """Have what is drawn inside come of a seed, and leave what is drawn after it alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def with_peft(model: Any, config: Any) -> Any:
+    """The model with PEFT's wrapper around it, and a new adapter."""
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        torch.manual_seed(seed)
+    with warnings.catch_warnings():
         # PEFT asks transformers for something by its former name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         return get_peft_model(model, config, autocast_adapter_dtype=True)
-
-
-def lora_config(rank: int, alpha: float, **options: Any) -> Any:
-    """An adapter on every linear layer but the head, or on `target_modules`."""
-    from peft import LoraConfig
-
-    return LoraConfig(r=rank, lora_alpha=alpha, **{"target_modules": "all-linear", **options})
 
 
 def with_all_weights(lm: Any) -> CompletionLoss:
