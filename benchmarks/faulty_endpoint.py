@@ -36,7 +36,8 @@ from misstep.engines.base import Request
 from misstep.engines.cached import CachedEngine
 from misstep.engines.store import Store
 from misstep.models.endpoint import Endpoint
-from misstep.models.weights import load_tokenizer, load_weights, locate
+from misstep.models.locate import locate
+from misstep.models.weights import load_tokenizer, load_weights
 from misstep.records import Message
 
 KINDS = ("429", "500", "timeout", "broken JSON")

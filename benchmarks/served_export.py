@@ -18,7 +18,7 @@ from typing import Any
 from misstep.engines.base import Request
 from misstep.engines.choose import choose
 from misstep.judges.rule import ObedienceJudge
-from misstep.models.weights import locate
+from misstep.models.locate import locate
 from misstep.records import Answer, Response, read_jsonl
 from misstep.report.reading import read_manifest
 

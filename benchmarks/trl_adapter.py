@@ -19,8 +19,9 @@ from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from misstep.models.locate import locate
 from misstep.models.precision import fastest_dtype
-from misstep.models.weights import load_tokenizer, load_weights, locate
+from misstep.models.weights import load_tokenizer, load_weights
 from misstep.stages.train_settings import TrainSettings
 
 ROWS_AT_ONCE = 8

@@ -57,6 +57,7 @@ LAYERS = [
     "misstep.models.gguf_header",
     "misstep.models.unpacked",
     "misstep.models.endpoint",
+    "misstep.models.locate",
     "misstep.models.weights",
     "misstep.models.chat_template",
     "misstep.models.rendering",

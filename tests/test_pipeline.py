@@ -30,7 +30,8 @@ from misstep.judges.seats import Seat
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS
 from misstep.methods.sft import SFT
-from misstep.models.weights import load_weights, locate
+from misstep.models.locate import locate
+from misstep.models.weights import load_weights
 from misstep.pipeline import Run, masked_rows, run
 from misstep.policy import load_policy
 from misstep.progress import Silent

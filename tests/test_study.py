@@ -20,7 +20,7 @@ from misstep.evidence.study_results import (
     StudyScore,
     read_study,
 )
-from misstep.models.weights import Model
+from misstep.models.locate import Model
 from misstep.progress import Silent
 from misstep.records import read_jsonl
 from misstep.report.study_markdown import study_markdown

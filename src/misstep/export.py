@@ -21,12 +21,9 @@ from misstep.methods.registry import METHODS
 from misstep.models.chat_template import asked_as_trained
 from misstep.models.folding import check_addable, folded, save_whole
 from misstep.models.gguf_merge import merge_adapter
+from misstep.models.locate import Model, locate
 from misstep.models.rendering import FALLBACK_TEMPLATE, Renderer
-from misstep.models.weights import (
-    Model,
-    is_full_fine_tune,
-    locate,
-)
+from misstep.models.weights import is_full_fine_tune
 from misstep.policy import Policy
 from misstep.records import Message, Prompt, write_text
 from misstep.report.markdown import rows_table

@@ -47,9 +47,10 @@ from misstep.judges.classifier import (
     parts_of,
 )
 from misstep.machine import device_text, versions
+from misstep.models.locate import Model, is_encoder, locate_any
 from misstep.models.precision import micro_tokens
 from misstep.models.reading import Reader
-from misstep.models.weights import Model, is_encoder, load_weights, locate_any
+from misstep.models.weights import load_weights
 from misstep.progress import Progress
 from misstep.records import digest
 from misstep.run_folder import beside_runs, set_aside

@@ -23,7 +23,7 @@ from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.guard import GuardJudge
 from misstep.judges.kept import KeptJudge
 from misstep.models.endpoint import PREFIX
-from misstep.models.weights import Model, locate
+from misstep.models.locate import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.records import VERDICTS, digest
 from misstep.rubric import Rubric, load_rubric

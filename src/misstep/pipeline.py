@@ -33,8 +33,8 @@ from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS, method_of
 from misstep.models.folding import base_of, folded
+from misstep.models.locate import Model
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model
 from misstep.progress import Progress
 from misstep.records import (
     Analysis,

@@ -33,7 +33,7 @@ from misstep.evidence.study_results import (
 )
 from misstep.inputs import check_judgeable
 from misstep.judges.choose import mistake_judge
-from misstep.models.weights import Model, locate
+from misstep.models.locate import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
 from misstep.records import Prompt, Response, Score, write_jsonl

@@ -32,8 +32,8 @@ from misstep.bench.run import (
 from misstep.bench.sides import family, gemm
 from misstep.errors import InputError, RunError
 from misstep.machine import gpus, peak_memory_mb
+from misstep.models.locate import locate
 from misstep.models.rendering import Renderer
-from misstep.models.weights import locate
 from misstep.progress import Silent
 from misstep.records import Analysis, Example, Message, read_jsonl
 

@@ -10,7 +10,7 @@ from misstep.errors import EngineError, ModelError, PolicyError
 from misstep.guard import SHIPPED, Guard, load_guard
 from misstep.judges.guard import GuardJudge, centred
 from misstep.models.endpoint import parse_endpoint
-from misstep.models.weights import Model, locate
+from misstep.models.locate import Model, locate
 from misstep.records import Message, Prompt, Response
 
 TEMPLATE = (

@@ -22,7 +22,7 @@ from misstep.engines.choose import MANY, choose
 from misstep.engines.openai import Fault, OpenAIEngine, Patience, read, retry_after
 from misstep.errors import EngineError, ModelError
 from misstep.models.endpoint import Endpoint, check_endpoint, parse_endpoint
-from misstep.models.weights import locate
+from misstep.models.locate import locate
 from misstep.records import Message
 
 pytest.importorskip("openai")

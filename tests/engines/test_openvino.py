@@ -17,9 +17,10 @@ from misstep.engines.base import Request
 from misstep.engines.choose import _openvino_obstacle, choose
 from misstep.engines.openvino import BLOCK, COMPANIONS, LEAST_ROOM, ROOM, OpenVinoEngine
 from misstep.errors import EngineError, ModelError
+from misstep.models.locate import EMBEDDED, Model, locate
 from misstep.models.openvino_export import Shape
 from misstep.models.rendering import Renderer
-from misstep.models.weights import EMBEDDED, Model, load_tokenizer, locate
+from misstep.models.weights import load_tokenizer
 from misstep.records import Message
 
 pytest.importorskip("openvino_genai")

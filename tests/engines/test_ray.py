@@ -17,7 +17,7 @@ from misstep.engines.ray import COMPLETIONS, RayEngine, Share, Worker
 from misstep.engines.ray import REQUESTS as REQUEST_LIST
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import EngineError, MissingExtra
-from misstep.models.weights import EMBEDDED, locate
+from misstep.models.locate import EMBEDDED, locate
 from misstep.records import Message
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,8 @@ from misstep.engines import transformers
 from misstep.engines.base import Request
 from misstep.engines.transformers import TransformersEngine, shared_beginning
 from misstep.errors import EngineError
-from misstep.models.weights import Model, context_length, locate
+from misstep.models.locate import Model, locate
+from misstep.models.weights import context_length
 from misstep.records import Message
 
 

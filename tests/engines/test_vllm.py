@@ -18,8 +18,8 @@ from misstep.engines import server, vllm
 from misstep.engines.base import Request
 from misstep.engines.choose import choose
 from misstep.errors import EngineError, MissingExtra, ModelError
+from misstep.models.locate import Model, locate
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, locate
 from misstep.records import Message
 
 pytest.importorskip("openai")

@@ -26,8 +26,9 @@ from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probab
 from misstep.judges.refusal import EMPTY
 from misstep.judges.seats import Seat, seated
 from misstep.judging import opened, read_judge
+from misstep.models.locate import locate
 from misstep.models.reading import Reader
-from misstep.models.weights import load_weights, locate
+from misstep.models.weights import load_weights
 from misstep.policy import SHIPPED
 from misstep.progress import Silent
 from misstep.records import Prompt, Response, digest

@@ -24,15 +24,14 @@ from misstep.evidence.judge_card import read_card
 from misstep.judge_train import UNREAD, read_train_inputs, train_judge
 from misstep.judges.classifier import ClassifierJudge
 from misstep.judges.refusal import EMPTY
-from misstep.models.reading import Reader
-from misstep.models.weights import (
+from misstep.models.locate import (
     ENCODERS,
     is_encoder,
-    load_tokenizer,
-    load_weights,
     locate,
     locate_any,
 )
+from misstep.models.reading import Reader
+from misstep.models.weights import load_tokenizer, load_weights
 from misstep.progress import Silent
 from misstep.training.classifier import (
     Fit,

@@ -12,7 +12,8 @@ from misstep.errors import ModelError
 from misstep.models.folding import check_adapter, check_addable, folded
 from misstep.models.gguf_header import read_header
 from misstep.models.gguf_merge import check_merge, tensors_by_module
-from misstep.models.weights import Model, load_weights, locate
+from misstep.models.locate import Model, locate
+from misstep.models.weights import load_weights
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from misstep.engines.base import Request
 from misstep.engines.choose import choose
 from misstep.errors import EngineError, ModelError
 from misstep.models import openvino_export
+from misstep.models.locate import EMBEDDED, Model, locate
 from misstep.models.openvino_export import adapter_scale, exported, obstacle, shape
 from misstep.models.unpacked import UNFINISHED
-from misstep.models.weights import EMBEDDED, Model, load_tokenizer, load_weights, locate
+from misstep.models.weights import load_tokenizer, load_weights
 from misstep.records import Message
 
 LAYER = '<layer name="__module.model.layers.0.mlp.up_proj/aten::linear/MatMul" />'
@@ -109,7 +110,7 @@ def test_without_the_command_only_what_was_exported_can_be_served(
 
 def test_the_shape_is_read_from_the_configuration(tiny_model: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_model / "config.json").read_text())
-    found = shape(locate(str(tiny_model)))
+    found, (weights,) = shape(locate(str(tiny_model))), tiny_model.glob("*.safetensors")
     assert found is not None
     assert found.layers == config["num_hidden_layers"]
     assert found.keys == config["num_key_value_heads"]
@@ -117,6 +118,9 @@ def test_the_shape_is_read_from_the_configuration(tiny_model: Path, tmp_path: Pa
     assert found.weights == sum(
         weight.numel() for weight in load_weights(locate(str(tiny_model))).parameters()
     )
+    (tmp_path / "model.safetensors").write_bytes(weights.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "text_config": None}))
+    assert shape(Model("m", tmp_path)) == found
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     assert shape(Model("m", tmp_path)) is None
 

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from misstep.errors import DataError, ModelError
+from misstep.models.locate import locate
 from misstep.models.rendering import Renderer, fold_system, named_stops
-from misstep.models.weights import locate
 from misstep.records import Message
 
 CHATML = (

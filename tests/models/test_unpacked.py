@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from misstep.models.locate import locate
 from misstep.models.unpacked import UNFINISHED, cache_folder, unpacked
-from misstep.models.weights import _from_pretrained, load_weights, locate
+from misstep.models.weights import _from_pretrained, load_weights
 
 
 @pytest.fixture(autouse=True)

@@ -13,16 +13,19 @@ from gguf import GGMLQuantizationType
 from gguf_files import make_tiny_gguf
 
 from misstep.errors import ModelError
+from misstep.models import locate as located
 from misstep.models import weights as models
-from misstep.models.weights import (
+from misstep.models.locate import (
     EMBEDDED,
     Model,
+    locate,
+    weight_files,
+)
+from misstep.models.weights import (
     adapter_digest,
     count_weights,
     is_full_fine_tune,
     load_weights,
-    locate,
-    weight_files,
 )
 
 
@@ -36,7 +39,7 @@ def folder_of(path: Path, *names: str) -> Path:
 def test_locate_loads_no_heavy_library(tmp_path: Path) -> None:
     folder_of(tmp_path / "m", "config.json", "model.safetensors")
     code = (
-        "import sys; from misstep.models.weights import locate; "
+        "import sys; from misstep.models.locate import locate; "
         f"print(locate({str(tmp_path / 'm')!r}).digest); "
         "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
@@ -114,7 +117,7 @@ def test_without_the_package_the_install_command_is_named(
 def test_offline_a_hub_id_is_refused_at_once(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     code = (
-        "from misstep.models.weights import locate\nfrom misstep.errors import ModelError\n"
+        "from misstep.models.locate import locate\nfrom misstep.errors import ModelError\n"
         "try: locate('nobody/nothing')\nexcept ModelError as error: print(error)"
     )
     done = subprocess.run(
@@ -132,7 +135,7 @@ def test_a_cached_hub_model_needs_no_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of(tmp_path / "snapshot", "config.json", "model.safetensors")
-    monkeypatch.setattr(models, "_cached_snapshot", lambda name: folder)
+    monkeypatch.setattr(located, "_cached_snapshot", lambda name: folder)
     found = locate("org/cached-name")
     assert found == Model("org/cached-name", None)
     assert found.digest == locate(str(folder)).digest
@@ -140,8 +143,8 @@ def test_a_cached_hub_model_needs_no_network(
 
 def test_hub_repositories_without_safetensors_are_refused() -> None:
     with pytest.raises(ModelError, match=r"hf download org/name m\.gguf"):
-        models._check_siblings("org/name", ["README.md", "m.gguf"])
-    models._check_siblings("org/name", ["config.json", "model.safetensors"])
+        located._check_siblings("org/name", ["README.md", "m.gguf"])
+    located._check_siblings("org/name", ["config.json", "model.safetensors"])
 
 
 def test_digest_follows_content_and_not_the_place(tmp_path: Path) -> None:
@@ -197,7 +200,7 @@ def test_weights_that_lie_there_in_a_second_form_count_once(copied: Path) -> Non
     (copied / "model.safetensors").unlink()
     assert len(weight_files(copied)) == 2
     with pytest.raises(ModelError, match="expected config"):
-        models._check_siblings("org/name", ["config.json", "consolidated.safetensors"])
+        located._check_siblings("org/name", ["config.json", "consolidated.safetensors"])
 
 
 def test_weights_that_the_files_lack_are_not_drawn_at_random(copied: Path) -> None:

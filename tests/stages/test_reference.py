@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from misstep.models.locate import Model
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, load_weights
+from misstep.models.weights import load_weights
 from misstep.policy import load_policy
 from misstep.records import Answer, Prompt, Response
 from misstep.stages import reference

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from misstep.errors import MissingExtra, ModelError, TrainingError
+from misstep.models.locate import Model, locate
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, load_weights, locate
+from misstep.models.weights import load_weights
 from misstep.records import Message, Pair, Prompt
 from misstep.stages import reinforce as stage
 from misstep.stages import reward as reward_stage

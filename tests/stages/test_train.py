@@ -44,8 +44,9 @@ from transformers.models.qwen2 import Qwen2ForCausalLM
 from misstep.errors import RecipeError, TrainingError
 from misstep.models import precision
 from misstep.models import weights as models_module
+from misstep.models.locate import Model, locate
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, load_weights, locate
+from misstep.models.weights import load_weights
 from misstep.records import Example, Message, Pair
 from misstep.stages import fit
 from misstep.stages.train import input_digest, model_card, train

@@ -16,6 +16,7 @@ from accelerate import DistributedType, PartialState
 
 from misstep.models import precision
 from misstep.models import weights as models
+from misstep.models.locate import locate
 from misstep.records import Example, Message, Pair
 from misstep.stages import fit
 from misstep.stages.train import follow, train
@@ -63,7 +64,7 @@ def run(plan: list[dict[str, Any]]) -> None:
             if done == last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        train(models.locate(part["model"]), rows, settings, 7, Path(part["folder"]), notify)
+        train(locate(part["model"]), rows, settings, 7, Path(part["folder"]), notify)
 
 
 def parted_on_processors() -> None:

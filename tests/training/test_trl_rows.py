@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from misstep.models.folding import check_adapter
+from misstep.models.locate import locate
 from misstep.models.rendering import Renderer
-from misstep.models.weights import locate
 from misstep.records import Example, Message, Pair
 from misstep.training.rows import Row, render_rows
 from misstep.training.trl_rows import as_trl, write_trl

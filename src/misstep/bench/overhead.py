@@ -24,7 +24,7 @@ from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE, Store
 from misstep.inputs import Inputs
 from misstep.machine import LIBRARIES, versions
-from misstep.models.weights import Model
+from misstep.models.locate import Model
 from misstep.pipeline import Run
 from misstep.policy import load_policy
 from misstep.progress import Silent

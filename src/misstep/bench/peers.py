@@ -7,7 +7,7 @@ no library.
 import shutil
 from typing import Any, NamedTuple
 
-from misstep.models.weights import Model
+from misstep.models.locate import Model
 
 ROWS_A_STEP = 16
 """Rows of one optimiser step, for all sides: the default of `train.batch_size`."""

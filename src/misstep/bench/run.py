@@ -28,8 +28,9 @@ from misstep.bench.peers import GENERATION, TRAINING, Peer, installed_servers
 from misstep.errors import InputError
 from misstep.inputs import read_inputs
 from misstep.machine import LIBRARIES, versions
+from misstep.models.locate import Model, locate
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, load_tokenizer, locate
+from misstep.models.weights import load_tokenizer
 from misstep.progress import Progress
 from misstep.records import Example, Message
 from misstep.stages.reward import require_trl

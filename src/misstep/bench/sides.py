@@ -24,8 +24,9 @@ from misstep.bench.overhead import overhead
 from misstep.bench.peers import ROWS_A_STEP
 from misstep.errors import RunError
 from misstep.machine import peak_memory_mb
+from misstep.models.locate import locate
 from misstep.models.precision import device, fastest_dtype, micro_tokens
-from misstep.models.weights import load_tokenizer, load_weights, locate
+from misstep.models.weights import load_tokenizer, load_weights
 from misstep.records import Example, Message
 from misstep.training.trl_rows import as_trl
 

@@ -17,7 +17,7 @@ from misstep.engines.cached import CachedEngine
 from misstep.errors import InputError, ModelError
 from misstep.guard import Guard
 from misstep.models.endpoint import Endpoint
-from misstep.models.weights import Model
+from misstep.models.locate import Model
 
 LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
 KIND = f"{LOCAL}|ray(:{LOCAL})?"

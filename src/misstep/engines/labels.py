@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from misstep.engines.base import Completion, Engine, Request, failure
 from misstep.errors import EngineError, ModelError
 from misstep.guard import Guard
+from misstep.models.locate import Model
 from misstep.models.precision import device
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
-    Model,
     answering_dtype,
     context_length,
     free,

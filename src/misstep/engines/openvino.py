@@ -38,11 +38,11 @@ from misstep.engines.base import (
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.gguf_header import read_header
 from misstep.models.gguf_merge import check_merge, merge_adapter, plain_lora
+from misstep.models.locate import Model
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.models.precision import bf16_is_slow, memory_bytes
 from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
-    Model,
     adapter_digest,
     context_length,
     count_weights,

@@ -25,10 +25,10 @@ from misstep.engines.base import (
     too_long,
 )
 from misstep.errors import EngineError
+from misstep.models.locate import Model
 from misstep.models.precision import device
 from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
-    Model,
     adapter_digest,
     answering_dtype,
     context_length,

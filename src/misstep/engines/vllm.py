@@ -28,14 +28,10 @@ from misstep.engines.pace import Pace
 from misstep.engines.server import PORT, Server
 from misstep.errors import EngineError, MissingExtra, ModelError
 from misstep.models.endpoint import Endpoint
+from misstep.models.locate import Model, weight_files
 from misstep.models.precision import weights_dtype
 from misstep.models.rendering import Renderer, named_stops
-from misstep.models.weights import (
-    Model,
-    adapter_digest,
-    is_full_fine_tune,
-    weight_files,
-)
+from misstep.models.weights import adapter_digest, is_full_fine_tune
 
 BASE, TRAINED = "base", "trained"
 """What the server calls the model without and with the adapter."""

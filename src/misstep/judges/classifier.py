@@ -18,8 +18,14 @@ from misstep.errors import DataError, EngineError
 from misstep.evidence.judge_card import CARD, READS, read_card
 from misstep.judges.base import Judge
 from misstep.judges.refusal import EMPTY
+from misstep.models.locate import (
+    FILES,
+    folder_digest,
+    is_encoder,
+    locate_any,
+)
 from misstep.models.reading import Reader, Texts
-from misstep.models.weights import FILES, folder_digest, free, is_encoder, locate_any
+from misstep.models.weights import free
 from misstep.records import Response, Score, digest
 
 if TYPE_CHECKING:

@@ -20,13 +20,12 @@ from misstep.models.gguf_merge import (
     merge_adapter,
     tensors_by_module,
 )
+from misstep.models.locate import Model, locate
 from misstep.models.weights import (
-    Model,
     adapter_digest,
     is_full_fine_tune,
     load_tokenizer,
     load_weights,
-    locate,
     no_progress_bars,
     share,
 )

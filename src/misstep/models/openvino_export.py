@@ -6,7 +6,6 @@ does. An adapter is no part of an export: OpenVINO adds it to the weights while 
 module knows the command, folders and LoRA; it knows no pipeline.
 """
 
-import json
 import os
 import re
 import shutil
@@ -17,8 +16,9 @@ from typing import NamedTuple
 
 from misstep.errors import EngineError, ModelError
 from misstep.models.gguf_merge import plain_lora
+from misstep.models.locate import Model
 from misstep.models.unpacked import cache_folder, whole
-from misstep.models.weights import Model, count_weights
+from misstep.models.weights import count_weights, text_config
 
 PROGRAM = "optimum-cli"
 INSTALL = f"{PROGRAM}, which exports it, is not installed (docs/engines.md)"
@@ -58,8 +58,7 @@ def obstacle(model: Model) -> str | None:
 
 def shape(model: Model) -> Shape | None:
     """The model's shape by its configuration; None where attention is not of the usual kind."""
-    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
+    config = text_config(model)
     heads, keys = (config.get(f"num_{kind}_heads") for kind in ("attention", "key_value"))
     width = config.get("head_dim") or (heads and config.get("hidden_size", 0) // heads)
     layers = config.get("num_hidden_layers")

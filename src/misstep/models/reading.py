@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from misstep.errors import ModelError
+from misstep.models.locate import Model, is_encoder
 from misstep.models.rendering import PROBE, Renderer, tokens_of
-from misstep.models.weights import Model, is_encoder, load_tokenizer
+from misstep.models.weights import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

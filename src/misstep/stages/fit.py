@@ -14,9 +14,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 from misstep.machine import peak_memory_mb
+from misstep.models.locate import Model
 from misstep.models.precision import micro_tokens
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, load_weights
+from misstep.models.weights import load_weights
 from misstep.stages.base import Notify
 from misstep.stages.train_settings import TrainSettings
 from misstep.training import processes

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from misstep.models.locate import Model
 from misstep.models.precision import device, micro_tokens
 from misstep.models.rendering import Renderer
 from misstep.models.weights import (
-    Model,
     adapter_digest,
     free,
     load_weights,

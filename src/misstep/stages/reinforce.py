@@ -24,9 +24,10 @@ from pydantic import Field
 from misstep import __version__
 from misstep.errors import TrainingError
 from misstep.machine import peak_memory_mb
+from misstep.models.locate import Model
 from misstep.models.precision import fastest_dtype
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, free, load_weights
+from misstep.models.weights import free, load_weights
 from misstep.records import Pair, Prompt, digest, write_text
 from misstep.stages.base import Notify, Settings
 from misstep.stages.reward import (

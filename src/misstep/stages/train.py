@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from misstep import __version__
 from misstep.errors import TrainingError
+from misstep.models.locate import Model
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, free, within_context
+from misstep.models.weights import free, within_context
 from misstep.records import Example, Pair, Record, digest, write_text
 from misstep.stages.base import Notify
 from misstep.stages.fit import CHECKPOINTS, Job, fit

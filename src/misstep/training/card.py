@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from misstep.models.gguf_header import read_header
-from misstep.models.weights import Model
+from misstep.models.locate import Model
 
 
 def card_head(base: Model, tags: Sequence[str], datasets: Sequence[str]) -> str:

@@ -24,8 +24,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from misstep.errors import ModelError, TrainingError
+from misstep.models.locate import Model, is_encoder
 from misstep.models.precision import device, fastest_dtype, weights_dtype
-from misstep.models.weights import Model, is_encoder, no_progress_bars, share
+from misstep.models.weights import no_progress_bars, share
 from misstep.training.encoder import read_classifier
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss, balance

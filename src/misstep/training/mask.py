@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from misstep.models.locate import Model
 from misstep.models.rendering import Renderer
-from misstep.models.weights import Model, within_context
+from misstep.models.weights import within_context
 from misstep.records import Example
 from misstep.training.rows import render_rows
 

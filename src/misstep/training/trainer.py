@@ -11,6 +11,7 @@ This module knows Trainer; it knows no record, no recipe and no folder but the c
 """
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -27,7 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import SCHEDULER_NAME
 
 from misstep.errors import TrainingError
-from misstep.models.weights import compute_twice, halve
+from misstep.models.weights import free, halve
 from misstep.records import write_text
 from misstep.training.label_loss import EncoderLoss, LabelLoss
 from misstep.training.lanes import side_by_side
@@ -107,7 +108,7 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
             # Some gradients may be there already.
             model.zero_grad()
             if _are_single(groups):
-                compute_twice(self.loss.lm)
+                _compute_twice(self.loss.lm)
             else:
                 self.micro_tokens = halve(max(map(padded, groups)))
             groups = self._groups(rows)
@@ -244,6 +245,16 @@ class CompletionTrainer(Trainer):  # type: ignore[misc]
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             write_text(folder / MARKER, json.dumps({"seconds": self.seconds}))
+
+
+def _compute_twice(lm: Any) -> None:
+    """Compute layers again in the backward pass, since a GPU lacked memory; says so."""
+    free()
+    lm.activation_checkpointing_enable()
+    logging.getLogger(__name__).warning(
+        "The GPU's memory ran out on a single row. Layers are computed twice from here on "
+        "instead of kept, as by train.gradient_checkpointing; this takes a third longer."
+    )
 
 
 def _are_single(groups: Sequence[Sequence[Any]]) -> bool:
