@@ -58,6 +58,7 @@ LAYERS = [
     "misstep.models.unpacked",
     "misstep.models.endpoint",
     "misstep.models.locate",
+    "misstep.models.adapter",
     "misstep.models.weights",
     "misstep.models.chat_template",
     "misstep.models.rendering",

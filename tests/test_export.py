@@ -10,9 +10,9 @@ import pytest
 from misstep.errors import DataError, InputError, ModelError
 from misstep.export import export, find
 from misstep.methods.registry import METHODS
-from misstep.models.folding import folded
 from misstep.models.gguf_header import read_header
 from misstep.models.locate import EMBEDDED, Model, locate
+from misstep.models.merging import folded
 from misstep.models.rendering import Renderer
 from misstep.models.weights import load_weights
 from misstep.policy import load_policy

@@ -18,12 +18,12 @@ from misstep.errors import DataError, InputError, ModelError
 from misstep.evidence.results import FOCUS, read_results
 from misstep.methods.base import Method
 from misstep.methods.registry import METHODS
+from misstep.models.adapter import base_of, check_addable, is_full_fine_tune
 from misstep.models.chat_template import asked_as_trained
-from misstep.models.folding import check_addable, folded, save_whole
 from misstep.models.gguf_merge import merge_adapter
 from misstep.models.locate import Model, locate
+from misstep.models.merging import folded, save_whole
 from misstep.models.rendering import FALLBACK_TEMPLATE, Renderer
-from misstep.models.weights import is_full_fine_tune
 from misstep.policy import Policy
 from misstep.records import Message, Prompt, write_text
 from misstep.report.markdown import rows_table
@@ -309,11 +309,10 @@ def _refuse_changed(run: Path, what: str, found: str, manifest: dict[str, Any]) 
 
 def _refuse_other_base(adapter: Path, model: Model) -> None:
     """Of a comparison that sweeps the model, the manifest names one of several."""
-    file = adapter / "adapter_config.json"
-    if not file.is_file():
+    if is_full_fine_tune(adapter):
         return
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if Path(base).resolve() != Path(model.published).resolve():
+    base = base_of(adapter)
+    if base is None or Path(base).resolve() != Path(model.published).resolve():
         raise ModelError(
             f"{adapter}: expected an adapter of {model.published}, found one of {base}. Merge "
             "it with that model by PEFT."

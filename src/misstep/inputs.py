@@ -27,10 +27,14 @@ from misstep.judges.instructions import check_instructions
 from misstep.judges.seats import seated
 from misstep.judging import JudgeInputs, locate_judging, read_judge
 from misstep.methods.registry import METHODS
+from misstep.models.adapter import (
+    adapter_digest,
+    check_adapter,
+    check_addable,
+    puts_tokens_first,
+)
 from misstep.models.endpoint import PREFIX
-from misstep.models.folding import check_adapter, check_addable, puts_tokens_first
 from misstep.models.locate import Model, locate
-from misstep.models.weights import adapter_digest
 from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Pair, Prompt
 from misstep.stages.reward import require_trl

@@ -32,8 +32,9 @@ from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS, method_of
-from misstep.models.folding import base_of, folded
+from misstep.models.adapter import base_of
 from misstep.models.locate import Model
+from misstep.models.merging import folded
 from misstep.models.rendering import Renderer
 from misstep.progress import Progress
 from misstep.records import (

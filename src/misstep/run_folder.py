@@ -24,7 +24,7 @@ from misstep.evidence.check_results import Check
 from misstep.inputs import Inputs
 from misstep.machine import device_text, peak_memory_mb, versions
 from misstep.methods.registry import SHIPPED, source_of
-from misstep.models.weights import adapter_digest
+from misstep.models.adapter import adapter_digest
 from misstep.policy import Policy
 from misstep.progress import Progress
 from misstep.records import digest, write_text

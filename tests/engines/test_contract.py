@@ -16,8 +16,9 @@ from misstep.engines.openvino import BLOCK, OpenVinoEngine, shared_blocks
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import InputError, ModelError
 from misstep.models import openvino_export
+from misstep.models.adapter import adapter_digest
 from misstep.models.locate import EMBEDDED, Model, locate
-from misstep.models.weights import adapter_digest, load_tokenizer, load_weights
+from misstep.models.weights import load_tokenizer, load_weights
 from misstep.records import Message
 
 LONG = "Copy each of these numbers into a list, one a line: " + " ".join(map(str, range(90)))

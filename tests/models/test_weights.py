@@ -15,18 +15,14 @@ from gguf_files import make_tiny_gguf
 from misstep.errors import ModelError
 from misstep.models import locate as located
 from misstep.models import weights as models
+from misstep.models.adapter import adapter_digest, is_full_fine_tune
 from misstep.models.locate import (
     EMBEDDED,
     Model,
     locate,
     weight_files,
 )
-from misstep.models.weights import (
-    adapter_digest,
-    count_weights,
-    is_full_fine_tune,
-    load_weights,
-)
+from misstep.models.weights import count_weights, load_weights
 
 
 def folder_of(path: Path, *names: str) -> Path:

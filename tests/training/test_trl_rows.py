@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from misstep.models.folding import check_adapter
+from misstep.models.adapter import check_adapter
 from misstep.models.locate import locate
 from misstep.models.rendering import Renderer
 from misstep.records import Example, Message, Pair

@@ -36,18 +36,20 @@ from misstep.engines.base import (
     too_long,
 )
 from misstep.errors import EngineError, MissingExtra, ModelError
+from misstep.models.adapter import (
+    TENSORS,
+    adapter_digest,
+    check_merge,
+    is_full_fine_tune,
+    plain_lora,
+)
 from misstep.models.gguf_header import read_header
-from misstep.models.gguf_merge import check_merge, merge_adapter, plain_lora
+from misstep.models.gguf_merge import merge_adapter
 from misstep.models.locate import Model
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.models.precision import bf16_is_slow, memory_bytes
 from misstep.models.rendering import Renderer, named_stops
-from misstep.models.weights import (
-    adapter_digest,
-    context_length,
-    count_weights,
-    is_full_fine_tune,
-)
+from misstep.models.weights import context_length, count_weights
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Codes of the packed types that can be dequantised: F32, F16, Q4_0 to Q8_0, K, IQ and BF16.
@@ -322,7 +324,7 @@ def _added(genai: Any, folder: Path, adapter: Path) -> Any:
     """What has OpenVINO add an adapter to an export's weights, once, while it loads."""
     # It does not read the adapter's configuration: without the scale, half of it may be lost.
     scale = adapter_scale(folder, adapter)
-    weights = genai.Adapter(str(adapter / "adapter_model.safetensors"))
+    weights = genai.Adapter(str(adapter / TENSORS))
     return genai.AdapterConfig(weights, scale, genai.AdapterConfig.Mode.MODE_FUSE)
 
 

@@ -25,11 +25,11 @@ from misstep.engines.base import (
     too_long,
 )
 from misstep.errors import EngineError
+from misstep.models.adapter import adapter_digest
 from misstep.models.locate import Model
 from misstep.models.precision import device
 from misstep.models.rendering import Renderer, named_stops
 from misstep.models.weights import (
-    adapter_digest,
     answering_dtype,
     context_length,
     free,

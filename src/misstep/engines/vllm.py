@@ -8,7 +8,6 @@ what shares its batch. This module knows vLLM's command line and protocol (0.32.
 processors was run, 0.33.0's sources were read).
 """
 
-import json
 import os
 import re
 import shutil
@@ -27,11 +26,11 @@ from misstep.engines.openai import Fault, OpenAIEngine
 from misstep.engines.pace import Pace
 from misstep.engines.server import PORT, Server
 from misstep.errors import EngineError, MissingExtra, ModelError
+from misstep.models.adapter import adapter_digest, config_of, is_full_fine_tune
 from misstep.models.endpoint import Endpoint
 from misstep.models.locate import Model, weight_files
 from misstep.models.precision import weights_dtype
 from misstep.models.rendering import Renderer, named_stops
-from misstep.models.weights import adapter_digest, is_full_fine_tune
 
 BASE, TRAINED = "base", "trained"
 """What the server calls the model without and with the adapter."""
@@ -124,7 +123,7 @@ def obstacle(model: Model, adapter: Path | None) -> str | None:
         return "the model is a GGUF file"
     if adapter is None or is_full_fine_tune(adapter):
         return None
-    config = _config(adapter)
+    config = config_of(adapter)
     if (kind := config.get("peft_type", "LORA")) != "LORA":
         return f"the adapter is no LoRA but of the type {kind}"
     if odd := [f"{key} {config[key]}" for key, plain in PLAIN if config.get(key) not in plain]:
@@ -178,13 +177,9 @@ def command(vllm: str, model: Model, adapter: Path | None, gpus: int) -> list[st
         line.append("--no-enable-chunked-prefill")
     if adapter is None or full:
         return line
-    room = next(room for room in RANKS if room >= _rank(_config(adapter)))
+    room = next(room for room in RANKS if room >= _rank(config_of(adapter)))
     lora = ["--enable-lora", "--max-lora-rank", str(room)]
     return [*line, *lora, "--lora-modules", f"{TRAINED}={adapter}"]
-
-
-def _config(adapter: Path) -> dict[str, Any]:
-    return dict(json.loads((adapter / "adapter_config.json").read_text("utf-8")))
 
 
 def _rank(config: Mapping[str, Any]) -> int:

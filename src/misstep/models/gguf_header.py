@@ -2,16 +2,20 @@
 
 A few lines of `struct` instead of the `gguf` package's reader, which takes seconds for a
 vocabulary because it keeps an array for every string. This module knows the file layout and no
-model; it reads no weights. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+model; it reads no weights. What tensors are called, it has from that package. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from misstep.errors import ModelError
+
+if TYPE_CHECKING:
+    from gguf import TensorNameMap
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -87,6 +91,32 @@ def read_header(path: Path) -> Header:
     """
     known = path.stat()
     return _header(path, known.st_size, known.st_mtime_ns)
+
+
+def tensor_names(header: Header) -> "TensorNameMap":
+    """What a GGUF of the file's family calls the modules of transformers.
+
+    Raises:
+        ModelError: the package gguf does not know the family.
+    """
+    from gguf import MODEL_ARCH_NAMES
+
+    family = header.architecture
+    if family not in MODEL_ARCH_NAMES.values():
+        raise ModelError(
+            f"{header.path}: its family is {family or 'unknown'}, whose tensors the package "
+            f"gguf {version('gguf')} cannot name, so that no adapter can be matched to them. "
+            "Install a newer one: pip install --upgrade gguf."
+        )
+    return _names(family, header.number("block_count"))
+
+
+@lru_cache(maxsize=1)
+def _names(family: str, blocks: int) -> "TensorNameMap":
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == family)
+    return get_tensor_name_map(arch, blocks)
 
 
 @lru_cache(4)

@@ -8,17 +8,14 @@ that holds anything which cannot be added is refused.
 This module knows LoRA and the file layout; it knows no backend.
 """
 
-import json
 import math
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from misstep.errors import EngineError, ModelError
+from misstep.errors import EngineError
+from misstep.models.adapter import DOWN, TENSORS, UP, check_merge, module_of
 from misstep.models.gguf_header import (
     ALIGNMENT,
     MAGIC,
@@ -30,38 +27,13 @@ from misstep.models.gguf_header import (
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import TensorNameMap
     from numpy.typing import NDArray
 
     Matrix = NDArray[np.float32]
 
 F32, F16 = 0, 1
 TEMPLATE = "tokenizer.chat_template"
-TENSORS = "adapter_model.safetensors"
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-WRAPPED = "base_model.model."
-"""How PEFT begins the names of a model's modules, and ends those of its matrices."""
 LARGEST_F16 = 65504.0
-
-# Options of an adapter that say where it came from, which modules it has (its tensors say that
-# too), or how it was trained. Any other option may change what has to be added.
-HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
-    *("revision", "runtime_config", "task_type", "megatron_config", "megatron_core"),
-    *("target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"),
-    *("ensure_weight_tying", "eva_config", "fan_in_fan_out", "init_lora_weights"),
-    *("lora_alpha", "lora_dropout", "qalora_group_size", "r", "use_rslora"),
-}
-
-REORDERED = {
-    "bloom": ("attn_qkv",),
-    "qwen35": ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"),
-    "qwen35moe": ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out"),
-}
-"""Matrices whose rows or columns llama.cpp keeps in an order of its own, by architecture."""
-
-# These start from the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ change them.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -206,149 +178,17 @@ def read_deltas(adapter: Path, header: Header) -> dict[str, Delta]:
     import torch
     from safetensors import safe_open
 
-    scale, names = _scale(adapter), check_merge(adapter, header)
+    scale, names = check_merge(adapter, header)
     with safe_open(adapter / TENSORS, framework="pt") as tensors:
 
         def matrix(key: str) -> "Matrix":
             found: Matrix = tensors.get_tensor(key).to(torch.float32).numpy()
             return found
 
+        downs = [key for key in tensors.keys() if key.endswith(DOWN)]  # noqa: SIM118
         return {
-            names[module]: Delta(matrix(down), matrix(up), scale)
-            for module, (down, up) in _pairs(adapter).items()
+            names[module_of(down)]: Delta(
+                matrix(down), matrix(down.removesuffix(DOWN) + UP), scale
+            )
+            for down in downs
         }
-
-
-def check_merge(adapter: Path, header: Header) -> dict[str, str]:
-    """The GGUF tensor of every module that an adapter changes; loads no weights.
-
-    Raises:
-        ModelError: the adapter is no plain LoRA, or a target has no tensor in this file.
-    """
-    _, modules = plain_lora(adapter)
-    found = {place.name: place.shape for place in header.tensors}
-    names = {module: _tensor_name(module, header) for module in modules}
-    for module, shape in modules.items():
-        if (there := found.get(names[module])) != shape:
-            raise ModelError(
-                f"{adapter}: the adapter changes {module} ({shape[1]} x {shape[0]}), for which "
-                f"the GGUF has no such tensor (found {there}). Serve it with the "
-                "`transformers` engine, or train it on this model."
-            )
-        leaf = names[module].removesuffix(".weight").rpartition(".")[2]
-        if leaf in REORDERED.get(header.architecture, ()):
-            raise ModelError(
-                f"{adapter}: the adapter changes {module}, which a GGUF of the family "
-                f"{header.architecture} keeps in another order, so that it cannot be added to "
-                "it here. Serve it with the `transformers` engine."
-            )
-    return names
-
-
-def plain_lora(adapter: Path) -> tuple[float, dict[str, tuple[int, int]]]:
-    """What the product of an adapter's matrices is multiplied by, and what it changes.
-
-    The modules come with their inputs and outputs.
-
-    Raises:
-        ModelError: the adapter is no plain LoRA.
-    """
-    scale, modules = _scale(adapter), set(_pairs(adapter))
-    return scale, {name: of for name, of in lora_shapes(adapter).items() if name in modules}
-
-
-def lora_shapes(adapter: Path) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the modules that LoRA matrices of an adapter change."""
-    from safetensors import safe_open
-
-    found: dict[str, tuple[int, int]] = {}
-    with safe_open(adapter / TENSORS, framework="numpy") as tensors:
-        keys = set(tensors.keys())
-        for down in sorted(key for key in keys if key.endswith(DOWN)):
-            name = down.removesuffix(DOWN)
-            if (up := name + UP) in keys:
-                inputs, outputs = tensors.get_slice(down), tensors.get_slice(up)
-                module = name.removeprefix(WRAPPED)
-                found[module] = (inputs.get_shape()[1], outputs.get_shape()[0])
-    return found
-
-
-def tensors_by_module(header: Header) -> dict[str, tuple[int, ...]]:
-    """The matrices of a GGUF file, by the names of their modules in transformers."""
-    names = _name_map(header).mapping
-    shapes = {place.name.removesuffix(".weight"): place.shape for place in header.tensors}
-    return {module: shapes[name] for module, (_, name) in names.items() if name in shapes}
-
-
-def _scale(adapter: Path) -> float:
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    _refuse_unmergeable(adapter, config)
-    rank = config["r"]
-    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
-
-
-def _refuse_unmergeable(adapter: Path, config: Mapping[str, Any]) -> None:
-    """Refuse every option that is not at its default, unless it is known to be harmless."""
-    from peft import LoraConfig
-
-    kind = config.get("peft_type")
-    plain = LoraConfig().to_dict()
-    found = [f"peft_type {kind}"] if kind != "LORA" else []
-    found += [
-        f"{key} {value}"
-        for key, value in config.items()
-        if key not in HARMLESS and (value or None) != (plain.get(key) or None)
-    ]
-    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
-        found.append(f"init_lora_weights {config['init_lora_weights']}")
-    if found:
-        raise ModelError(
-            f"{adapter}: expected a plain LoRA adapter, found {', '.join(found)}, which cannot "
-            "be merged into weights here. Serve it with the `transformers` engine."
-        )
-
-
-def _pairs(adapter: Path) -> dict[str, tuple[str, str]]:
-    """Each module that the adapter changes, with the names of its two matrices."""
-    from safetensors import safe_open
-
-    with safe_open(adapter / TENSORS, framework="numpy") as tensors:
-        keys = set(tensors.keys())
-    modules = {key.removesuffix(DOWN) for key in keys if key.endswith(DOWN)}
-    known = {module + end for module in modules for end in (DOWN, UP)}
-    if odd := sorted(known.symmetric_difference(keys)):
-        raise ModelError(
-            f"{adapter}: expected pairs of lora_A and lora_B, found {odd[0]} "
-            f"({len(odd)} such tensors), which cannot be merged into weights here. "
-            "Serve it with the `transformers` engine."
-        )
-    return {
-        module.removeprefix(WRAPPED): (module + DOWN, module + UP) for module in sorted(modules)
-    }
-
-
-def _tensor_name(module: str, header: Header) -> str:
-    """The GGUF's name for a module of transformers; empty where it has none."""
-    name = _name_map(header).get_name(module)
-    return f"{name}.weight" if name else ""
-
-
-def _name_map(header: Header) -> "TensorNameMap":
-    from gguf import MODEL_ARCH_NAMES
-
-    family = header.architecture
-    if family not in MODEL_ARCH_NAMES.values():
-        raise ModelError(
-            f"{header.path}: its family is {family or 'unknown'}, whose tensors the package "
-            f"gguf {version('gguf')} cannot name, so that no adapter can be matched to them. "
-            "Install a newer one: pip install --upgrade gguf."
-        )
-    return _names(family, header.number("block_count"))
-
-
-@lru_cache(maxsize=1)
-def _names(family: str, blocks: int) -> "TensorNameMap":
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == family)
-    return get_tensor_name_map(arch, blocks)

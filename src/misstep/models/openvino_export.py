@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from misstep.errors import EngineError, ModelError
-from misstep.models.gguf_merge import plain_lora
+from misstep.models.adapter import plain_lora
 from misstep.models.locate import Model
 from misstep.models.unpacked import cache_folder, whole
 from misstep.models.weights import count_weights, text_config

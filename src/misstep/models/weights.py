@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from misstep.errors import ModelError
+from misstep.models.adapter import TENSORS, is_full_fine_tune
 from misstep.models.gguf_header import read_header
 from misstep.models.locate import (
-    FILES,
     WEIGHTS,
     Model,
-    checked_folder,
-    folder_digest,
     refuse_encoder,
     weight_files,
 )
@@ -185,28 +183,6 @@ def _say_halved() -> None:
     )
 
 
-def is_full_fine_tune(adapter: Path) -> bool:
-    """Whether the folder of a trained model holds all its weights and not an adapter.
-
-    Raises:
-        ModelError: it holds neither.
-    """
-    if (adapter / "adapter_config.json").is_file():
-        if (adapter / "adapter_model.safetensors").is_file():
-            return False
-        raise ModelError(
-            f"{adapter}: expected adapter_model.safetensors, found none. Pickled adapters are "
-            "not loaded, since they can execute code: save it with safe_serialization=True."
-        )
-    checked_folder(adapter)
-    return True
-
-
-def adapter_digest(folder: Path) -> str:
-    """16 hexadecimal digits that name an adapter, or a full fine-tune, by its content."""
-    return folder_digest(folder, ("adapter_config.json", *FILES))
-
-
 def share(folder: Path) -> None:
     """Let whoever may read the configuration in a folder read the weights beside it, too.
 
@@ -324,7 +300,7 @@ def _refuse_unused(adapter: Path, adapted: "PeftModel") -> None:
     """Refuse an adapter of which the model has no place for a part: PEFT would leave it out."""
     from safetensors import safe_open
 
-    with safe_open(adapter / "adapter_model.safetensors", "np") as tensors:
+    with safe_open(adapter / TENSORS, "np") as tensors:
         given = {*filter(LORA.search, tensors.keys())}
     named = f".{adapted.active_adapter}"
     held = filter(LORA.search, adapted.state_dict())

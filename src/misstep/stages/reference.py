@@ -10,15 +10,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from misstep.models.adapter import adapter_digest
 from misstep.models.locate import Model
 from misstep.models.precision import device, micro_tokens
 from misstep.models.rendering import Renderer
-from misstep.models.weights import (
-    adapter_digest,
-    free,
-    load_weights,
-    within_context,
-)
+from misstep.models.weights import free, load_weights, within_context
 from misstep.policy import Policy
 from misstep.records import Answer, Example, Judgement, Score, digest, write_json
 from misstep.stages.base import Ask

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from misstep import __version__
 from misstep.errors import TrainingError
+from misstep.models.adapter import CONFIG, TENSORS
 from misstep.models.locate import Model
 from misstep.models.rendering import Renderer
 from misstep.models.weights import free, within_context
@@ -39,7 +40,7 @@ CARD = "README.md"
 LOGS = "runs"
 """Where Trainer has TensorBoard write, in its output folder."""
 OUTPUTS = (
-    *(CARD, "adapter_config.json", "adapter_model.safetensors"),
+    *(CARD, CONFIG, TENSORS),
     *("config.json", "generation_config.json", "model*.safetensors*"),
     *("tokenizer*", "special_tokens_map.json", "chat_template*"),
 )

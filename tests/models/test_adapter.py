@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from misstep.errors import ModelError
-from misstep.models.folding import check_adapter, check_addable, folded
-from misstep.models.gguf_header import read_header
-from misstep.models.gguf_merge import check_merge, tensors_by_module
+from misstep.models.adapter import check_adapter, check_addable, check_merge
+from misstep.models.gguf_header import read_header, tensor_names
 from misstep.models.locate import Model, locate
+from misstep.models.merging import folded
 from misstep.models.weights import load_weights
 
 
@@ -172,7 +172,7 @@ def test_matrices_that_gguf_keeps_in_another_order_are_refused(tmp_path: Path) -
         save_file(tensors, folder / "adapter_model.safetensors")
         return folder
 
-    assert check_merge(adapter_of("mlp.dense_h_to_4h", 128), header)
+    assert check_merge(adapter_of("mlp.dense_h_to_4h", 128), header).names
     with pytest.raises(ModelError, match="in another order"):
         check_merge(adapter_of("self_attention.query_key_value", 96), header)
 
@@ -193,4 +193,4 @@ def test_a_gguf_whose_tensors_cannot_be_named_is_told_in_words(
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(ModelError, match=rf"odd\.gguf: .*{told}"):
-        tensors_by_module(read_header(file))
+        tensor_names(read_header(file))
