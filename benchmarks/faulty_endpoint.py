@@ -24,6 +24,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import Any
 from misstep.data.suites import attacked_prompts
 from misstep.engines import openai
 from misstep.engines.base import Request
-from misstep.engines.cached import CachedEngine
+from misstep.engines.cached import CachedEngine, Chosen
 from misstep.engines.store import Store
 from misstep.models.endpoint import Endpoint
 from misstep.models.locate import locate
@@ -193,9 +194,8 @@ def through_faults(count: int, share: float) -> dict[str, Any]:
                 identity = openai.OpenAIEngine(endpoint).identity
 
                 def cached() -> CachedEngine:
-                    return CachedEngine(
-                        identity, lambda: openai.OpenAIEngine(endpoint), cache, at_once=count
-                    )
+                    opened = partial(openai.OpenAIEngine, endpoint)
+                    return CachedEngine(Chosen(identity, "", opened, at_once=count), cache)
 
                 started = time.monotonic()
                 with cached() as engine:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from misstep.engines.base import Completion, Engine, Request
-from misstep.engines.choose import Chosen
+from misstep.engines.cached import Chosen
 from misstep.engines.ray import RayEngine, Share
 from misstep.engines.scripted import ScriptedEngine, echo
 from misstep.policy import load_policy

@@ -10,7 +10,7 @@ import pytest
 
 from misstep import cli, study
 from misstep.engines.base import Engine, Request
-from misstep.engines.choose import Chosen
+from misstep.engines.cached import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, MisstepError, ModelError, RecipeError
 from misstep.evidence.study_results import (

@@ -19,7 +19,7 @@ from misstep.data.labelled import MISTAKES, Case, DataSet, drawn, read_labelled
 from misstep.data.sources import Source, check_source, rows
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
-from misstep.engines.choose import Chosen
+from misstep.engines.cached import Chosen
 from misstep.engines.store import CACHE
 from misstep.errors import DataError
 from misstep.evidence.check_results import (

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from misstep.config import RunConfig
 from misstep.engines.base import Engine
-from misstep.engines.choose import Chosen, choose, choose_labels
+from misstep.engines.cached import Chosen
+from misstep.engines.choose import choose, choose_labels
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import ModelError, RecipeError
 from misstep.guard import Guard, load_guard

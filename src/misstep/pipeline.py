@@ -18,8 +18,8 @@ from misstep.claims import claimed
 from misstep.config import RunConfig
 from misstep.data.held_out import told
 from misstep.data.shelf import Names, Shelf
-from misstep.engines.cached import CachedEngine
-from misstep.engines.choose import Chosen, choose
+from misstep.engines.cached import CachedEngine, Chosen
+from misstep.engines.choose import choose
 from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE
 from misstep.errors import NothingKept, RecipeError

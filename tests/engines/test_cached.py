@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from misstep.engines import turns
 from misstep.engines.base import Completion, Engine, Request
-from misstep.engines.cached import CachedEngine
+from misstep.engines.cached import CachedEngine, Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import EngineError, RunError
 from misstep.records import Message
@@ -47,7 +47,7 @@ class Batches(ScriptedEngine):
 
 
 def cache(path: Path, engine: Engine, batch: int = 4) -> CachedEngine:
-    return CachedEngine(engine.identity, lambda: engine, path, batch)
+    return CachedEngine(Chosen(engine.identity, "", lambda: engine), path, batch)
 
 
 def never() -> Engine:
@@ -60,14 +60,14 @@ def test_an_answer_is_paid_once_across_runs(tmp_path: Path) -> None:
         answers = first.generate(REQUESTS)
         assert first.generate(REQUESTS) == answers
         assert first.paid == len(REQUESTS)
-    with CachedEngine(engine.identity, never, tmp_path / "c.sqlite") as second:
+    with CachedEngine(Chosen(engine.identity, "", never), tmp_path / "c.sqlite") as second:
         assert second.generate(REQUESTS[::-1]) == answers[::-1]
         assert second.paid == 0
     assert answers == ScriptedEngine().generate(REQUESTS)
 
 
 def test_the_engine_opens_at_the_first_miss(tmp_path: Path) -> None:
-    with CachedEngine("unused", never, tmp_path / "new" / "c.sqlite") as cached:
+    with CachedEngine(Chosen("unused", "", never), tmp_path / "new" / "c.sqlite") as cached:
         assert cached.generate([]) == []
 
 
@@ -130,7 +130,7 @@ def test_another_model_never_answers_from_the_same_file(tmp_path: Path) -> None:
 
 def test_an_engine_that_is_not_the_expected_one_answers_nothing(tmp_path: Path) -> None:
     wrong = Batches(name="changed")
-    with CachedEngine("expected", lambda: wrong, tmp_path / "c.sqlite") as cached:
+    with CachedEngine(Chosen("expected", "", lambda: wrong), tmp_path / "c.sqlite") as cached:
         for _ in range(2):
             with pytest.raises(RunError, match="files changed"):
                 cached.generate(REQUESTS)
@@ -182,7 +182,7 @@ SLOW_RUN = """
 import sys, time
 from pathlib import Path
 from misstep.engines.base import Request
-from misstep.engines.cached import CachedEngine
+from misstep.engines.cached import CachedEngine, Chosen
 from misstep.engines.scripted import ScriptedEngine, echo
 from misstep.records import Message
 
@@ -195,7 +195,7 @@ requests = [
     for i in range(4000)
 ]
 engine = ScriptedEngine(slow, "model")
-cached = CachedEngine(engine.identity, lambda: engine, Path(sys.argv[1]), batch=4)
+cached = CachedEngine(Chosen(engine.identity, "", lambda: engine), Path(sys.argv[1]), batch=4)
 cached.generate(requests)
 """
 
@@ -249,7 +249,7 @@ class OnGpu:
             return Loaded(name=name)
 
         identity = ScriptedEngine(name=name).identity
-        return CachedEngine(identity, load, self.path, alone=alone)
+        return CachedEngine(Chosen(identity, "", load, alone=alone), self.path)
 
 
 def test_engines_that_need_the_gpu_take_turns(tmp_path: Path) -> None:

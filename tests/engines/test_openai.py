@@ -17,8 +17,8 @@ import pytest
 from served import Call, Reply, Served, after, answer, echo, serve, text_of
 
 from misstep.engines.base import Completion, Request
-from misstep.engines.cached import CachedEngine
-from misstep.engines.choose import MANY, choose
+from misstep.engines.cached import MANY, CachedEngine, Chosen
+from misstep.engines.choose import choose
 from misstep.engines.openai import Fault, OpenAIEngine, Patience, read, retry_after
 from misstep.errors import EngineError, ModelError
 from misstep.models.endpoint import Endpoint, check_endpoint, parse_endpoint
@@ -344,7 +344,9 @@ def test_failures_are_not_kept_and_the_next_run_asks_again(tmp_path: Path) -> No
     with serve(reply) as served:
         for expected in (["question 0", "", "question 2"], [f"question {i}" for i in range(3)]):
             real = engine(served)
-            with CachedEngine(real.identity, partial(same, real), tmp_path / "c") as cached:
+            with CachedEngine(
+                Chosen(real.identity, "", partial(same, real)), tmp_path / "c"
+            ) as cached:
                 assert texts(cached.generate(asks(3))) == expected
             down[0] = False
     assert sorted(map(text_of, served.calls)) == [
@@ -499,7 +501,7 @@ def test_the_key_goes_to_its_host_only_and_nowhere_else(
         monkeypatch.setenv("MISSTEP_KEY_127_0_0_1", "sk-secret")
         chosen = choose("auto", locate(name))
         assert chosen.at_once == MANY, "a call's last answers leave the endpoint idle"
-        with CachedEngine(chosen.identity, chosen.open, tmp_path / "cache.sqlite") as cached:
+        with CachedEngine(chosen, tmp_path / "cache.sqlite") as cached:
             assert texts(cached.generate(asks(1))) == ["question 0"]
     assert all("another" not in str(headers) for headers in served.headers)
     assert "sk-" not in chosen.identity + chosen.why
@@ -614,7 +616,7 @@ def test_an_answer_is_kept_before_a_slower_one_comes(tmp_path: Path) -> None:
             ended.set()
 
     with serve(slow_last) as served, engine(served) as real:
-        with CachedEngine(real.identity, partial(same, real), path) as cached:
+        with CachedEngine(Chosen(real.identity, "", partial(same, real)), path) as cached:
             cached.notify = told
             with pytest.raises(EngineError):
                 cached.generate(asks(4))
@@ -622,6 +624,6 @@ def test_an_answer_is_kept_before_a_slower_one_comes(tmp_path: Path) -> None:
         with serve() as other:
             again = OpenAIEngine(Endpoint("m", other.url), QUICK)
             again.identity = real.identity
-            with CachedEngine(real.identity, partial(same, again), path) as cached:
+            with CachedEngine(Chosen(real.identity, "", partial(same, again)), path) as cached:
                 assert texts(cached.generate(asks(4))) == [f"question {i}" for i in range(4)]
                 assert cached.paid == 1

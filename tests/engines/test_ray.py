@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from misstep.engines.base import AT_ONCE, Completion, Engine, Request, in_order
-from misstep.engines.choose import MANY, Chosen, choose
+from misstep.engines.cached import MANY, Chosen
+from misstep.engines.choose import choose
 from misstep.engines.ray import COMPLETIONS, RayEngine, Share, Worker
 from misstep.engines.ray import REQUESTS as REQUEST_LIST
 from misstep.engines.scripted import ScriptedEngine

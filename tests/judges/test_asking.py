@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from misstep.engines.base import Completion, Engine, Request
-from misstep.engines.choose import Chosen
+from misstep.engines.cached import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import EngineError, PolicyError, RecipeError
 from misstep.judges.asking import plainly

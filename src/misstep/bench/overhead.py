@@ -19,7 +19,7 @@ from misstep.config import EvaluateSettings, RunConfig
 from misstep.data.sources import Source, load_prompts
 from misstep.data.suites import attacked_prompts
 from misstep.engines.base import Completion, Engine, Request
-from misstep.engines.choose import Chosen
+from misstep.engines.cached import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE, Store
 from misstep.inputs import Inputs

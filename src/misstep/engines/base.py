@@ -6,7 +6,6 @@ request whatever else is in the batch. An engine's `identity` names weights, ada
 and backend by content: it is part of the cache key, so stale weights cannot answer.
 """
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
@@ -16,6 +15,10 @@ from misstep.records import Message, Record
 
 AT_ONCE = 4096
 """Requests in one call, where an engine asks for no more: many batches, few megabytes."""
+
+
+BATCH = 128
+"""Requests that an engine answers together where the caller does not say."""
 
 
 class Request(Record):
@@ -85,7 +88,7 @@ def too_long(prompt: int, request: Request, most: int | None, what: str) -> Comp
     )
 
 
-class Engine(ABC):
+class Engine:
     """A model that answers batches of requests."""
 
     identity: str
@@ -93,13 +96,13 @@ class Engine(ABC):
     at_once: int = AT_ONCE
     """Requests that a call should hold at most. An engine whose start is dear asks for more."""
 
-    @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer every request, in order.
+        """Answer every request, in order. An engine has its own way of this or of `stream`.
 
         Raises:
             EngineError: the backend could not answer.
         """
+        return in_order(self.stream(requests, BATCH))
 
     def stream(
         self, requests: Sequence[Request], batch: int
@@ -116,7 +119,7 @@ class Engine(ABC):
         for start in range(0, len(requests), batch):
             yield list(enumerate(self.generate(requests[start : start + batch]), start))
 
-    def close(self) -> None:  # noqa: B027  (an engine that holds nothing has nothing to do)
+    def close(self) -> None:
         """Give back the memory that the model holds; the engine cannot be used afterwards."""
 
     def __enter__(self) -> Self:

@@ -11,36 +11,51 @@ GPUs for itself is closed while another is on them, and opened again at its next
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import NamedTuple
 
 from misstep.engines import turns
-from misstep.engines.base import AT_ONCE, Completion, Engine, Request
+from misstep.engines.base import AT_ONCE, BATCH, Completion, Engine, Request
 from misstep.engines.store import Store
 from misstep.errors import RunError
 
-Opener = Callable[[], Engine]
 Notify = Callable[[int, int], None]
+MANY = 16 * AT_ONCE
+"""Requests of a call to an engine on a GPU, with which a judge may take turns, and to an
+endpoint, which has little to do while the last answers of a call are waited for."""
+
+
+class Chosen(NamedTuple):
+    """An engine that is not loaded yet."""
+
+    identity: str
+    """What the engine will be called, so that a cache can be asked before it is loaded."""
+    why: str
+    """One line: which engine, and for what reason."""
+    open: Callable[[], Engine]
+    at_once: int = AT_ONCE
+    """Requests that a call should hold at most."""
+    alone: bool = False
+    """Whether it takes this machine's GPUs for itself."""
+
+    def cached(self, path: Path) -> "CachedEngine":
+        """The same behind a cache: it loads at the first answer that is not there yet."""
+        return CachedEngine(self, path)
+
+    def on_gpu(self) -> "Chosen":
+        """The same, where it runs on a GPU."""
+        return self._replace(at_once=MANY, alone=True)
 
 
 class CachedEngine(Engine):
     """Answers from the cache where it can, from the engine where it must."""
 
-    def __init__(
-        self,
-        identity: str,
-        opener: Opener,
-        path: Path,
-        batch: int = 128,
-        at_once: int = AT_ONCE,
-        alone: bool = False,
-    ) -> None:
-        """Open the cache; `alone`: whether the engine takes this machine's GPUs for itself."""
-        self.identity = identity
+    def __init__(self, chosen: Chosen, path: Path, batch: int = BATCH) -> None:
+        """Open the cache."""
+        self.identity, self.at_once = chosen.identity, chosen.at_once
         self.batch = batch
-        self.at_once = at_once
-        self._alone = alone
         self.paid = 0
         """Requests that reached the engine."""
-        self._opener = opener
+        self._chosen = chosen
         self._engine: Engine | None = None
         self._answered = 0
         self.notify: Notify | None = None
@@ -75,7 +90,7 @@ class CachedEngine(Engine):
         return sha256(content.encode()).digest()[:16]
 
     def _pay(self, requests: list[Request]) -> Iterator[list[tuple[int, Completion]]]:
-        if self._alone:
+        if self._chosen.alone:
             self._take_turn()
         if self._engine is None:
             self._engine = self._opened()
@@ -90,7 +105,7 @@ class CachedEngine(Engine):
         turns.take(self)
 
     def _opened(self) -> Engine:
-        engine = self._opener()
+        engine = self._chosen.open()
         if engine.identity != self.identity:
             engine.close()
             raise RunError(

@@ -4,16 +4,15 @@ This module knows the names of the engines and what each needs; it loads none un
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from pydantic import AfterValidator
 
-from misstep.engines.base import AT_ONCE, Engine
-from misstep.engines.cached import CachedEngine
+from misstep.engines.base import AT_ONCE
+from misstep.engines.cached import MANY, Chosen
 from misstep.errors import InputError, ModelError
 from misstep.guard import Guard
 from misstep.models.endpoint import Endpoint
@@ -21,9 +20,6 @@ from misstep.models.locate import Model
 
 LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
 KIND = f"{LOCAL}|ray(:{LOCAL})?"
-MANY = 16 * AT_ONCE
-"""Requests of a call to an engine on a GPU, with which a judge may take turns, and to an
-endpoint, which has little to do while the last answers of a call are waited for."""
 KINDS = "auto, openvino, transformers, vllm, vllm:GPUS, ray or ray:ENGINE"
 
 
@@ -40,30 +36,6 @@ def known(kind: str) -> str:
 
 Kind = Annotated[str, AfterValidator(known)]
 """In a recipe: a local engine, or one in every machine of a Ray cluster."""
-
-
-class Chosen(NamedTuple):
-    """An engine that is not loaded yet."""
-
-    identity: str
-    """What the engine will be called, so that a cache can be asked before it is loaded."""
-    why: str
-    """One line: which engine, and for what reason."""
-    open: Callable[[], Engine]
-    at_once: int = AT_ONCE
-    """Requests that a call should hold at most."""
-    alone: bool = False
-    """Whether it takes this machine's GPUs for itself."""
-
-    def cached(self, path: Path) -> CachedEngine:
-        """The same behind a cache: it loads at the first answer that is not there yet."""
-        return CachedEngine(
-            self.identity, self.open, path, at_once=self.at_once, alone=self.alone
-        )
-
-    def on_gpu(self) -> "Chosen":
-        """The same, where it runs on a GPU."""
-        return self._replace(at_once=MANY, alone=True)
 
 
 def choose(

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
-from misstep.engines.base import Completion, Engine, Request, failure, in_order
+from misstep.engines.base import Completion, Engine, Request, failure
 from misstep.engines.pace import Pace
 from misstep.engines.threads import as_done
 from misstep.errors import EngineError, MissingExtra
@@ -133,21 +133,14 @@ class OpenAIEngine(Engine):
         self._failed = self._refused = 0
         self._end = threading.Event()
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer every request, in order; see the module's text for what is promised.
-
-        Raises:
-            EngineError: no request can succeed; of a failure of one the completion tells.
-        """
-        return in_order(self.stream(requests, len(requests)))
-
     def stream(
         self, requests: Sequence[Request], batch: int
     ) -> Iterator[list[tuple[int, Completion]]]:
         """Give answers as they come: a request's neighbours are nothing to it.
 
         Raises:
-            EngineError: no request can succeed; what had come by then was given.
+            EngineError: no request can succeed; what had come by then was given. Of a failure
+                of one the completion tells.
         """
         del batch
         self._end.clear()

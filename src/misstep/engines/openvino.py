@@ -32,7 +32,6 @@ from misstep.engines.base import (
     Engine,
     Request,
     completed,
-    in_order,
     too_long,
 )
 from misstep.errors import EngineError, MissingExtra, ModelError
@@ -130,10 +129,6 @@ class OpenVinoEngine(Engine):
                 f"of its cache, and {LEAST_ROOM} are needed"
             )
         return None
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer every request, in order; see the module's text for what is promised."""
-        return in_order(self.stream(requests, len(requests)))
 
     def stream(
         self, requests: Sequence[Request], batch: int

@@ -3,48 +3,31 @@
 Engines get requests in the batches in which a single machine's would, so the answers are those
 of the local engine, and so is the name under which they are cached. To a GPU several such
 batches go out together, so that an engine which begins one answer as another ends is not left
-waiting at the end of each. Ray Data runs one
-engine in each of its actors, hands batches to whoever is free, and those of a machine that is
-lost to others; here each is counted in once. Engines start with a call and end with it: calls
-should be long. This module knows Ray; which engine is inside, it is told.
+waiting at the end of each. Ray Data runs one engine in each of its actors, hands batches to
+whoever is free, and those of a machine that is lost to others; here each is counted in once.
+Engines start with a call and end with it: calls should be long. This module knows Ray; which
+engine is inside, it is told.
 """
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
 from misstep.engines.base import Completion, Engine, Request, in_order
+from misstep.engines.cached import Chosen
 from misstep.errors import EngineError, MissingExtra, MisstepError
 
-BATCH = 128
-"""Requests that an engine gets together where the caller does not say."""
 ON_GPU = 8
 """Batches that go out together to an engine on a GPU."""
 REQUESTS = TypeAdapter(list[Request])
 COMPLETIONS = TypeAdapter(list[Completion])
 
 
-class Local(Protocol):
-    """An engine that one machine would choose by itself."""
-
-    @property
-    def identity(self) -> str:
-        """What it is called."""
-
-    @property
-    def why(self) -> str:
-        """Which it is, and for what reason."""
-
-    @property
-    def open(self) -> Callable[[], Engine]:
-        """Loads it."""
-
-
-Choose = Callable[[], Local]
+Choose = Callable[[], Chosen]
 """Chooses an engine on the machine that it is called on."""
 
 
@@ -63,14 +46,6 @@ class RayEngine(Engine):
         self.identity = identity
         self._choose = choose
         self._share = share
-
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Answer every request, in order.
-
-        Raises:
-            EngineError: an engine could not answer, or an answer is missing.
-        """
-        return in_order(self.stream(requests, BATCH))
 
     def stream(
         self, requests: Sequence[Request], batch: int
