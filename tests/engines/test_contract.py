@@ -210,10 +210,10 @@ def test_what_openvino_cannot_read_is_said(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes(b"{}")
     pytest.importorskip("openvino_genai")
-    assert OpenVinoEngine.reads(locate(EMBEDDED)) is None
+    assert OpenVinoEngine.obstacle(locate(EMBEDDED)) is None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openvino_export, "find_program", lambda: None)
-        reason = OpenVinoEngine.reads(locate(str(tmp_path)))
+        reason = OpenVinoEngine.obstacle(locate(str(tmp_path)))
     assert reason and reason.startswith("it is no GGUF file, and optimum-cli")
 
 

@@ -79,7 +79,7 @@ def make(untuned_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(openvino, "_library", lambda: genai)
     monkeypatch.setattr(openvino, "identity", lambda *_: "stand-in")
-    monkeypatch.setattr(openvino, "_shape", lambda _: None)
+    monkeypatch.setattr(openvino, "shape", lambda _: None)
     monkeypatch.setattr(openvino, "context_length", lambda _: None)
     monkeypatch.setattr(openvino, "merge_adapter", merge)
     monkeypatch.setattr(Renderer, "for_model", lambda _: renderer)
@@ -150,8 +150,8 @@ def test_large_models_have_room_for_prompts_or_another_engine(
 ) -> None:
     monkeypatch.setattr(openvino, "_precision", lambda: precision)
     monkeypatch.setattr(openvino, "memory_bytes", lambda: memory * GIB)
-    monkeypatch.setattr(openvino, "_shape", lambda _: shape)
-    obstacle = OpenVinoEngine.reads(locate(EMBEDDED))
+    monkeypatch.setattr(openvino, "shape", lambda _: shape)
+    obstacle = OpenVinoEngine.obstacle(locate(EMBEDDED))
     if room is None:
         assert obstacle and f"and {LEAST_ROOM} are needed" in obstacle
         return
@@ -162,7 +162,7 @@ def test_large_models_have_room_for_prompts_or_another_engine(
 
 def test_weights_that_its_reader_does_not_know_are_an_obstacle(tmp_path: Path) -> None:
     def obstacle(**kind: Any) -> str | None:
-        return OpenVinoEngine.reads(locate(str(make_tiny_gguf(tmp_path / "m.gguf", **kind))))
+        return OpenVinoEngine.obstacle(locate(str(make_tiny_gguf(tmp_path / "m.gguf", **kind))))
 
     assert obstacle() is None
     assert obstacle(experts=2) == "it has experts"

@@ -70,21 +70,8 @@ def choose(
     if name == "vllm":
         return _vllm(model, adapter, int(inner) if inner else None, reason)
     if name == "openvino":
-        from misstep.engines import openvino
-
-        return Chosen(
-            openvino.identity(model, adapter),
-            f"openvino, because {reason}",
-            lambda: openvino.OpenVinoEngine(model, adapter, scratch),
-        )
-    from misstep.engines import transformers
-
-    found = Chosen(
-        transformers.identity(model, adapter),
-        f"transformers, because {reason}",
-        lambda: transformers.TransformersEngine(model, adapter),
-    )
-    return found.on_gpu() if _has_gpu() else found
+        return _openvino(model, adapter, scratch, reason)
+    return _transformers(model, adapter, reason)
 
 
 def choose_labels(model: Model, guard: Guard) -> Chosen:
@@ -108,6 +95,27 @@ def _has_gpu() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
+
+
+def _openvino(model: Model, adapter: Path | None, scratch: Path | None, reason: str) -> Chosen:
+    from misstep.engines import openvino
+
+    return Chosen(
+        openvino.identity(model, adapter),
+        f"openvino, because {reason}",
+        lambda: openvino.OpenVinoEngine(model, adapter, scratch),
+    )
+
+
+def _transformers(model: Model, adapter: Path | None, reason: str) -> Chosen:
+    from misstep.engines import transformers
+
+    found = Chosen(
+        transformers.identity(model, adapter),
+        f"transformers, because {reason}",
+        lambda: transformers.TransformersEngine(model, adapter),
+    )
+    return found.on_gpu() if _has_gpu() else found
 
 
 def _vllm(model: Model, adapter: Path | None, gpus: int | None, reason: str) -> Chosen:
@@ -185,7 +193,7 @@ def _openvino_obstacle(model: Model, adapter: Path | None) -> str | None:
 
     if find_spec("openvino_genai") is None:
         return "OpenVINO GenAI is not installed"
-    if reason := OpenVinoEngine.reads(model):
+    if reason := OpenVinoEngine.obstacle(model):
         return f"OpenVINO cannot read the model: {reason}"
     try:
         if adapter is not None:

@@ -48,11 +48,8 @@ from misstep.models.locate import Model
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.models.precision import bf16_is_slow, memory_bytes
 from misstep.models.rendering import Renderer, named_stops
-from misstep.models.weights import context_length, count_weights
+from misstep.models.weights import context_length
 
-FAMILIES = ("llama", "qwen2", "qwen3")
-# Codes of the packed types that can be dequantised: F32, F16, Q4_0 to Q8_0, K, IQ and BF16.
-PACKINGS = frozenset((0, 1, 2, 3, 6, 7, 8, *range(10, 24), 29, 30))
 BLOCK = 32
 """Tokens in one block of OpenVINO's cache on a CPU."""
 CACHE_BYTES = 1 << 30
@@ -107,7 +104,7 @@ class OpenVinoEngine(Engine):
         else:
             files = exported(model)
             added = adapter and _added(genai, files, adapter)
-        total = _cache_blocks(_shape(model))
+        total = _cache_blocks(shape(model))
         self._pipeline: Any = _pipeline(genai, files, total, added)
         self._blocks = total - COMPANIONS
         self._longest = context_length(model)
@@ -116,13 +113,11 @@ class OpenVinoEngine(Engine):
         self._next_id = 0
 
     @staticmethod
-    def reads(model: Model) -> str | None:
+    def obstacle(model: Model) -> str | None:
         """Why OpenVINO cannot read this model, or None where it can."""
-        if model.endpoint is not None:
-            return "its weights are not here"
-        if reason := _gguf_obstacle(model) if model.is_gguf else obstacle(model):
+        if reason := obstacle(model):
             return reason
-        room = (_cache_blocks(_shape(model)) - COMPANIONS) * BLOCK
+        room = (_cache_blocks(shape(model)) - COMPANIONS) * BLOCK
         if room < LEAST_ROOM:
             return (
                 f"beside its weights, this machine's memory has room for {max(0, room)} tokens "
@@ -298,45 +293,12 @@ def _weights(model: Model, adapter: Path | None, folder: Path) -> Path:
     return out if out.is_file() else merge_adapter(model.path, adapter, out)
 
 
-def _gguf_obstacle(model: Model) -> str | None:
-    """Why OpenVINO's own reader does not take a GGUF file, or None."""
-    header = read_header(model.files)
-    if header.architecture not in FAMILIES:
-        return f"its family is {header.architecture or 'unknown'}, not {', '.join(FAMILIES)}"
-    scaling = header.values.get(f"{header.architecture}.rope.scaling.type", "none")
-    if scaling != "none" or any(t.name.startswith("rope_freqs") for t in header.tensors):
-        return "its positions are scaled, which OpenVINO ignores"
-    if header.values.get(f"{header.architecture}.expert_count"):
-        return "it has experts"
-    if header.architecture != "qwen2" and any(t.name.endswith(".bias") for t in header.tensors):
-        return "it has biases, which OpenVINO knows of qwen2 only"
-    if odd := {t.type_code for t in header.tensors} - PACKINGS:
-        return f"some weights are packed as type {min(odd)}"
-    return None
-
-
 def _added(genai: Any, folder: Path, adapter: Path) -> Any:
     """What has OpenVINO add an adapter to an export's weights, once, while it loads."""
     # It does not read the adapter's configuration: without the scale, half of it may be lost.
     scale = adapter_scale(folder, adapter)
     weights = genai.Adapter(str(adapter / TENSORS))
     return genai.AdapterConfig(weights, scale, genai.AdapterConfig.Mode.MODE_FUSE)
-
-
-def _shape(model: Model) -> Shape:
-    if not model.is_gguf:
-        found = shape(model)
-        assert found is not None  # Else the model was refused.
-        return found
-    header = read_header(model.files)
-    heads = header.number("attention.head_count")
-    width = header.values.get(f"{header.architecture}.attention.key_length")
-    return Shape(
-        layers=header.number("block_count"),
-        keys=int(header.values.get(f"{header.architecture}.attention.head_count_kv", heads)),
-        width=int(width) if width else header.number("embedding_length") // heads,
-        weights=count_weights(model),
-    )
 
 
 def _precision() -> str:
@@ -353,12 +315,13 @@ def _precision() -> str:
     return "bf16" if able and not bf16_is_slow() else "f32"
 
 
-def _cache_blocks(of: Shape) -> int:
+def _cache_blocks(of: Shape | None) -> int:
     """Blocks of the cache: 1 GiB of them, or more where that holds few and memory allows it.
 
     By the memory that there is, not what is free now: the choice of an engine depends on it,
     and must be the same when a run is gone on with.
     """
+    assert of is not None  # Else the model was refused.
     number = 2 if _precision() == "bf16" else 4
     block = 2 * of.layers * of.keys * of.width * BLOCK * number
     # A quarter is for all else.
@@ -410,7 +373,7 @@ def identity(model: Model, adapter: Path | None) -> str:
         ModelError: it cannot read this model, or what was trained on it.
     """
     _library()
-    if reason := OpenVinoEngine.reads(model):
+    if reason := OpenVinoEngine.obstacle(model):
         raise ModelError(
             f"model {model.name}: OpenVINO cannot read it, because {reason}. "
             "Use the `transformers` engine."
