@@ -564,11 +564,12 @@ def bench_overhead(
 
 
 def _keep_bench(found: "Bench", out: Path | None) -> None:
-    from misstep.bench.measure import print_bench, write_bench
+    from misstep.bench.measure import print_bench
+    from misstep.records import write_json
 
     print_bench(found)
     path = out or Path(f"bench-{found.bench}.json")
-    write_bench(found, path)
+    write_json(path, {"schema": 1} | found.model_dump(mode="json"))
     print(path)
 
 

@@ -22,7 +22,7 @@ from pydantic import Field
 from misstep.errors import RunError
 from misstep.machine import gpus
 from misstep.progress import Progress
-from misstep.records import Record, write_text
+from misstep.records import Record
 
 LINES_OF_A_FAILURE = 15
 OURS = "misstep"
@@ -81,7 +81,6 @@ class Workload(Record):
 class Bench(Record):
     """What a benchmark's JSON file holds."""
 
-    schema_version: int = 1
     bench: str
     model: str
     rounds: int
@@ -187,17 +186,19 @@ def _medians(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+Operations = Callable[[dict[str, Any], dict[str, Any]], float]
+"""What a round's work comes to, by what was found and by the peak."""
+
+
 def gemm_share(
-    found: Sequence[dict[str, Any]],
-    peaks: Sequence[dict[str, Any]],
-    operations: Callable[[dict[str, Any], dict[str, Any]], float],
+    found: Sequence[dict[str, Any]], peaks: Sequence[dict[str, Any]], operations: Operations
 ) -> float:
     """The share of the measured peak that a side reaches, round by round, in the median.
 
     Args:
         found: the rounds of one side.
         peaks: the peaks measured in the same rounds.
-        operations: what a round's work comes to, by what was found and by the peak.
+        operations: what the work of a round comes to.
     """
     shares = [
         operations(f, peak) / max(1e-9, f["seconds"]) / peak["flops_per_second"]
@@ -206,7 +207,7 @@ def gemm_share(
     return _short(median(shares))
 
 
-def trained_operations(learned: float) -> Callable[[dict[str, Any], dict[str, Any]], float]:
+def trained_operations(learned: float) -> Operations:
     """Operations of training; `learned`: the share of the tokens that the head works for."""
 
     def operations(found: dict[str, Any], peak: dict[str, Any]) -> float:
@@ -216,7 +217,7 @@ def trained_operations(learned: float) -> Callable[[dict[str, Any], dict[str, An
     return operations
 
 
-def answered_operations(read: int) -> Callable[[dict[str, Any], dict[str, Any]], float]:
+def answered_operations(read: int) -> Operations:
     """Operations of answering, the least that will do; `read`: different tokens of prompts."""
 
     def operations(found: dict[str, Any], peak: dict[str, Any]) -> float:
@@ -256,13 +257,6 @@ def machine() -> dict[str, Any]:
         "load_at_end": [round(load, 2) for load in os.getloadavg()],
         "platform": platform.platform(),
     }
-
-
-def write_bench(bench: Bench, out: Path) -> None:
-    """Write the JSON file in one step; the version stands there as `schema`."""
-    data = bench.model_dump(mode="json")
-    data = {"schema": data.pop("schema_version")} | data
-    write_text(out, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def print_bench(bench: Bench) -> None:

@@ -3,17 +3,18 @@
 Everything that a benchmark needs is checked before the first side starts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise, starmap, takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from misstep.bench import rows
 from misstep.bench.measure import (
     OURS,
     Bench,
     Job,
+    Operations,
     Workload,
     answered_operations,
     gemm_share,
@@ -58,61 +59,68 @@ def bench_train(
         RunError: a side failed.
     """
     require_trl()
-    makers = _chosen(TRAINED, kinds)
-    model = _here(model_name)
-    workloads, peaks = {}, []
-    for name, rows_of in makers.items():
-        of = rows_of(count)
-        progress.say(f"{name}: {len(of)} rows")
-        found = take_turns(_training_jobs(model, of), rounds, progress)
-        peaks += found[GEMM]
-        workloads[name] = _trained(found, len(of))
-    return _bench("train", model.name, rounds, workloads, gemm=_highest(peaks))
+    makers, model = _chosen(TRAINED, kinds), _here(model_name)
+    tasks = {name: _training(rows_of(count)) for name, rows_of in makers.items()}
+    return _side_by_side("train", model, TRAINING, tasks, rounds, progress)
 
 
-def _training_jobs(model: Model, examples: Sequence[Example]) -> list[Job]:
-    work = {"model": model.name, "rows": [row.model_dump(mode="json") for row in examples]}
-    return [
-        Job(OURS, work | {"side": "train_ours"}),
-        *_peer_jobs(TRAINING, work),
-        _peak(model),
-    ]
+class Task(NamedTuple):
+    """One kind of work, as every side gets it."""
+
+    work: dict[str, Any]
+    items: int
+    said: str
+    operations: Callable[[Mapping[str, Any]], Operations]
+    """What it comes to, by what our side has found."""
 
 
-def _peak(model: Model) -> Job:
-    return Job(GEMM, {"model": model.name, "side": "gemm"})
-
-
-def _highest(peaks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return max(peaks, key=lambda p: float(p["flops_per_second"]))
-
-
-def _peer_jobs(peers: Sequence[Peer], work: dict[str, Any]) -> list[Job]:
-    return [
-        Job(
-            peer.name, work | {"side": peer.side, "settings": peer.settings}, None, peer.differs
-        )
-        for peer in peers
-    ]
-
-
-def _trained(found: Rounds, items: int) -> Workload:
-    ours, peaks = found[OURS], found[GEMM]
-    # The peers' rows are ours, so the same share of their tokens is learned.
-    work = trained_operations(ours[0]["completion_tokens"] / ours[0]["tokens"])
-    return Workload(
-        items=items,
-        ours=side(ours, gemm_share=gemm_share(ours, peaks, work)),
-        peers={
-            peer.name: peer_side(
-                ours,
-                found[peer.name],
-                gemm_share=gemm_share(found[peer.name], peaks, work),
-                differs=peer.differs,
-            )
-            for peer in TRAINING
-        },
+def _training(examples: Sequence[Example]) -> Task:
+    work = {"rows": [row.model_dump(mode="json") for row in examples]}
+    return Task(
+        work,
+        len(examples),
+        f"{len(examples)} rows",
+        # The peers' rows are ours, so the same share of their tokens is learned.
+        lambda ours: trained_operations(ours["completion_tokens"] / ours["tokens"]),
     )
+
+
+def _side_by_side(
+    bench: str,
+    model: Model,
+    peers: Sequence[Peer],
+    tasks: Mapping[str, Task],
+    rounds: int,
+    progress: Progress,
+) -> Bench:
+    workloads, peaks = {}, []
+    for name, task in tasks.items():
+        progress.say(f"{name}: {task.said}")
+        work = task.work | {"model": model.name}
+        jobs = [Job(OURS, work | {"side": f"{bench}_ours"})]
+        for peer in peers:
+            theirs = work | {"side": peer.side, "settings": peer.settings}
+            jobs.append(Job(peer.name, theirs, differs=peer.differs))
+        jobs.append(Job(GEMM, {"model": model.name, "side": "gemm"}))
+        found = take_turns(jobs, rounds, progress)
+        peaks += found[GEMM]
+        workloads[name] = _workload(found, peers, model, task)
+    highest = max(peaks, key=lambda peak: float(peak["flops_per_second"]))
+    return _bench(bench, model.name, rounds, workloads, gemm=highest)
+
+
+def _workload(found: Rounds, peers: Sequence[Peer], model: Model, task: Task) -> Workload:
+    ours, peaks = found[OURS], found[GEMM]
+    operations, texts = task.operations(ours[0]), ours[0].get("texts")
+    sides = {}
+    for peer in peers:
+        theirs = found[peer.name]
+        more: dict[str, Any] = {"gemm_share": gemm_share(theirs, peaks, operations)}
+        if texts is not None:
+            more["equal_first_tokens"] = equal_first_tokens(model, texts, theirs[0]["texts"])
+        sides[peer.name] = peer_side(ours, theirs, differs=peer.differs, **more)
+    share = gemm_share(ours, peaks, operations)
+    return Workload(items=task.items, ours=side(ours, gemm_share=share), peers=sides)
 
 
 def bench_generate(
@@ -129,24 +137,23 @@ def bench_generate(
         InputError: the model's weights are not here, or there is no such kind of work.
         RunError: a side failed.
     """
-    makers = _chosen(ANSWERED, kinds)
-    model = _here(model_name)
+    makers, model = _chosen(ANSWERED, kinds), _here(model_name)
     peers = [*GENERATION, *(installed_servers(model) if find_spec("openai") else [])]
-    workloads, peaks = {}, []
-    for name, prompts_of in makers.items():
-        prompts = prompts_of(count)
-        progress.say(f"{name}: {len(prompts)} prompts, {max_tokens} new tokens each at most")
-        work = {
-            "model": model.name,
-            "max_tokens": max_tokens,
-            "prompts": [[m.model_dump(mode="json") for m in messages] for messages in prompts],
-        }
-        theirs = _peer_jobs(peers, work)
-        jobs = [Job(OURS, work | {"side": "generate_ours"}), *theirs, _peak(model)]
-        found = take_turns(jobs, rounds, progress)
-        peaks += found[GEMM]
-        workloads[name] = _generated(found, theirs, model, different_tokens(model, prompts))
-    return _bench("generate", model.name, rounds, workloads, gemm=_highest(peaks))
+    tasks = {
+        name: _answering(model, prompts_of(count), max_tokens)
+        for name, prompts_of in makers.items()
+    }
+    return _side_by_side("generate", model, peers, tasks, rounds, progress)
+
+
+def _answering(model: Model, prompts: Sequence[Sequence[Message]], max_tokens: int) -> Task:
+    asked = [[m.model_dump(mode="json") for m in messages] for messages in prompts]
+    return Task(
+        {"prompts": asked, "max_tokens": max_tokens},
+        len(prompts),
+        f"{len(prompts)} prompts, {max_tokens} new tokens each at most",
+        lambda _: answered_operations(different_tokens(model, prompts)),
+    )
 
 
 def different_tokens(model: Model, prompts: Sequence[Sequence[Message]]) -> int:
@@ -160,27 +167,6 @@ def _shared(one: Sequence[T], other: Sequence[T]) -> int:
     """How long a beginning two sequences have in common."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return sum(1 for _ in same)
-
-
-def _generated(found: Rounds, peers: Sequence[Job], model: Model, read: int) -> Workload:
-    ours, peaks, work = found[OURS], found[GEMM], answered_operations(read)
-    texts = ours[0]["texts"]
-    return Workload(
-        items=len(texts),
-        ours=side(ours, gemm_share=gemm_share(ours, peaks, work)),
-        peers={
-            peer.name: peer_side(
-                ours,
-                found[peer.name],
-                equal_first_tokens=equal_first_tokens(
-                    model, texts, found[peer.name][0]["texts"]
-                ),
-                gemm_share=gemm_share(found[peer.name], peaks, work),
-                differs=peer.differs,
-            )
-            for peer in peers
-        },
-    )
 
 
 def equal_first_tokens(model: Model, ours: Sequence[str], theirs: Sequence[str]) -> float:
