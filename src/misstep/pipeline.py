@@ -6,7 +6,7 @@ first one came to, passes through what is done and goes on where it stopped; a c
 pays only for what the change reaches.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import chain, repeat
@@ -52,9 +52,8 @@ from misstep.records import (
 )
 from misstep.report.page import write_report
 from misstep.run_folder import RUN, Manifest, described_run, refuse_own, writable
-from misstep.stages import reinforce as rewarded
 from misstep.stages.analyse import AnalyseSettings, analyse
-from misstep.stages.base import Tally
+from misstep.stages.base import Notify, Tally
 from misstep.stages.evaluate import (
     Correct,
     Table,
@@ -65,10 +64,12 @@ from misstep.stages.evaluate import (
 from misstep.stages.good_answers import distinct, good_answers, with_answer
 from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
 from misstep.stages.reference import reference_losses
+from misstep.stages.reinforce import Feedback, policy_digest, reinforce
 from misstep.stages.respond import CUT, respond, whole_counted
 from misstep.stages.revise import revise
 from misstep.stages.train import input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
+from misstep.training.report import TrainReport
 from misstep.training.trl_rows import write_trl
 
 Stage = Literal["induce", "analyse", "rows", "train", "respond", "evaluate"]
@@ -454,7 +455,8 @@ class Run:
         return partial(with_answer, known={a.prompt.messages: a.text for a in found})
 
     def _train(self, method: str, rows: Rows, place: str = "") -> Path:
-        folder = self._adapter_folder(method, rows, place)
+        begin, name = self._training(method, rows)
+        folder = self._adapter_folder(method, name, place)
         different = len({row.id for row in rows})
         again = "" if different == len(rows) else f", {different} of them different"
         if different * OFTEN <= len(rows):
@@ -464,24 +466,29 @@ class Run:
         def notify(what: str, done: int, total: int) -> None:
             self.progress.update(f"{method}: {what}", done, total)
 
-        config, seed = self.config, self.config.training_seed
-        datasets = config.hub_datasets()
-        if METHODS[method].trainer == "reinforce":
-            given = (self._feedback(rows), config.train, config.reinforce)
-            report = rewarded.reinforce(self.model, *given, seed, folder, notify, datasets)
-        else:
-            report = train(self.model, rows, config.train, seed, folder, notify, datasets)
+        report = begin(folder, notify, self.config.hub_datasets())
         made = report.model_dump(mode="json") | {"different": different}
         self.manifest.data["training"][method] = made
         self.manifest.save()
         return folder
 
-    def _feedback(self, rows: Rows) -> rewarded.Feedback:
+    def _training(
+        self, method: str, rows: Rows
+    ) -> tuple[Callable[[Path, Notify, Sequence[str]], TrainReport], Callable[[], str]]:
+        """What trains a method into a folder, and what names that training by content."""
+        model, config, seed = self.model, self.config, self.config.training_seed
+        if METHODS[method].trainer == "reinforce":
+            given = (model, self._feedback(rows), config.train, config.reinforce, seed)
+            return partial(reinforce, *given), partial(policy_digest, *given)
+        on_rows = (model, rows, config.train, seed)
+        return partial(train, *on_rows), partial(input_digest, *on_rows)
+
+    def _feedback(self, rows: Rows) -> Feedback:
         """The pairs, and the prompts that mistakes were collected on, whether made or not."""
         pairs = [row for row in rows if isinstance(row, Pair)]
         asked = self.inputs.prompts or [Prompt(messages=pair.messages) for pair in pairs]
         prompts, helpful = distinct(asked), self.inputs.helpful
-        return rewarded.Feedback(prompts, helpful or pairs, pairs if helpful else ())
+        return Feedback(prompts, helpful or pairs, pairs if helpful else ())
 
     def _tested(self, adapters: Mapping[str, Path | None]) -> dict[str, OtherModel]:
         """What is tested, by name: the methods' adapters, then what was trained elsewhere."""
@@ -514,18 +521,12 @@ class Run:
             with self._engine(model, f"answering, {name}", adapter) as engine:
                 yield from self._answers(name, engine)
 
-    def _adapter_folder(self, method: str, rows: Rows, place: str) -> Path:
+    def _adapter_folder(self, method: str, name: Callable[[], str], place: str) -> Path:
         """Named by the method; in a shared store by all that it is trained from."""
         if self.store is None:
             usual = "adapter" if method == FOCUS else f"adapters/{method}"
             return self.folder / (place or usual)
-        config, seed = self.config, self.config.training_seed
-        if METHODS[method].trainer == "reinforce":
-            given = (self._feedback(rows), config.train, config.reinforce)
-            name = rewarded.input_digest(self.model, *given, seed)
-        else:
-            name = input_digest(self.model, rows, config.train, seed)
-        return self.store / "adapters" / f"{method}-{name}"
+        return self.store / "adapters" / f"{method}-{name()}"
 
     def _answers(self, name_of: str, engine: CachedEngine) -> Iterator[Answer]:
         config, policy, method = self.config, self.inputs.policy, method_of(name_of)

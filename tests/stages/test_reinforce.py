@@ -69,7 +69,7 @@ def setup(model: Model) -> Setup:
 
 
 def job(model: Model, folder: Path, settings: ReinforceSettings = QUICK) -> Job:
-    return Job(setup(model), settings, folder)
+    return Job(setup(model), settings, folder, "inputs")
 
 
 @pytest.fixture(scope="module")
@@ -208,8 +208,8 @@ def test_routers_of_a_mixture_learn_nothing_from_a_reward_either() -> None:
 
 def test_answers_are_scored_as_rows_of_training_are(model: Model, tmp_path: Path) -> None:
     done = job(model, tmp_path)
-    prompt = done.renderer.prompt(PROMPTS[0].messages)
-    row = done.renderer.example(PROMPTS[0].messages, "yes").ids
+    prompt = done.setup.renderer.prompt(PROMPTS[0].messages)
+    row = done.setup.renderer.example(PROMPTS[0].messages, "yes").ids
     whole, cut = list(row[len(prompt) :]), list(row[len(prompt) : -1])
     scorer = Lengths()
     found = stage._rewards(done, [scorer], [prompt, prompt], [whole, cut])
@@ -219,7 +219,7 @@ def test_answers_are_scored_as_rows_of_training_are(model: Model, tmp_path: Path
 
 def test_harmlessness_is_weighed_and_added(model: Model, tmp_path: Path) -> None:
     done = job(model, tmp_path, QUICK.model_copy(update={"harmlessness": 0.5}))
-    end = done.renderer.end_of_turn
+    end = done.setup.renderer.end_of_turn
     one = stage._rewards(done, [Lengths()], [[1, 2]], [[5, end]])
     both = stage._rewards(done, [Lengths(), Lengths()], [[1, 2]], [[5, end]])
     assert both == [1.5 * one[0]]
@@ -276,7 +276,7 @@ def test_a_finished_folder_is_not_trained_again(
         during.setattr(stage, "load_weights", load)
         again = reinforce(model, both, TRAIN, QUICK, 3, folder)
     assert again == TrainReport.model_validate_json((folder / "train.json").read_text())
-    assert stage.input_digest(model, FEEDBACK, TRAIN, QUICK, 3) != again.inputs
+    assert stage.policy_digest(model, FEEDBACK, TRAIN, QUICK, 3) != again.inputs
 
 
 def test_another_policy_uses_the_reward_model_that_is_there(

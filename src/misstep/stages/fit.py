@@ -154,32 +154,24 @@ def _trainer(
 
 def _arguments(job: Job) -> "TrainingArguments":
     import torch
-    from transformers import TrainingArguments
+
+    from misstep.training.trainer import training_arguments
 
     settings, on_gpu = job.settings, torch.cuda.is_available()
-    arguments = TrainingArguments(
-        output_dir=str(job.checkpoints),
-        # The rows come in the order of all epochs, so for Trainer there is one.
-        num_train_epochs=1,
-        per_device_train_batch_size=1,
+    return training_arguments(
+        job.checkpoints,
         learning_rate=job.learning_rate,
         lr_scheduler_type=settings.scheduler,
         warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         # Autocast is slow on a CPU; an adapter is computed in the weights' type without it.
         bf16=on_gpu and settings.adapter == "full" and torch.cuda.is_bf16_supported(),
-        use_cpu=not on_gpu,
         seed=job.seed,
-        save_strategy="no",
         save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to=list(settings.report_to) or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
     )
-    return processes.on_one_device(arguments)
 
 
 def _losses(loss: Any, sample: dict[str, list[Any]]) -> dict[str, float]:

@@ -89,12 +89,9 @@ class Job(NamedTuple):
     setup: Setup
     settings: ReinforceSettings
     folder: Path
+    inputs: str
+    """Names it by content."""
     datasets: Sequence[str] = ()
-
-    @property
-    def renderer(self) -> Renderer:
-        """The model's."""
-        return self.setup.renderer
 
 
 def reinforce(
@@ -115,18 +112,18 @@ def reinforce(
             only.
         ModelError: the weights cannot be loaded, or transformers has no classifier for them.
     """
-    inputs = input_digest(model, feedback, train, settings, seed)
-    report = finished(folder, inputs)
+    inputs = policy_digest(model, feedback, train, settings, seed)
+    report = finished(folder / REPORT, TrainReport, inputs)
     if report is None:
         require_trl()
         tell = notify or (lambda *_: None)
         setup = Setup(model, Renderer.for_model(model), fitting(train, model), seed, tell)
-        report = _reinforce(Job(setup, settings, folder, datasets), feedback, inputs)
+        report = _reinforce(Job(setup, settings, folder, inputs, datasets), feedback)
         free()
     return report
 
 
-def input_digest(
+def policy_digest(
     model: Model,
     feedback: Feedback,
     train: TrainSettings,
@@ -139,7 +136,7 @@ def input_digest(
     return digest(["reinforce", FORMAT, model.digest, ids, *named])
 
 
-def _reinforce(job: Job, feedback: Feedback, inputs: str) -> TrainReport:
+def _reinforce(job: Job, feedback: Feedback) -> TrainReport:
     prompts = _usable_prompts(job, feedback.prompts)
     reports: list[RewardReport] = []
     scorers: list[Scorer] = []
@@ -152,16 +149,15 @@ def _reinforce(job: Job, feedback: Feedback, inputs: str) -> TrainReport:
     trainer = _policy_trainer(job, prompts, scorers)
     started = time.monotonic()
     trainer.train()
-    report = _report(
-        job, len(feedback.prompts), prompts, trainer, time.monotonic() - started, reports
-    ).model_copy(update={"inputs": inputs})
+    seconds = time.monotonic() - started
+    report = _report(job, len(feedback.prompts), prompts, trainer, seconds, reports)
     _save(job, trainer.model, report)
     return report
 
 
 def _usable_prompts(job: Job, prompts: Sequence[Prompt]) -> list[list[int]]:
     """The prompts as serving tokens, those that leave room for an answer."""
-    rendered = [job.renderer.prompt(prompt.messages) for prompt in prompts]
+    rendered = [job.setup.renderer.prompt(prompt.messages) for prompt in prompts]
     longest = job.setup.train.max_length - job.settings.max_tokens
     kept = [ids for ids in rendered if len(ids) <= longest]
     dropped = len(rendered) - len(kept)
@@ -188,20 +184,22 @@ def _policy_trainer(
     lm = load_weights(job.setup.model).to(fastest_dtype())
     return policy_trainer(
         lm,
-        job.setup.tokenizer,
-        job.renderer.stop_ids,
+        job.setup.renderer.stop_ids,
         prompts,
         lambda asked, answers: _rewards(job, scorers, asked, answers),
-        lora_config(lm, train.rank, train.alpha, task_type="CAUSAL_LM"),
-        [job.setup.steps("policy steps")],
-        max_steps=settings.steps,
-        # A prompt's samples at a time; the step's further prompts come after each other.
-        per_device_train_batch_size=settings.samples,
-        gradient_accumulation_steps=settings.prompts_per_step,
-        num_generations=settings.samples,
-        max_completion_length=settings.max_tokens,
-        beta=settings.kl,
-        **job.setup.arguments(job.folder, settings.learning_rate, settings.steps),
+        {
+            "max_steps": settings.steps,
+            # A prompt's samples at a time; the step's further prompts come after each other.
+            "per_device_train_batch_size": settings.samples,
+            "gradient_accumulation_steps": settings.prompts_per_step,
+            "num_generations": settings.samples,
+            "max_completion_length": settings.max_tokens,
+            "beta": settings.kl,
+            **job.setup.arguments(job.folder, settings.learning_rate, settings.steps),
+        },
+        processing_class=job.setup.tokenizer,
+        peft_config=lora_config(lm, train.rank, train.alpha, task_type="CAUSAL_LM"),
+        callbacks=[job.setup.steps("policy steps")],
     )
 
 
@@ -212,7 +210,7 @@ def _rewards(
     answers: Sequence[Sequence[int]],
 ) -> list[float]:
     """Scores of the answers, harmlessness weighed, less what the unfinished ones lose."""
-    stops, end = job.renderer.stop_ids, job.renderer.end_of_turn
+    stops, end = job.setup.renderer.stop_ids, job.setup.renderer.end_of_turn
     finished = [bool(answer) and answer[-1] in stops for answer in answers]
     rows = [
         [*prompt, *(answer[:-1] if done else answer), end]
@@ -239,7 +237,7 @@ def _report(
     steps = tuple(steps_of(trainer))
     a_step = job.settings.prompts_per_step * job.settings.samples
     return TrainReport(
-        inputs="",
+        inputs=job.inputs,
         rows=given,
         trained=len(prompts),
         dropped=given - len(prompts),

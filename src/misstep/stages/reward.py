@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from misstep.errors import MissingExtra, TrainingError
 from misstep.models.locate import Model
@@ -25,7 +25,7 @@ from misstep.models.rendering import Renderer
 from misstep.models.weights import free, load_weights
 from misstep.records import Pair, digest, write_text
 from misstep.stages.base import Notify, Settings
-from misstep.stages.train import usable_rows
+from misstep.stages.train import finished, usable_pairs
 from misstep.stages.train_settings import HOW, TrainSettings, naming
 from misstep.training.report import RewardReport
 from misstep.training.rows import PairRow, Rows
@@ -126,22 +126,13 @@ def train_reward(
     named = [used(setup.train), settings.model_dump(mode="json"), setup.seed]
     ids = [pair.id for pair in pairs]
     inputs = digest(["reward", FORMAT, setup.model.digest, ids, *named])
-    report = _finished(folder, inputs)
+    report = finished(folder / REPORT, RewardReport, inputs)
     if report is None:
         require_trl()
         rows = _split(setup, settings, pairs, what)
         report = _train(setup, settings, rows, folder, inputs, what)
         free()
     return report
-
-
-def _finished(folder: Path, inputs: str) -> RewardReport | None:
-    try:
-        text = (folder / REPORT).read_text(encoding="utf-8")
-        report = RewardReport.model_validate_json(text)
-    except (OSError, ValidationError):
-        return None
-    return report if report.inputs == inputs else None
 
 
 class Split(NamedTuple):
@@ -156,10 +147,8 @@ class Split(NamedTuple):
 def _split(setup: Setup, settings: RewardSettings, pairs: Sequence[Pair], what: str) -> Split:
     from misstep.training.reward import split_by_prompt
 
-    found = usable_rows(setup.renderer, pairs, setup.train)
-    kept = tuple(row for row in found.kept if isinstance(row, PairRow))
-    rows = Rows(kept, found.given, found.dropped, found.truncated)
-    trained, measured = split_by_prompt(kept, settings.held_out, setup.seed)
+    rows = usable_pairs(setup.renderer, pairs, setup.train)
+    trained, measured = split_by_prompt(rows.kept, settings.held_out, setup.seed)
     if not trained:
         raise TrainingError(
             f"{what}: expected pairs of two prompts or more, since those of one are held out "

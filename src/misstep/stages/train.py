@@ -9,7 +9,7 @@ method: a row's kind only names a number in the report.
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -25,7 +25,7 @@ from misstep.stages.fit import CHECKPOINTS, Job, fit
 from misstep.stages.train_settings import ASIDE, HOW, TrainSettings, check_trackers, naming
 from misstep.training import processes
 from misstep.training.card import card_head
-from misstep.training.report import TrainReport
+from misstep.training.report import RewardReport, TrainReport
 from misstep.training.rows import PairRow, Row, Rows, render_pairs, render_rows
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 TrainingRows = Sequence[Example] | Sequence[Pair]
 """All of one kind: completions to learn, or pairs to learn a preference from."""
+Report = TypeVar("Report", TrainReport, RewardReport)
 FORMAT = 2
 """Raised when equal inputs no longer give an equal adapter."""
 REPORT = "train.json"
@@ -82,7 +83,7 @@ def train(
         inputs=input_digest(model, rows, settings, seed),
         datasets=tuple(datasets),
     )
-    report = finished(folder, order.inputs)
+    report = finished(folder / REPORT, TrainReport, order.inputs)
     if report is not None:
         _refuse_many(report.rows, report.dropped, report.truncated, settings)
     else:
@@ -125,11 +126,10 @@ def _unused(on_pairs: bool) -> set[str]:
     return {"learning_rate" if on_pairs else "preferences", *HOW}
 
 
-def finished(folder: Path, inputs: str) -> TrainReport | None:
-    """The report of a folder whose training was finished and had these inputs."""
+def finished(file: Path, kind: type[Report], inputs: str) -> Report | None:
+    """The report of a training that was finished and had these inputs."""
     try:
-        text = (folder / REPORT).read_text(encoding="utf-8")
-        report = TrainReport.model_validate_json(text)
+        report = kind.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValidationError):
         return None
     return report if report.inputs == inputs else None
@@ -153,16 +153,27 @@ def usable_rows(
         TrainingError: there are none, or a larger share than `max_dropped` is unusable, or
             there are pairs for a training of all weights.
     """
-    rows: Rows[Row] | Rows[PairRow]
     if _are_pairs(given):
-        if settings.adapter == "full":
-            raise TrainingError(
-                "train.adapter: expected lora for training on preference pairs, found full. "
-                "The reference that it compares with is the model without its adapter."
-            )
-        rows = render_pairs(renderer, given, settings.max_length)
-    else:
-        rows = render_rows(renderer, cast("Sequence[Example]", given), settings.max_length)
+        return usable_pairs(renderer, given, settings)
+    rows = render_rows(renderer, cast("Sequence[Example]", given), settings.max_length)
+    _refuse_many(rows.given, rows.dropped, rows.truncated, settings)
+    return rows
+
+
+def usable_pairs(
+    renderer: Renderer, given: Sequence[Pair], settings: TrainSettings
+) -> Rows[PairRow]:
+    """The pairs as tokens.
+
+    Raises:
+        TrainingError: as `usable_rows` does.
+    """
+    if settings.adapter == "full":
+        raise TrainingError(
+            "train.adapter: expected lora for training on preference pairs, found full. "
+            "The reference that it compares with is the model without its adapter."
+        )
+    rows = render_pairs(renderer, given, settings.max_length)
     _refuse_many(rows.given, rows.dropped, rows.truncated, settings)
     return rows
 

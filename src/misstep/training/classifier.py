@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from misstep.errors import ModelError, TrainingError
 from misstep.models.locate import Model, is_encoder
@@ -31,10 +31,10 @@ from misstep.training.encoder import read_classifier
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss, balance
 from misstep.training.loss import body_of, mean_loss, on_device, without_gradient
-from misstep.training.processes import on_one_device, place
+from misstep.training.processes import place
 from misstep.training.rows import Row, in_order
 from misstep.training.scoring import ScoreHead, classifier
-from misstep.training.trainer import CompletionTrainer, Steps, trained
+from misstep.training.trainer import CompletionTrainer, Steps, trained, training_arguments
 from misstep.training.weights import adapted
 
 PATIENCE = 2
@@ -129,8 +129,14 @@ def fit(
     order = in_order([row.row for row in train], how.epochs, how.seed)
     steps = math.ceil(len(train) / how.batch_size)
     watch = Watch(loss, [row.row for row in dev], how.micro_tokens, steps)
-    arguments = _arguments(
-        how, fastest_dtype() == torch.bfloat16 and _can_mix(loss, dev[0].row)
+    arguments = training_arguments(
+        how.checkpoints,
+        learning_rate=how.learning_rate,
+        warmup_steps=0.06,
+        # Of products of fp32 weights.
+        bf16=fastest_dtype() == torch.bfloat16 and _can_mix(loss, dev[0].row),
+        seed=how.seed,
+        report_to="none",
     )
     # What makes layers fast depends on the device that they are on.
     place(loss, loss.model, arguments)
@@ -216,27 +222,6 @@ def _can_mix(loss: LabelLoss | EncoderLoss, row: Row) -> bool:
         except RuntimeError:
             return False
     return True
-
-
-def _arguments(how: Fit, mixed: bool) -> TrainingArguments:
-    """Trainer's; `mixed` computes products of fp32 weights in bf16."""
-    arguments = TrainingArguments(
-        output_dir=str(how.checkpoints),
-        # The rows come in the order of all epochs, so for Trainer there is one.
-        num_train_epochs=1,
-        per_device_train_batch_size=1,
-        learning_rate=how.learning_rate,
-        warmup_steps=0.06,
-        use_cpu=not torch.cuda.is_available(),
-        bf16=mixed,
-        save_strategy="no",
-        seed=how.seed,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    return on_one_device(arguments)
 
 
 def calibration(odds: Sequence[float], labels: Sequence[bool]) -> Calibration:

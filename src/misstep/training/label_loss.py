@@ -8,13 +8,13 @@ padding, so there the label is taken off and the padding hidden.
 This module knows torch and rows; it knows no adapter, optimiser or record.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from misstep.training.loss import MicroBatch, body_of, collate
+from misstep.training.loss import MicroBatch, RowLoss, body_of
 from misstep.training.rows import Row
 from misstep.training.scoring import ScoreHead, padded_right
 
@@ -31,29 +31,16 @@ class Labelled(NamedTuple):
         return Row((*self.ids, int(self.label)), len(self.ids), "labelled")
 
 
-class LabelLoss(nn.Module):  # type: ignore[misc]
-    """A language model's body and a head; the forward pass gives the summed loss of labels."""
+class LabelLoss(RowLoss):
+    """The loss of labels: a language model's body, and a head that is trained beside it."""
 
     def __init__(self, model: Any, lm: Any, weights: tuple[float, float]) -> None:
-        super().__init__()
-        self.model = model
-        """What is trained beside the head: PEFT's wrapper around the language model."""
-        # In a tuple, so that its parameters are not registered a second time.
-        self._lm = (lm,)
+        super().__init__(model, lm)
         self.score = ScoreHead(lm.config.get_text_config().hidden_size)
         # At random, a model whose states are large would begin far from even odds.
         nn.init.zeros_(self.score.weight)
         self.weights = weights
         """What a row labelled 0 counts, and one labelled 1."""
-        self.collate: Callable[[Sequence[Row]], MicroBatch] = collate
-        """How rows become a micro-batch that this model reads."""
-        self.lanes = 1
-        """How many micro-batches may be computed at once."""
-
-    @property
-    def lm(self) -> Any:
-        """The language model itself, with the adapter's layers in it."""
-        return self._lm[0]
 
     def count(self, rows: Sequence[Row]) -> int:
         """What the loss is a mean over: rows."""

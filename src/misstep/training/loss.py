@@ -56,7 +56,7 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
     }
 
 
-class CompletionLoss(nn.Module):  # type: ignore[misc]
+class RowLoss(nn.Module):  # type: ignore[misc]
     """A causal language model whose forward pass gives the summed loss of one micro-batch."""
 
     def __init__(self, model: Any, lm: Any) -> None:
@@ -65,8 +65,6 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
         """What is trained: the language model, or PEFT's wrapper around it."""
         # In a tuple, so that its parameters are not registered a second time.
         self._lm = (lm,)
-        self.pads, self.skips_logits = short_cuts(lm)
-        """Whether rows may be padded, and whether body and head may run apart."""
         self.collate: Callable[[Sequence[Row]], MicroBatch] = collate
         """How rows become a micro-batch that this model reads."""
         self.lanes = 1
@@ -76,6 +74,15 @@ class CompletionLoss(nn.Module):  # type: ignore[misc]
     def lm(self) -> Any:
         """The language model itself, with the adapter's layers in it."""
         return self._lm[0]
+
+
+class CompletionLoss(RowLoss):
+    """The loss on completions."""
+
+    def __init__(self, model: Any, lm: Any) -> None:
+        super().__init__(model, lm)
+        self.pads, self.skips_logits = short_cuts(lm)
+        """Whether rows may be padded, and whether body and head may run apart."""
 
     def forward(self, **batch: Tensor) -> Tensor:
         """The loss summed over the targets, in fp32."""

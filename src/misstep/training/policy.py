@@ -37,15 +37,16 @@ class TokenTrainer(RLOOTrainer):  # type: ignore[misc]
 
 def policy_trainer(
     lm: Any,
-    tokenizer: Any,
     stop_ids: Sequence[int],
     prompts: Sequence[Sequence[int]],
     reward: Reward,
-    adapter: Any,
-    callbacks: Sequence[Any],
-    **arguments: Any,
+    arguments: dict[str, Any],
+    **options: Any,
 ) -> RLOOTrainer:
-    """A trainer of a new adapter; the model without it is the reference."""
+    """A trainer of a new adapter; the model without it is the reference.
+
+    `arguments` are those of TRL's configuration, `options` of its trainer.
+    """
     from datasets import Dataset
 
     # Which tokens end an answer is the renderer's to say, as in serving; nothing else of the
@@ -60,9 +61,7 @@ def policy_trainer(
         reward_funcs=rewarded,
         args=on_one_device(RLOOConfig(**arguments)),
         train_dataset=Dataset.from_list([{"prompt": list(prompt)} for prompt in prompts]),
-        processing_class=tokenizer,
-        peft_config=adapter,
-        callbacks=list(callbacks),
+        **options,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

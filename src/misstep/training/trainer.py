@@ -34,13 +34,30 @@ from misstep.training.label_loss import EncoderLoss, LabelLoss
 from misstep.training.lanes import side_by_side
 from misstep.training.loss import CompletionLoss, MicroBatch
 from misstep.training.preference import PreferenceLoss
-from misstep.training.processes import like, whole
+from misstep.training.processes import like, on_one_device, whole
 from misstep.training.rows import PairRow, Row, longest, padded, shares
 
 MARKER = "complete.json"
 WEIGHTS = "trained.safetensors"
 QUICK = 3.0
 """Seconds in which a checkpoint is written; of one that takes longer there are fewer."""
+
+
+def training_arguments(folder: Path, **own: Any) -> TrainingArguments:
+    """Trainer's arguments for a `CompletionTrainer`; `own` are of one kind of training."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        # The rows come in the order of all epochs, so for Trainer there is one.
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        **own,
+    )
+    return on_one_device(arguments)
 
 
 class CompletionTrainer(Trainer):  # type: ignore[misc]
