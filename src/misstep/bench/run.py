@@ -5,7 +5,7 @@ Everything that a benchmark needs is checked before the first side starts.
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from itertools import pairwise, starmap, takewhile
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +30,7 @@ from misstep.errors import InputError
 from misstep.inputs import read_inputs
 from misstep.machine import LIBRARIES, versions
 from misstep.models.locate import Model, locate
-from misstep.models.rendering import Renderer
+from misstep.models.rendering import Renderer, shared_prefix
 from misstep.models.weights import load_tokenizer
 from misstep.progress import Progress
 from misstep.records import Example, Message
@@ -160,13 +160,7 @@ def different_tokens(model: Model, prompts: Sequence[Sequence[Message]]) -> int:
     """Tokens of prompts, those of a beginning that several share counted once."""
     renderer = Renderer.for_model(model)
     rendered = sorted(renderer.prompt(messages) for messages in prompts)
-    return sum(map(len, rendered)) - sum(starmap(_shared, pairwise(rendered)))
-
-
-def _shared(one: Sequence[T], other: Sequence[T]) -> int:
-    """How long a beginning two sequences have in common."""
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
-    return sum(1 for _ in same)
+    return sum(map(len, rendered)) - sum(starmap(shared_prefix, pairwise(rendered)))
 
 
 def equal_first_tokens(model: Model, ours: Sequence[str], theirs: Sequence[str]) -> float:
@@ -178,7 +172,7 @@ def equal_first_tokens(model: Model, ours: Sequence[str], theirs: Sequence[str])
             tokenizer.encode(text, add_special_tokens=False)[:FIRST_TOKENS]
             for text in (one, other)
         )
-        equal += _shared(first, second)
+        equal += shared_prefix(first, second)
         total += max(len(first), len(second))
     return round(equal / total, 4) if total else 1.0
 

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +46,7 @@ from misstep.models.gguf_merge import merge_adapter
 from misstep.models.locate import Model
 from misstep.models.openvino_export import Shape, adapter_scale, exported, obstacle, shape
 from misstep.models.precision import bf16_is_slow, memory_bytes
-from misstep.models.rendering import Renderer, named_stops
+from misstep.models.rendering import Renderer, named_stops, shared_prefix
 from misstep.models.weights import context_length
 
 BLOCK = 32
@@ -272,8 +271,7 @@ def blocks_of(tokens: int) -> int:
 
 def shared_blocks(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens two prompts have in common at their beginning, in whole blocks."""
-    pairs = zip(one, other, strict=False)
-    length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    length = shared_prefix(one, other)
     return length - length % BLOCK
 
 

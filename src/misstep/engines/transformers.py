@@ -28,9 +28,10 @@ from misstep.errors import EngineError
 from misstep.models.adapter import adapter_digest
 from misstep.models.locate import Model
 from misstep.models.precision import device
-from misstep.models.rendering import Renderer, named_stops
+from misstep.models.rendering import Renderer, named_stops, shared_prefix
 from misstep.models.weights import (
     answering_dtype,
+    attends_plainly,
     context_length,
     free,
     halve,
@@ -281,18 +282,14 @@ def shared_beginning(prompts: Sequence[list[int]]) -> int:
     """How many tokens all begin with; each keeps one at least to itself."""
     # What the first and the last in order share, all between them share.
     first, last = min(prompts), max(prompts)
-    most = min(map(len, prompts)) - 1
-    pairs = enumerate(zip(first[:most], last, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), most)
+    return min(min(map(len, prompts)) - 1, shared_prefix(first, last))
 
 
 def keeps_all_positions(model: "PreTrainedModel") -> bool:
     """Whether a model's cache is one key and value for each token, and nothing else."""
     # A model that sees, too, keeps what it says of its text in a configuration of its own.
     config = model.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    window = getattr(config, "sliding_window", None)
-    return set(kinds) == {"full_attention"} and window is None and model._supports_sdpa
+    return attends_plainly(config) and model._supports_sdpa
 
 
 def batches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:

@@ -298,6 +298,12 @@ def tokens_of(tokenizer: "PreTrainedTokenizerBase", text: str, plain: bool = Tru
     return list(encoded["input_ids"])
 
 
+def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two rows begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 def fold_system(turns: list[dict[str, str]]) -> list[dict[str, str]]:
     """Put system turns in front of the first user turn, for templates that know no system."""
     system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")

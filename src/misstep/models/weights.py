@@ -130,6 +130,14 @@ def context_length(model: Model) -> int | None:
     return int(longest) if longest else None
 
 
+def attends_plainly(config: Any) -> bool:
+    """Whether by a loaded configuration every token sees all that stand before it."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"]
+    window = getattr(config, "sliding_window", None)
+    unused = getattr(config, "use_sliding_window", True) is False
+    return set(kinds) == {"full_attention"} and (window is None or unused)
+
+
 def vocabulary_size(model: Model) -> int | None:
     """So many tokens have an embedding; None where the files do not say so."""
     if model.is_gguf:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from misstep.models.rendering import shared_prefix
+from misstep.models.weights import attends_plainly
 from misstep.training.lanes import MOST
 from misstep.training.loss import MicroBatch
 from misstep.training.rows import Row
@@ -36,14 +38,11 @@ less of."""
 def can_share(lm: Any) -> bool:
     """Whether a model's attention is the plain causal one that this module replaces."""
     config = lm.config
-    kinds = getattr(config, "layer_types", None) or ["full_attention"]
-    windows = getattr(config, "sliding_window", None)
     return bool(
         config.model_type in FAMILIES
         and config._attn_implementation == "sdpa"
         and lm.device.type == "cpu"
-        and set(kinds) == {"full_attention"}
-        and (windows is None or getattr(config, "use_sliding_window", True) is False)
+        and attends_plainly(config)
         and not getattr(config, "attention_dropout", 0.0)
     )
 
@@ -75,7 +74,7 @@ def collate_shared(rows: Sequence[Row]) -> MicroBatch:
     before: tuple[int, ...] = ()
     path: list[int] = []
     for line, row in enumerate(ordered):
-        common = _common(before, row.ids)
+        common = shared_prefix(before, row.ids)
         path = path[:common] + list(range(len(ids), len(ids) + len(row.ids) - common))
         ids += row.ids[common:]
         depths += range(common, len(row.ids))
@@ -103,12 +102,6 @@ def collate_shared(rows: Sequence[Row]) -> MicroBatch:
 def _filled(count: int, to: int) -> int:
     """The next multiple."""
     return -(-count // to) * to
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two rows begin with alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 class Spread(torch.autograd.Function):  # type: ignore[misc]
