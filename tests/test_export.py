@@ -13,8 +13,8 @@ from misstep.methods.registry import METHODS
 from misstep.models.gguf_header import read_header
 from misstep.models.locate import EMBEDDED, Model, locate
 from misstep.models.merging import folded
-from misstep.models.rendering import Renderer
-from misstep.models.weights import load_weights
+from misstep.models.rendering import Renderer, tokens_of
+from misstep.models.weights import load_tokenizer, load_weights
 from misstep.policy import load_policy
 from misstep.records import Message, Prompt
 
@@ -128,7 +128,7 @@ def test_the_weights_are_the_sum(tiny_model: Path, tmp_path: Path) -> None:
 def logits(model: Model, adapter: Path | None = None) -> Any:
     import torch
 
-    ids = torch.tensor([Renderer.for_model(model).plain("What is the sum of both?")])
+    ids = torch.tensor([tokens_of(load_tokenizer(model), "What is the sum of both?")])
     with torch.inference_mode():
         return load_weights(model, adapter)(ids).logits
 

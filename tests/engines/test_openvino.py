@@ -19,7 +19,7 @@ from misstep.engines.openvino import BLOCK, COMPANIONS, LEAST_ROOM, ROOM, OpenVi
 from misstep.errors import EngineError, ModelError
 from misstep.models.locate import EMBEDDED, Model, locate
 from misstep.models.openvino_export import Shape
-from misstep.models.rendering import Renderer
+from misstep.models.rendering import Renderer, tokens_of
 from misstep.models.weights import load_tokenizer
 from misstep.records import Message
 
@@ -71,7 +71,7 @@ def make(untuned_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return out
 
     def made(says: str = "", blocks: int = 100, **options: Any) -> OpenVinoEngine:
-        pipeline = Pipeline(renderer.plain(says))
+        pipeline = Pipeline(tokens_of(renderer.tokenizer, says))
         monkeypatch.setattr(openvino, "_pipeline", lambda *_: pipeline)
         monkeypatch.setattr(openvino, "_cache_blocks", lambda _: blocks)
         (tmp_path / "m.gguf").write_bytes(b"GGUF")

@@ -15,6 +15,7 @@ from misstep.engines.base import Request
 from misstep.engines.transformers import TransformersEngine, shared_beginning
 from misstep.errors import EngineError
 from misstep.models.locate import Model, locate
+from misstep.models.rendering import tokens_of
 from misstep.models.weights import context_length
 from misstep.records import Message
 
@@ -262,7 +263,7 @@ def test_a_model_without_a_template_asks_itself_nothing(
     steps: list[int] = []
 
     def say(engine: TransformersEngine, batch: Any, width: int) -> dict[str, Any]:
-        scripts = [engine.renderer.plain(said[row.place]) for row in batch]
+        scripts = [tokens_of(engine.renderer.tokenizer, said[row.place]) for row in batch]
 
         def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             steps.append(ids.shape[1] - width)

@@ -167,7 +167,7 @@ def test_what_vllm_cannot_serve_is_refused_before_it_starts_and_not_chosen(
     adapter = adapter_in(tmp_path / "adapter", **config)
     with pytest.raises(ModelError, match=said):
         choose("vllm", model, adapter)
-    monkeypatch.setattr("misstep.engines.choose._has_gpu", lambda: True)
+    monkeypatch.setattr("misstep.engines.choose.device", lambda: "cuda")
     assert choose("auto", model, adapter_in(tmp_path / "plain")).why.startswith("vllm")
     chosen = choose("auto", model, adapter)
     assert chosen.why.startswith("transformers, because") and said in chosen.why

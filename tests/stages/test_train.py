@@ -242,7 +242,7 @@ def test_a_position_predicts_the_token_that_follows_it() -> None:
 
 def test_the_mask_is_shown_as_it_is_trained_on(model: Model) -> None:
     given_rows = [example(1, "a"), example(2, "a"), example(3, "b", "see [bold]this[/bold]")]
-    shown = show_mask(model, given_rows, 2)
+    shown = show_mask(model, given_rows, 2, 1024)
     assert [row.kind for row in shown] == ["a", "b"]
     assert [segment.learned for segment in shown[1].segments] == [False, True]
     assert shown[1].segments[1].text == "see [bold]this[/bold]<|im_end|>"
@@ -1153,7 +1153,7 @@ def test_no_row_is_longer_than_the_models_context(tiny_model: Path, tmp_path: Pa
     assert (report.trained, report.truncated) == (7, 1)
     with pytest.raises(TrainingError, match="within 60 tokens and 1 would lose the end"):
         train(short, given_rows, QUICK, 0, tmp_path / "other")
-    assert len(show_mask(short, given_rows[-1:], 1)[0].segments[1].text) < 60
+    assert len(show_mask(short, given_rows[-1:], 1, 1024)[0].segments[1].text) < 60
 
 
 @pytest.mark.parametrize(

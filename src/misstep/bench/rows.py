@@ -11,7 +11,7 @@ from itertools import islice
 from misstep.data.suites import attacked_prompts, clean_prompts
 from misstep.methods.base import Materials, MixSettings, analysis_row
 from misstep.methods.registry import METHODS
-from misstep.policy import Policy, load_policy
+from misstep.policy import load_policy
 from misstep.records import Analysis, Example, Message, Mistake, Prompt
 
 SUITE = "goal-hijacking"
@@ -44,16 +44,15 @@ def mixed_rows(count: int) -> list[Example]:
 def analysis_prompts(count: int) -> list[tuple[Message, ...]]:
     """Requests for analyses, which share the worked examples at their beginning."""
     policy = load_policy(SUITE)
-    return [_worked(policy, prompt) for prompt in _attacked(count)]
+    return [
+        policy.worked_request(prompt.text, prompt.target or "", guided=True)
+        for prompt in _attacked(count)
+    ]
 
 
 def attack_prompts(count: int) -> list[tuple[Message, ...]]:
     """Short prompts that share nothing."""
     return [prompt.messages for prompt in _attacked(count)]
-
-
-def _worked(policy: Policy, prompt: Prompt) -> tuple[Message, ...]:
-    return policy.worked_request(prompt.text, prompt.target or "", guided=True)
 
 
 def _attacked(count: int) -> list[Prompt]:

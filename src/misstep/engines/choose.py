@@ -17,6 +17,7 @@ from misstep.errors import InputError, ModelError
 from misstep.guard import Guard
 from misstep.models.endpoint import Endpoint
 from misstep.models.locate import Model
+from misstep.models.precision import device
 
 LOCAL = r"(auto|openvino|transformers|vllm(:[1-9][0-9]*)?)"
 KIND = f"{LOCAL}|ray(:{LOCAL})?"
@@ -88,13 +89,7 @@ def choose_labels(model: Model, guard: Guard) -> Chosen:
         "transformers, because a guard is read by its labels' probabilities",
         lambda: labels.LabelEngine(model, guard),
     )
-    return found.on_gpu() if _has_gpu() else found
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return bool(torch.cuda.is_available())
+    return found.on_gpu() if device() == "cuda" else found
 
 
 def _openvino(model: Model, adapter: Path | None, scratch: Path | None, reason: str) -> Chosen:
@@ -115,7 +110,7 @@ def _transformers(model: Model, adapter: Path | None, reason: str) -> Chosen:
         f"transformers, because {reason}",
         lambda: transformers.TransformersEngine(model, adapter),
     )
-    return found.on_gpu() if _has_gpu() else found
+    return found.on_gpu() if device() == "cuda" else found
 
 
 def _vllm(model: Model, adapter: Path | None, gpus: int | None, reason: str) -> Chosen:
@@ -169,7 +164,7 @@ def _endpoint(endpoint: Endpoint) -> Chosen:
 
 def _fastest(model: Model, adapter: Path | None) -> tuple[str, str]:
     """The engine to take where none is asked for, and the reason."""
-    if not _has_gpu():
+    if device() == "cpu":
         obstacle = _openvino_obstacle(model, adapter)
         if obstacle is None and model.is_gguf:
             return "openvino", "this is a CPU and the model is a GGUF that it reads"

@@ -64,18 +64,16 @@ class Row:
 
 
 class TransformersEngine(Engine):
-    """Answers with `generate`, in batches of at most `batch_tokens` tokens with padding."""
+    """Answers with `generate`, in batches of at most `BATCH_TOKENS` tokens with padding."""
 
-    def __init__(
-        self, model: Model, adapter: Path | None = None, batch_tokens: int = BATCH_TOKENS
-    ) -> None:
+    def __init__(self, model: Model, adapter: Path | None = None) -> None:
         import torch
 
         self.renderer = Renderer.for_model(model)
         self._device = torch.device(device())
         self._model: PreTrainedModel | None = load_for_answers(model, adapter)
         forget_habits(self._model)
-        self._batch_tokens = batch_tokens
+        self._batch_tokens = BATCH_TOKENS
         self._longest = context_length(model)
         self.identity = identity(model, adapter)
 

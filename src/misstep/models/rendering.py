@@ -108,7 +108,7 @@ class Renderer:
         mark = self._unused_character(messages)
         text = self._template(self._marked(messages, mark), generate=True)
         if mark not in text:
-            return self._opening() + self._encode(text)
+            return self._opening() + tokens_of(self.tokenizer, text, plain=False)
         return self._opening() + list(self._pieces(text, mark))
 
     def filled(self, template: str, messages: Sequence[Message], tail: str = "") -> list[int]:
@@ -136,8 +136,8 @@ class Renderer:
         Raises:
             DataError: the model's template refuses this sequence of turns.
         """
-        prompt = self.prompt(messages) + self._encode(prefill, plain=True)
-        ids = (*prompt, *self._encode(completion, plain=True), self.end_of_turn)
+        prompt = self.prompt(messages) + tokens_of(self.tokenizer, prefill)
+        ids = (*prompt, *tokens_of(self.tokenizer, completion), self.end_of_turn)
         return Rendered(ids, len(prompt))
 
     def refuse_hidden_answers(self) -> None:
@@ -175,10 +175,6 @@ class Renderer:
         places = [text.find(turn) for turn in self.next_turns]
         return min((place for place in places if place >= 0), default=None)
 
-    def plain(self, text: str) -> list[int]:
-        """The tokens of a text in which no spelling of a control token is one."""
-        return self._encode(text, plain=True)
-
     @cached_property
     def pad(self) -> int:
         """The token that rows are filled up with.
@@ -191,10 +187,6 @@ class Renderer:
         # Some tokenizers were given a token to pad with that their model knows nothing of.
         usable = (int(i) for i in known if i is not None and (most is None or i < most))
         return next((i for i in usable if i != end), end)
-
-    def _encode(self, text: str, plain: bool = False) -> list[int]:
-        """Tokens of a text; `plain` takes the spelling of a control token as mere text."""
-        return tokens_of(self.tokenizer, text, plain)
 
     def _opening(self) -> list[int]:
         """What the tokenizer itself puts first; a chat template writes its own."""
@@ -210,7 +202,7 @@ class Renderer:
             if piece in self._control:
                 yield self._control[piece]
             elif piece:
-                yield from self._encode(piece.replace(mark, ""), plain=True)
+                yield from tokens_of(self.tokenizer, piece.replace(mark, ""))
 
     def _marked(self, messages: Sequence[Message], mark: str) -> list[dict[str, str]]:
         """Turns for the template, each spelling of a control token broken by the mark."""

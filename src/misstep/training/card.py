@@ -30,7 +30,7 @@ def card_head(base: Model, tags: Sequence[str], datasets: Sequence[str]) -> str:
 
 def _license(base: Model) -> str | None:
     """As a GGUF file names it; what is trained from the weights is bound by it, too."""
-    if not base.is_gguf or base.path is None:
+    if not base.is_gguf:
         return None
-    found = read_header(base.path).values.get("general.license")
+    found = read_header(base.files).values.get("general.license")
     return str(found) if found else None

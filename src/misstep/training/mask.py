@@ -33,7 +33,7 @@ class MaskedRow(NamedTuple):
 
 
 def show_mask(
-    model: Model, examples: Sequence[Example], count: int, max_length: int = 1024
+    model: Model, examples: Sequence[Example], count: int, max_length: int
 ) -> list[MaskedRow]:
     """The first rows of every kind, kinds taking turns, at most `count` in all."""
     renderer, max_length = Renderer.for_model(model), within_context(model, max_length)
