@@ -44,10 +44,10 @@ from misstep.training.classifier import (
 )
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import Labelled, LabelLoss, balance
+from misstep.training.lora import adapted
 from misstep.training.loss import mean_loss
 from misstep.training.scoring import Scorer
 from misstep.training.sharing import can_share
-from misstep.training.weights import adapted
 
 SETTINGS = ["epochs=6", "learning_rate=0.01", "held_out=0.25", "dev=0.2", "max_tokens=48"]
 

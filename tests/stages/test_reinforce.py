@@ -26,11 +26,11 @@ from misstep.stages import reward as reward_stage
 from misstep.stages.reinforce import Feedback, Job, ReinforceSettings, reinforce
 from misstep.stages.reward import RewardSettings, Setup, load_scorer, train_reward
 from misstep.stages.train_settings import TrainSettings
+from misstep.training.lora import lora_config
 from misstep.training.report import TrainReport
 from misstep.training.reward import split_by_prompt, with_reward_adapter
 from misstep.training.rows import PairRow, Row, render_pairs
 from misstep.training.scoring import Scorer, classifier
-from misstep.training.weights import lora_config
 
 TRAIN = TrainSettings(rank=4, alpha=8, batch_size=8, max_length=200)
 QUICK = ReinforceSettings(

@@ -54,6 +54,7 @@ from misstep.stages.train_settings import PreferenceSettings, TrainSettings
 from misstep.training import kernels, sharing
 from misstep.training import trainer as trainer_module
 from misstep.training.kernels import fast_layers
+from misstep.training.lora import save_adapter, with_adapter, with_all_weights
 from misstep.training.loss import (
     LINES_AT_ONCE,
     TARGETS_AT_ONCE,
@@ -70,7 +71,7 @@ from misstep.training.rows import (
     GROUP_COST,
     PairRow,
     Row,
-    in_order,
+    in_epochs,
     longest,
     micro_batches,
     padded,
@@ -86,7 +87,6 @@ from misstep.training.sharing import (
     can_share,
     collate_shared,
 )
-from misstep.training.weights import save_adapter, with_adapter, with_all_weights
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300,
@@ -615,9 +615,9 @@ def test_a_whole_data_set_is_split_in_no_time() -> None:
 @given(st.integers(1, 12), st.floats(0.1, 4), st.integers(0, 5))
 def test_every_epoch_meets_every_row_once(count: int, epochs: float, seed: int) -> None:
     given_rows = [Row((1, 2), 1, str(number)) for number in range(count)]
-    order = in_order(given_rows, epochs, seed)
+    order = in_epochs(given_rows, epochs, seed)
     assert len(order) == max(1, round(count * epochs))
-    assert order == in_order(given_rows, epochs, seed)
+    assert order == in_epochs(given_rows, epochs, seed)
     for start in range(0, len(order) - count + 1, count):
         assert {row.kind for row in order[start : start + count]} == set(map(str, range(count)))
 

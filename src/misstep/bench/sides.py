@@ -185,7 +185,7 @@ def generate_served(work: Work) -> Found:
     from misstep.engines.openai import OpenAIEngine
     from misstep.engines.pace import Pace
     from misstep.engines.server import PORT, Server
-    from misstep.engines.vllm import AT_ONCE
+    from misstep.engines.vllm import UNDER_WAY
     from misstep.models.endpoint import Endpoint
 
     settings, files = work["settings"], str(locate(work["model"]).files)
@@ -193,7 +193,7 @@ def generate_served(work: Work) -> Found:
     line = [part.format(**blanks) for part in shlex.split(settings["command"])]
     with closing(Server(line, dict(os.environ))) as server:
         # As many as there are at once, as in our vLLM engine: a server queues by itself.
-        pace = Pace(AT_ONCE, AT_ONCE)
+        pace = Pace(UNDER_WAY, UNDER_WAY)
         endpoint = Endpoint("bench", f"{server.url}/v1")
         with OpenAIEngine(endpoint, pace=pace, proxies=False) as engine:
             engine.generate(_requests([(Message(role="user", content=WARM_UP),)], 4))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-AT_ONCE = 8
+PROMPTS_AT_ONCE = 8
 PROBE = (Message(role="user", content="Hello."), Message(role="assistant", content="Hello!"))
 
 
@@ -61,8 +61,8 @@ class LabelEngine(Engine):
         }
         read = [place for place in range(len(requests)) if place not in found]
         order = sorted(read, key=lengths.__getitem__)
-        for start in range(0, len(order), AT_ONCE):
-            places = order[start : start + AT_ONCE]
+        for start in range(0, len(order), PROMPTS_AT_ONCE):
+            places = order[start : start + PROMPTS_AT_ONCE]
             answers = self._halved([requests[place] for place in places])
             found |= dict(zip(places, answers, strict=True))
         return [found[place] for place in range(len(requests))]
@@ -159,7 +159,8 @@ def identity(model: Model, guard: Guard) -> str:
 
     release = f"labels transformers {transformers.__version__} torch {torch.__version__}"
     precision = str(answering_dtype(model)).removeprefix("torch.")
-    return f"{release} {device()}:{model.digest}:{digest([guard.digest, AT_ONCE])}:{precision}"
+    asked = digest([guard.digest, PROMPTS_AT_ONCE])
+    return f"{release} {device()}:{model.digest}:{asked}:{precision}"
 
 
 def check(model: Model, guard: Guard) -> None:

@@ -3,10 +3,10 @@
 Prompts are batched by length; the beginning that all of a batch share is computed once, and
 what follows it is padded on the left. Each sampled row draws its own noise from a generator
 seeded by its request, and takes the token with the largest noisy logit (Gumbel's trick), so
-that a row's dice do not depend on its neighbours. What can still differ with the
-batch is the rounding of matrix products: on one machine the same batch gives the same texts,
-and another batch gives them as far as floating point allows. This module knows transformers; it
-knows no other engine.
+that a row's dice do not depend on its neighbours. What can still differ with the batch is the
+rounding of matrix products: on one machine the same batch gives the same texts, and another
+batch gives them as far as floating point allows. This module knows transformers; it knows no
+other engine.
 """
 
 from collections.abc import Iterator, Sequence

@@ -42,7 +42,7 @@ PLAIN: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("modules_to_save", (None, [])),
 )
 """Options of an adapter, and the values beside which vLLM refuses it."""
-AT_ONCE = 256
+UNDER_WAY = 256
 """Requests that the server is given; it queues and batches them itself."""
 
 PROCESSORS = "cpu"
@@ -64,7 +64,7 @@ class VllmEngine(OpenAIEngine):
         self._server = Server(command(program(), model, adapter, gpus), environment(os.environ))
         lora = adapter is not None and not is_full_fine_tune(adapter)
         endpoint = Endpoint(TRAINED if lora else BASE, f"{self._server.url}/v1")
-        super().__init__(endpoint, pace=Pace(AT_ONCE, AT_ONCE), proxies=False)
+        super().__init__(endpoint, pace=Pace(UNDER_WAY, UNDER_WAY), proxies=False)
         self.identity = named
 
     def close(self) -> None:

@@ -100,7 +100,7 @@ class _Stay(HTTPRedirectHandler):
     """Follows nobody elsewhere, since the key would go along."""
 
     def redirect_request(self, *_: Any) -> None:
-        """No."""
+        """Give no request to go there with."""
 
 
 def check_endpoint(endpoint: Endpoint) -> None:

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 ALIGNMENT = 32
 
-# Type codes of metadata values: fixed sizes first, then the two that carry a length.
 _FORMATS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?"))) | {
     10: "Q",
     11: "q",
     12: "d",
 }
 STRING, _ARRAY = 8, 9
+"""Type codes of metadata values: fixed sizes first, then the two that carry a length."""
 
 Scalar = int | float | bool | str
 

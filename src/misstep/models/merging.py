@@ -17,8 +17,8 @@ from misstep.models.locate import Model, locate
 from misstep.models.weights import (
     load_tokenizer,
     load_weights,
+    make_readable,
     no_progress_bars,
-    share,
 )
 from misstep.records import digest
 
@@ -59,5 +59,5 @@ def save_whole(
     with no_progress_bars():
         weights.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    share(temporary)
+    make_readable(temporary)
     temporary.replace(out)

@@ -41,8 +41,8 @@ PROBE = "misstep"
 CLOSED = re.compile(r"<(\w*think\w*)>\s*</\1>")
 """An empty thought, which some templates write in prompts and others in answers."""
 OPENED = re.compile(r"<(\w*think\w*)>\s*\Z")
-# Models whose `eos` ends a turn were trained with one of these at the end of a document.
 ENDINGS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+"""Models whose `eos` ends a turn were trained with one of these at the end of a document."""
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def _say_halved() -> None:
     )
 
 
-def share(folder: Path) -> None:
+def make_readable(folder: Path) -> None:
     """Let whoever may read the configuration in a folder read the weights beside it, too.
 
     safetensors 0.8 keeps what it writes from all but the owner (safetensors#782), and a server

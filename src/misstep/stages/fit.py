@@ -22,7 +22,7 @@ from misstep.stages.base import Notify
 from misstep.stages.train_settings import TrainSettings
 from misstep.training import processes
 from misstep.training.report import RankReport, TrainReport
-from misstep.training.rows import PairRow, Row, Rows, in_order, sample_by_kind
+from misstep.training.rows import PairRow, Row, Rows, in_epochs, sample_by_kind
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -82,7 +82,7 @@ def fit(job: Job, notify: Notify | None) -> "tuple[CompletionLoss, TrainReport]"
         started = time.monotonic()
         rows = _with_reference(job, loss)
         reference_seconds = time.monotonic() - started
-        order: list[Any] = in_order(rows, job.settings.epochs, job.seed)
+        order: list[Any] = in_epochs(rows, job.settings.epochs, job.seed)
         trainer = _trainer(job, loss, arguments, order, notify)
         sample = sample_by_kind(rows, MEASURED_PAIRS if job.on_pairs else MEASURED_ROWS)
         before = _losses(loss, sample)
@@ -104,7 +104,7 @@ def fit(job: Job, notify: Notify | None) -> "tuple[CompletionLoss, TrainReport]"
 
 
 def _prepare(job: Job) -> "CompletionLoss":
-    from misstep.training.weights import with_adapter, with_all_weights
+    from misstep.training.lora import with_adapter, with_all_weights
 
     lm, settings = load_weights(job.model), job.settings
     if settings.adapter == "full":

@@ -177,8 +177,8 @@ def _usable_prompts(job: Job, prompts: Sequence[Prompt]) -> list[list[int]]:
 def _policy_trainer(
     job: Job, prompts: Sequence[Sequence[int]], scorers: "Sequence[Scorer]"
 ) -> Any:
-    from misstep.training.policy import policy_trainer
-    from misstep.training.weights import lora_config
+    from misstep.training.lora import lora_config
+    from misstep.training.rloo import policy_trainer
 
     settings, train = job.settings, job.setup.train
     lm = load_weights(job.setup.model).to(fastest_dtype())
@@ -230,7 +230,7 @@ def _report(
     seconds: float,
     rewards: Sequence[RewardReport],
 ) -> TrainReport:
-    from misstep.training.policy import steps_of
+    from misstep.training.rloo import steps_of
 
     history = trainer.state.log_history
     curve = [(entry["step"], round(entry["loss"], 5)) for entry in history if "loss" in entry]
@@ -265,7 +265,7 @@ def _report(
 
 def _save(job: Job, adapted: Any, report: TrainReport) -> None:
     """Write weights, card and, last, the report: with it the folder is finished."""
-    from misstep.training.weights import save_adapter
+    from misstep.training.lora import save_adapter
 
     model = job.setup.model
     save_adapter(adapted, model.published, job.folder)

@@ -165,9 +165,9 @@ def _train(
     inputs: str,
     what: str,
 ) -> RewardReport:
+    from misstep.training.lora import save_adapter
     from misstep.training.reward import accuracy, fit, scale, with_reward_adapter
     from misstep.training.scoring import Scorer
-    from misstep.training.weights import save_adapter
 
     (folder / REPORT).unlink(missing_ok=True)
     lm, train = load_weights(setup.model).to(fastest_dtype()), setup.train

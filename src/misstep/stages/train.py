@@ -256,7 +256,7 @@ def _save(
 ) -> None:
     """Write weights, card and, last, the report: with it the folder is finished."""
     from misstep.models.precision import weights_dtype
-    from misstep.training.weights import save_adapter, save_all_weights
+    from misstep.training.lora import save_adapter, save_all_weights
 
     if job.settings.adapter == "full":
         tokenizer = job.renderer.tokenizer

@@ -26,16 +26,16 @@ from transformers import TrainerCallback
 from misstep.errors import ModelError, TrainingError
 from misstep.models.locate import Model, is_encoder
 from misstep.models.precision import device, fastest_dtype, weights_dtype
-from misstep.models.weights import no_progress_bars, share
+from misstep.models.weights import make_readable, no_progress_bars
 from misstep.training.encoder import read_classifier
 from misstep.training.kernels import fast_layers
 from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss, balance
+from misstep.training.lora import adapted
 from misstep.training.loss import body_of, mean_loss, on_device, without_gradient
 from misstep.training.processes import place
-from misstep.training.rows import Row, in_order
+from misstep.training.rows import Row, in_epochs
 from misstep.training.scoring import ScoreHead, classifier
 from misstep.training.trainer import CompletionTrainer, Steps, trained, training_arguments
-from misstep.training.weights import adapted
 
 PATIENCE = 2
 """Measurements on the dev part without a gain, after which training stops."""
@@ -126,7 +126,7 @@ def fit(
     Raises:
         TrainingError: a loss is no finite number.
     """
-    order = in_order([row.row for row in train], how.epochs, how.seed)
+    order = in_epochs([row.row for row in train], how.epochs, how.seed)
     steps = math.ceil(len(train) / how.batch_size)
     watch = Watch(loss, [row.row for row in dev], how.micro_tokens, steps)
     arguments = training_arguments(
@@ -250,7 +250,7 @@ def save_classifier(model: Any, tokenizer: Any, folder: Path) -> None:
     with no_progress_bars():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    share(folder)
+    make_readable(folder)
 
 
 def load_classifier(folder: Path) -> Any:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from misstep.errors import ModelError
 from misstep.models.weights import no_progress_bars
 from misstep.training.label_loss import EncoderLoss, balance
-from misstep.training.weights import drawn_by, lora_config, with_peft
+from misstep.training.lora import drawn_by, lora_config, with_peft
 
 
 class Encoder(NamedTuple):

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+from misstep.training.lora import drawn_by, lora_config, with_peft
 from misstep.training.processes import on_one_device
 from misstep.training.rows import PairRow
 from misstep.training.scoring import Scorer, classifier
-from misstep.training.weights import drawn_by, lora_config, with_peft
 
 PAIRS_AT_ONCE = 4
 """Of one forward pass; a step's further ones come after each other."""

@@ -102,7 +102,7 @@ def render_pairs(renderer: Renderer, pairs: Sequence[Pair], max_length: int) -> 
     return Rows(tuple(kept), len(pairs), len(pairs) - len(kept), truncated)
 
 
-def in_order(rows: Sequence[Unit], epochs: float, seed: int) -> list[Unit]:
+def in_epochs(rows: Sequence[Unit], epochs: float, seed: int) -> list[Unit]:
     """The rows as training meets them: every epoch is a shuffle of its own."""
     wanted = max(1, round(len(rows) * epochs))
     shuffler = random.Random(seed)
@@ -142,10 +142,10 @@ def padded(group: Sequence[Unit]) -> int:
 
 
 def shares(rows: Sequence[Unit], processes: int, most: int) -> list[list[list[Unit]]]:
-    """The micro-batches of each process in one step, equally many of them.
+    """The micro-batches of one step for each process, or lane: for all of them equally many.
 
-    Rows are dealt out by length, so that all have about as much to do. A group is empty where a
-    process has nothing left to do while others have.
+    Rows are dealt out by length, so that all have about as much to do. One that has nothing
+    left to do while others have gets empty micro-batches.
     """
     by_length = sorted(rows, key=longest)
     dealt = [micro_batches(by_length[n::processes], most) for n in range(processes)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from misstep.models.weights import no_progress_bars, share
+from misstep.models.weights import make_readable, no_progress_bars
 from misstep.training.loss import CompletionLoss
 
 MAMBA = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))
@@ -95,7 +95,7 @@ def save_adapter(
     config.target_modules = sorted(config.target_modules)
     # The adapter holds no embeddings; the default would ask the Hub whether it should.
     adapted.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
-    share(folder)
+    make_readable(folder)
 
 
 def save_all_weights(
@@ -115,4 +115,4 @@ def save_all_weights(
     lm.config.dtype = dtype
     lm.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    share(folder)
+    make_readable(folder)
