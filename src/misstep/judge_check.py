@@ -19,7 +19,7 @@ from misstep.data.labelled import MISTAKES, Case, DataSet, drawn, read_labelled
 from misstep.data.sources import Source, check_source, rows
 from misstep.documents import check, read_yaml
 from misstep.engines.base import Engine
-from misstep.engines.cached import Chosen
+from misstep.engines.cached import CachedEngine, Chosen
 from misstep.engines.store import CACHE
 from misstep.errors import DataError
 from misstep.evidence.check_results import (
@@ -251,7 +251,7 @@ def _about(check: Check) -> tuple[object, ...]:
 def _cached(chosen: Chosen, folder: Path, progress: Progress) -> Iterator[Engine]:
     """A cached engine for a judge that asks a model."""
     progress.say(f"Engine: {chosen.why}")
-    with chosen.cached(folder / CACHE) as engine:
+    with CachedEngine(chosen, folder / CACHE) as engine:
         engine.notify = partial(progress.update, "judging")
         yield engine
 

@@ -669,7 +669,7 @@ class Run:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        engine = chosen.cached(self._cache)
+        engine = CachedEngine(chosen, self._cache)
         engine.notify = lambda done, total: self.progress.update(what, done, total)
         with engine:
             yield engine

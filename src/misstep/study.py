@@ -238,7 +238,7 @@ class StudyRun:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        with chosen.cached(self.folder / CACHE) as engine:
+        with CachedEngine(chosen, self.folder / CACHE) as engine:
             yield engine
 
 

@@ -37,10 +37,6 @@ class Chosen(NamedTuple):
     alone: bool = False
     """Whether it takes this machine's GPUs for itself."""
 
-    def cached(self, path: Path) -> "CachedEngine":
-        """The same behind a cache: it loads at the first answer that is not there yet."""
-        return CachedEngine(self, path)
-
     def on_gpu(self) -> "Chosen":
         """The same, where it runs on a GPU."""
         return self._replace(at_once=MANY, alone=True)

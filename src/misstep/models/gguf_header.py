@@ -99,24 +99,17 @@ def tensor_names(header: Header) -> "TensorNameMap":
     Raises:
         ModelError: the package gguf does not know the family.
     """
-    from gguf import MODEL_ARCH_NAMES
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     family = header.architecture
-    if family not in MODEL_ARCH_NAMES.values():
+    arch = next((a for a, name in MODEL_ARCH_NAMES.items() if name == family), None)
+    if arch is None:
         raise ModelError(
             f"{header.path}: its family is {family or 'unknown'}, whose tensors the package "
             f"gguf {version('gguf')} cannot name, so that no adapter can be matched to them. "
             "Install a newer one: pip install --upgrade gguf."
         )
-    return _names(family, header.number("block_count"))
-
-
-@lru_cache(maxsize=1)
-def _names(family: str, blocks: int) -> "TensorNameMap":
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    arch = next(a for a, name in MODEL_ARCH_NAMES.items() if name == family)
-    return get_tensor_name_map(arch, blocks)
+    return get_tensor_name_map(arch, header.number("block_count"))
 
 
 @lru_cache(4)

@@ -43,9 +43,14 @@ def unpacked(
         return folder
     model = read()
     try:
-        return _written(model, folder)
+        with whole(folder) as temporary:
+            needed = sum(weights.nbytes for weights in model.state_dict().values())
+            if needed > SHARE_OF_DISK * shutil.disk_usage(temporary).free:
+                raise OSError(f"{folder}: a copy of {needed:,} bytes does not fit")
+            model.save_pretrained(temporary)
     except (OSError, SafetensorError):  # The latter where a disk is full.
         return model
+    return folder
 
 
 def cache_folder(kind: str) -> Path:
@@ -74,17 +79,3 @@ def whole(folder: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _written(model: "PreTrainedModel", folder: Path) -> Path:
-    """Write a copy.
-
-    Raises:
-        OSError: it does not fit, or the folder cannot be written.
-    """
-    with whole(folder) as temporary:
-        needed = sum(weights.nbytes for weights in model.state_dict().values())
-        if needed > SHARE_OF_DISK * shutil.disk_usage(temporary).free:
-            raise OSError(f"{folder}: a copy of {needed:,} bytes does not fit")
-        model.save_pretrained(temporary)
-    return folder
