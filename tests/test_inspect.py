@@ -216,6 +216,22 @@ def test_a_judge_that_failed_is_unscored_beside_one_that_did_not() -> None:
     assert found["mistake_rate@guard"] == (None, "no judgement: the guard is away")
 
 
+def test_a_failed_sample_leaves_each_judge_of_refusals_its_name() -> None:
+    judges = {"over_refusal": "rule:refusal", "over_refusal@mine": "mine"}
+    sample = SimpleNamespace(
+        id="1",
+        metadata={"test_set": "t", "prompt": Prompt.of("How?", unsafe=True).model_dump()},
+        scores={},
+        error=SimpleNamespace(message="the server is down"),
+    )
+    log: Any = SimpleNamespace(samples=[sample], status="success")
+    ((_, scores),) = _answers(BARE.model_copy(update={"judges": judges}), log, Path("log"))
+    assert {score.metric: score.judge for score in scores} == {
+        "unsafe_refusal": "rule:refusal",
+        "unsafe_refusal@mine": "mine",
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

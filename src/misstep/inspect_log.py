@@ -224,7 +224,7 @@ def _unscored(
     """No score of the judges that had something to say of the test set's other answers."""
     for called, judge in asked.judges.items():
         due = base_metric(called) == REFUSALS
-        metric = refusal_metric(response.prompt) if due else called
+        metric = called.replace(REFUSALS, refusal_metric(response.prompt), 1) if due else called
         if metric in had or (given and metric not in given):
             continue
         reason = no_answer(why) if response.error else f"no judgement: {why}"
