@@ -79,6 +79,8 @@ class JudgeConfig(Settings):
         article = "an" if self.kind == "ensemble" else "a"
         if self.kind not in NAMED and self.model is not None:
             raise ValueError(f"{article} {self.kind} asks no model; leave the model out")
+        if self.kind not in ASKING and self.engine != "auto":
+            raise ValueError(f"engine is of {' and '.join(ASKING)}; leave it out")
         if self.kind not in ASKING and self.votes > 1:
             raise ValueError(f"votes are of {' and '.join(ASKING)}; leave them out")
         if self.kind not in ASKING and self.max_tokens != MAX_TOKENS:

@@ -140,7 +140,9 @@ def _model(
     name: str, config: JudgeConfig, policy: Policy | None, otherwise: Model | None
 ) -> Model | None:
     if policy is not None and policy.judge.rubric is None:
-        if given := sorted({"model", "votes", "max_tokens"} & config.model_fields_set):
+        if given := sorted(
+            {"model", "engine", "votes", "max_tokens"} & config.model_fields_set
+        ):
             raise RecipeError(
                 f"judge {name}: expected no {' and no '.join(given)}, since its policy judges "
                 "by a rule and asks no model. Leave it out."
