@@ -296,6 +296,15 @@ def test_a_due_refusal_is_no_over_refusal_in_inspects_own_table() -> None:
     assert kept["unsafe_refusal"] == kept["unsafe_full_refusal"] == 1
 
 
+def test_the_method_that_is_guidance_is_asked_with_the_guide(recipe: Path) -> None:
+    pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
+    from misstep.inspect_task import recipe as task
+
+    for options in ({}, {"guided": True}):
+        assert task(str(recipe), method="guided", **options).metadata[KEY]["guided"]
+    assert not task(str(recipe)).metadata[KEY]["guided"]
+
+
 @pytest.mark.parametrize("option", [{"test_set": "atacks"}, {"method": "vanila"}])
 def test_a_name_that_is_none_is_refused(recipe: Path, option: dict[str, str]) -> None:
     pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")

@@ -53,7 +53,8 @@ def recipe(
     Args:
         path: the recipe.
         test_set: the name of one of its test sets; all where left out.
-        guided: whether the policy's guide stands around the prompts.
+        guided: whether the policy's guide stands around the prompts; always, where the method
+            is guidance itself.
         method: what the asked model was trained with; it is asked in that method's words and
             stands under its name in the results.
     """
@@ -62,6 +63,7 @@ def recipe(
     tests = load_tests(config)
     _check("test_set", test_set, ["", *tests])
     _check("method", method, list(METHODS))
+    guided |= METHODS[method].guided == (True,)
     chosen = {name: of for name, of in tests.items() if test_set in ("", name)}
     every = _seats(config, policy)
     checks = tuple(map(read_judge_check, config.evaluate.judge_check))
