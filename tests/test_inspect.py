@@ -10,6 +10,7 @@ import pytest
 
 from misstep.data.sources import Source, load_prompts
 from misstep.engines.base import Request
+from misstep.engines.choose import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
 from misstep.evidence.check_results import correction, read_check
@@ -303,6 +304,24 @@ def test_the_method_that_is_guidance_is_asked_with_the_guide(recipe: Path) -> No
     for options in ({}, {"guided": True}):
         assert task(str(recipe), method="guided", **options).metadata[KEY]["guided"]
     assert not task(str(recipe)).metadata[KEY]["guided"]
+
+
+def test_the_policys_judge_is_answered_for_by_the_recipes_engine(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
+    from misstep.inspect_task import recipe as task
+
+    asked: list[str] = []
+
+    def choose(kind: str, *_: object) -> Chosen:
+        asked.append(kind)
+        return Chosen("scripted", "", ScriptedEngine)
+
+    monkeypatch.setattr("misstep.judging.choose", choose)
+    recipe.write_text(RECIPE.replace("goal-hijacking\nm", "harmlessness\nengine: vllm:2\nm"))
+    task(str(recipe))
+    assert asked == ["vllm:2"]
 
 
 @pytest.mark.parametrize("option", [{"test_set": "atacks"}, {"method": "vanila"}])

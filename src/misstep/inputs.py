@@ -17,15 +17,14 @@ from misstep.data.labelled import MISTAKES
 from misstep.data.preferred import load_preferred
 from misstep.data.sources import Source, check_source, load_mistakes, load_prompts, rows
 from misstep.engines.choose import choose
-from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, NoPrompts, RecipeError
 from misstep.evidence.check_results import Check, correction, read_check
 from misstep.evidence.judge_card import seen_questions, was_seen
 from misstep.judges.base import AnyJudge, Judge, PairJudge
-from misstep.judges.choose import cost_judges, mistake_judge
+from misstep.judges.choose import cost_judges
 from misstep.judges.instructions import check_instructions
 from misstep.judges.seats import seated
-from misstep.judging import JudgeInputs, locate_judging, read_judge
+from misstep.judging import JudgeInputs, judge_of_policy, locate_judging, read_judge
 from misstep.methods.registry import METHODS
 from misstep.models.endpoint import PREFIX
 from misstep.models.folding import check_adapter, check_addable, puts_tokens_first
@@ -65,9 +64,8 @@ class Inputs(NamedTuple):
     adapter: Path | None
     analyst: Model
     judge: Model
-    """What a policy's rubric is put to, and judges that name no model."""
-    of_mistakes: JudgeInputs | None
-    """In the place of the policy's own judge."""
+    """What judges are put to that name no model."""
+    of_mistakes: JudgeInputs
     judges: dict[str, JudgeInputs]
     """Further ones, by name."""
     prompts: Sequence[Prompt]
@@ -116,7 +114,7 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
     judge = locate_judging(config)
     seed, (prompts, given) = config.seed, _cases(config)
     methods = _possible(config, _asked(prompts, given))
-    of_mistakes = read_judge_of_mistakes(config, judge)
+    of_mistakes = read_judge_of_mistakes(config, policy, judge)
     tests, ordinary = load_tests(config), _ordinary(config)
     with under("helpful_pairs"):
         helpful = load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else ()
@@ -128,7 +126,7 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
     judges = {
         name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
     }
-    first = of_mistakes.probe() if of_mistakes else mistake_judge(policy, ScriptedEngine())
+    first = of_mistakes.probe()
     assert isinstance(first, Judge)
     if _judges_what_is_learned(config):
         check_judgeable("mistakes.data", _asked(prompts, given), first)
@@ -190,14 +188,16 @@ def _asked(prompts: Sequence[Prompt], given: Sequence[Mistake]) -> Iterable[Prom
     return prompts or (mistake.prompt for mistake in given)
 
 
-def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
-    """The judge in the place of the policy's own, where the recipe names one.
+def read_judge_of_mistakes(
+    config: RunConfig, policy: Policy, otherwise: Model | None
+) -> JudgeInputs:
+    """The judge that the recipe names, or else the policy's own.
 
     Raises:
         InputError: what is wrong with it, or it is none of mistakes.
     """
     if config.judge_file is None:
-        return None
+        return judge_of_policy(config.policy, policy, config.engine, otherwise)
     found = read_judge(config.judge_file, otherwise=otherwise)
     if (metric := found.probe().metric) != MISTAKES:
         raise RecipeError(
@@ -447,7 +447,7 @@ def _columns(source: Source) -> str:
 
 def seen_by_judges(inputs: Inputs) -> Iterator[str]:
     """Which test sets hold questions that a trained judge of the run has seen, and how many."""
-    judges = [judge for judge in (inputs.of_mistakes, *inputs.judges.values()) if judge]
+    judges = (inputs.of_mistakes, *inputs.judges.values())
     for folder in dict.fromkeys(folder for judge in judges for folder in judge.trained()):
         seen = seen_questions(folder)
         for name, prompts in inputs.tests.items():

@@ -118,8 +118,7 @@ def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
     further, needs_no_model = config.evaluate.judges, policy.judge.rubric is None
     rule_alone = needs_no_model and config.judge_file is None and not further
     model = None if rule_alone else locate_judging(config)
-    of_policy = f"policy:{config.policy}"
-    first = read_judge_of_mistakes(config, model) or read_judge(of_policy, otherwise=model)
+    first = read_judge_of_mistakes(config, policy, model)
     read = {name: read_judge(judge, otherwise=model) for name, judge in further.items()}
     stack = ExitStack()
     atexit.register(stack.close)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from misstep.config import RunConfig
 from misstep.engines.base import Engine
-from misstep.engines.choose import Chosen, choose, choose_labels
+from misstep.engines.choose import Chosen, Kind, choose, choose_labels
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import ModelError, RecipeError
 from misstep.guard import Guard, load_guard
@@ -70,6 +70,15 @@ class JudgeInputs(NamedTuple):
     def probe(self) -> AnyJudge:
         """The judge without its model: it says what it can score, and by what metric."""
         return _built(self, lambda _: ScriptedEngine())
+
+
+def judge_of_policy(
+    name: str, policy: Policy, engine: Kind, model: Model | None
+) -> JudgeInputs:
+    """A policy's own judge; a rubric is put to the model, which the engine answers for."""
+    config = JudgeConfig(policy=name, engine=engine)
+    asked = None if policy.judge.rubric is None else model
+    return JudgeInputs(f"policy:{name}", config, policy, model=asked)
 
 
 def read_judge(
@@ -172,7 +181,10 @@ def _check_members(found: JudgeInputs) -> None:
 
 @contextmanager
 def opened(
-    found: JudgeInputs, engine: OpenEngine, kept: Path | None = None
+    found: JudgeInputs,
+    engine: OpenEngine,
+    kept: Path | None = None,
+    scratch: Path | None = None,
 ) -> Iterator[AnyJudge]:
     """The judge with its engines, as long as it is needed.
 
@@ -180,19 +192,24 @@ def opened(
         found: the judge.
         engine: opens the engine of one that asks a model.
         kept: a store, in which the scores of trained judges are kept.
+        scratch: a folder for weights that are made for serving.
     """
     with ExitStack() as stack:
-        judge = _built(found, lambda of: stack.enter_context(engine(_chosen(of))), kept)
+
+        def asked(of: JudgeInputs) -> Engine:
+            return stack.enter_context(engine(_chosen(of, scratch)))
+
+        judge = _built(found, asked, kept)
         if isinstance(judge, Judge):
             stack.callback(judge.close)
         yield judge
 
 
-def _chosen(found: JudgeInputs) -> Chosen:
+def _chosen(found: JudgeInputs, scratch: Path | None) -> Chosen:
     assert found.model is not None
     if found.guard is not None:
         return choose_labels(found.model, found.guard)
-    return choose(found.config.engine, found.model)
+    return choose(found.config.engine, found.model, None, scratch)
 
 
 def _built(

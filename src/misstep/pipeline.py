@@ -20,13 +20,12 @@ from misstep.data.held_out import told
 from misstep.data.shelf import Names, Shelf
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
-from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE
 from misstep.errors import NothingKept, RecipeError
 from misstep.evidence.results import FOCUS, Results, write_results
 from misstep.inputs import Inputs, OtherModel, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
-from misstep.judges.choose import cost_judges, mistake_judge
+from misstep.judges.choose import cost_judges
 from misstep.judges.rule import RefusalJudge
 from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
@@ -116,9 +115,7 @@ class Run:
         refuse_own(folder, RUN.own, self.config.paths())
         self.manifest = Manifest(folder, described_run(inputs), RUN)
         self.scratch = folder / "scratch"
-        self.model, self.analyst, self.judge = (
-            self._whole(model) for model in (inputs.model, inputs.analyst, inputs.judge)
-        )
+        self.model, self.analyst = map(self._whole, (inputs.model, inputs.analyst))
         self._said: set[str] = set()
         self.corrections = self._corrections()
         self.adapters: dict[str, Path | None] = {}
@@ -620,16 +617,7 @@ class Run:
 
     @contextmanager
     def _judge_of_mistakes(self) -> Iterator[Judge]:
-        inputs = self.inputs
-        if inputs.of_mistakes is None and inputs.policy.judge.rubric is None:
-            # A rule asks no engine, so none is chosen.
-            yield mistake_judge(inputs.policy, ScriptedEngine())
-            return
-        if inputs.of_mistakes is None:
-            with self._engine(self.judge, "judging") as engine:
-                yield mistake_judge(inputs.policy, engine)
-            return
-        with self._opened(inputs.of_mistakes) as judge:
+        with self._opened(self.inputs.of_mistakes) as judge:
             assert isinstance(judge, Judge)
             yield judge
 
@@ -651,7 +639,8 @@ class Run:
 
     def _opened(self, found: JudgeInputs) -> AbstractContextManager[AnyJudge]:
         whole = found.with_models(self._whole)
-        return opened(whole, lambda chosen: self._cached(chosen, "judging"), self._cache)
+        cached = partial(self._cached, what="judging")
+        return opened(whole, cached, self._cache, self.scratch)
 
     @contextmanager
     def _engine(

@@ -294,10 +294,9 @@ def _check_digests(checks: Sequence[Check]) -> dict[str, str]:
 def _part_digests(inputs: Inputs) -> dict[str, str]:
     """What else the recipe names, by its key: digests of models, of an adapter, of judges."""
     judges = {f"evaluate.judges.{name}": of for name, of in inputs.judges.items()}
-    found = {"analysis.engine": inputs.analyst.digest, "judge": inputs.judge.digest}
+    judge = inputs.of_mistakes if inputs.config.judge_file else inputs.judge
+    found = {"analysis.engine": inputs.analyst.digest, "judge": judge.digest}
     found |= {key: of.digest for key, of in judges.items()}
-    if inputs.of_mistakes is not None:
-        found["judge"] = inputs.of_mistakes.digest
     if inputs.adapter is not None:
         found["adapter"] = adapter_digest(inputs.adapter)
     found |= {f"others.{name}": of.digest for name, of in inputs.others.items()}

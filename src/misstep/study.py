@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 from misstep.claims import claimed
 from misstep.data.sources import check_source, load_prompts, source_digest
 from misstep.engines.cached import CachedEngine
-from misstep.engines.choose import choose
-from misstep.engines.scripted import ScriptedEngine
+from misstep.engines.choose import Chosen, choose
 from misstep.engines.store import CACHE
 from misstep.errors import DataError, RecipeError
 from misstep.evidence.study_results import (
@@ -32,7 +31,8 @@ from misstep.evidence.study_results import (
     write_study,
 )
 from misstep.inputs import check_judgeable
-from misstep.judges.choose import mistake_judge
+from misstep.judges.base import Judge
+from misstep.judging import JudgeInputs, judge_of_policy, opened
 from misstep.models.weights import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.progress import Progress
@@ -54,8 +54,7 @@ class StudyInputs(NamedTuple):
     policy: Policy
     models: dict[str, Model]
     """By the names that stand in the results."""
-    judge: Model | None
-    """Of a policy with a rubric."""
+    judge: JudgeInputs
     prompts: Sequence[Prompt]
 
 
@@ -79,21 +78,18 @@ def read_study_inputs(recipe: Path, overrides: list[str]) -> StudyInputs:
     policy = load_policy(config.policy)
     check_source(config.prompts)
     prompts = load_prompts(config.prompts, config.seed)
-    _check_prompts(prompts, policy)
+    if not prompts:
+        raise DataError("prompts: expected at least one prompt, found none.")
+    judge = _judge(config, policy)
+    check_judgeable("prompts", prompts, judge.probe())
     models = [locate(name) for name in config.models]
     return StudyInputs(
         config=config,
         policy=policy,
         models=dict(zip(names_of(models), models, strict=True)),
-        judge=_judge(config, policy),
+        judge=judge,
         prompts=prompts,
     )
-
-
-def _check_prompts(prompts: Sequence[Prompt], policy: Policy) -> None:
-    if not prompts:
-        raise DataError("prompts: expected at least one prompt, found none.")
-    check_judgeable("prompts", prompts, mistake_judge(policy, ScriptedEngine()))
 
 
 def names_of(models: list[Model]) -> list[str]:
@@ -110,15 +106,16 @@ def _short(model: Model) -> str:
     return written.stem if model.is_gguf else written.resolve().name
 
 
-def _judge(config: StudyConfig, policy: Policy) -> Model | None:
-    if policy.judge.rubric is None:
-        return None
-    if config.judge is None:
-        raise RecipeError(
-            f"judge: expected a model, since the policy {policy.name} judges by a rubric; "
-            "found none. Name one that judges the answers of all models: judge: MODEL."
-        )
-    return locate(config.judge)
+def _judge(config: StudyConfig, policy: Policy) -> JudgeInputs:
+    model = None
+    if policy.judge.rubric is not None:
+        if config.judge is None:
+            raise RecipeError(
+                f"judge: expected a model, since the policy {policy.name} judges by a rubric; "
+                "found none. Name one that judges the answers of all models: judge: MODEL."
+            )
+        model = locate(config.judge)
+    return judge_of_policy(config.policy, policy, config.engine, model)
 
 
 KIND = Kind(
@@ -133,7 +130,7 @@ KIND = Kind(
 
 def _described(inputs: StudyInputs) -> dict[str, Any]:
     """What a study reads, for its manifest."""
-    judge = inputs.judge
+    judge = inputs.judge.model
     return described(inputs.config, inputs.policy) | {
         "models": {name: model.digest for name, model in inputs.models.items()},
         "judge": judge and {"name": judge.name, "digest": judge.digest},
@@ -183,9 +180,9 @@ class StudyRun:
     def _work(self, name: str, model: Model) -> Work:
         config, policy, prompts = self.config, self.inputs.policy, self.inputs.prompts
         settings = RespondSettings(**config.respond.model_dump())
-        with self._engine(model) as engine:
+        chosen = choose(config.engine, model, None, self.scratch)
+        with self._cached(chosen, f"{name}: answering") as engine:
             with self.manifest.stage("respond"):
-                engine.notify = partial(self.progress.update, f"{name}: answering")
                 answers, guided_answers = (
                     list(respond(asked, policy, engine, settings, config.seed))
                     for asked in ([(p, guided) for p in prompts] for guided in (False, True))
@@ -202,12 +199,9 @@ class StudyRun:
 
     def _judged(self, works: dict[str, Work]) -> dict[str, list[Score]]:
         """The judge's scores of each model's answers, the unguided first; into scores.jsonl."""
-        inputs = self.inputs
-        # A rule asks no engine; the one that is given here to satisfy it is never loaded.
-        model = inputs.judge or next(iter(inputs.models.values()))
-        with self.manifest.stage("judge"), self._engine(model) as engine:
-            engine.notify = partial(self.progress.update, "judging")
-            judge = mistake_judge(inputs.policy, engine)
+        asked = opened(self.inputs.judge, self._cached, scratch=self.scratch)
+        with self.manifest.stage("judge"), asked as judge:
+            assert isinstance(judge, Judge)
             scores = {
                 name: score_all(judge, work.answers + work.guided_answers)
                 for name, work in works.items()
@@ -232,13 +226,13 @@ class StudyRun:
         )
 
     @contextmanager
-    def _engine(self, model: Model) -> Iterator[CachedEngine]:
+    def _cached(self, chosen: Chosen, what: str = "judging") -> Iterator[CachedEngine]:
         """A cached engine that loads its model at the first answer that is not there yet."""
-        chosen = choose(self.config.engine, model, None, self.scratch)
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
         with chosen.cached(self.folder / CACHE) as engine:
+            engine.notify = partial(self.progress.update, what)
             yield engine
 
 
