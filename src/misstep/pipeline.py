@@ -34,7 +34,7 @@ from misstep.methods.registry import METHODS, method_of
 from misstep.models.folding import base_of, folded
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model
-from misstep.progress import Progress
+from misstep.progress import Engines, Progress
 from misstep.records import (
     Analysis,
     Answer,
@@ -116,7 +116,7 @@ class Run:
         self.manifest = Manifest(folder, described_run(inputs), RUN)
         self.scratch = folder / "scratch"
         self.model, self.analyst = map(self._whole, (inputs.model, inputs.analyst))
-        self._said: set[str] = set()
+        self._engines = Engines((store or folder) / CACHE, progress)
         self.corrections = self._corrections()
         self.adapters: dict[str, Path | None] = {}
         """Of the methods as far as they are trained; None where a method trains nothing."""
@@ -632,34 +632,16 @@ class Run:
             }
             yield seated([first, *cost_judges()], further)
 
-    @property
-    def _cache(self) -> Path:
-        """Where model calls and the scores of trained judges are kept."""
-        return (self.store or self.folder) / CACHE
-
     def _opened(self, found: JudgeInputs) -> AbstractContextManager[AnyJudge]:
         whole = found.with_models(self._whole)
-        cached = partial(self._cached, what="judging")
-        return opened(whole, cached, self._cache, self.scratch)
+        engine = partial(self._engines.opened, what="judging")
+        return opened(whole, engine, self._engines.cache, self.scratch)
 
-    @contextmanager
     def _engine(
         self, model: Model, what: str, adapter: Path | None = None
-    ) -> Iterator[CachedEngine]:
-        """A cached engine that loads its model at the first answer that is not there yet."""
+    ) -> AbstractContextManager[CachedEngine]:
         chosen = self._choose(self.config.engine, model, adapter, self.scratch)
-        with self._cached(chosen, what) as engine:
-            yield engine
-
-    @contextmanager
-    def _cached(self, chosen: Chosen, what: str) -> Iterator[CachedEngine]:
-        if chosen.why not in self._said:
-            self.progress.say(f"Engine: {chosen.why}")
-            self._said.add(chosen.why)
-        engine = chosen.cached(self._cache)
-        engine.notify = lambda done, total: self.progress.update(what, done, total)
-        with engine:
-            yield engine
+        return self._engines.opened(chosen, what)
 
 
 def run(

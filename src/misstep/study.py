@@ -9,8 +9,7 @@ Like a run, a study is one directory, resumes by content and pays for no model c
 model is in memory at a time; the judge comes last, when all have answered.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -18,8 +17,7 @@ from typing import Any, NamedTuple
 
 from misstep.claims import claimed
 from misstep.data.sources import check_source, load_prompts, source_digest
-from misstep.engines.cached import CachedEngine
-from misstep.engines.choose import Chosen, choose
+from misstep.engines.choose import choose
 from misstep.engines.store import CACHE
 from misstep.errors import DataError, RecipeError
 from misstep.evidence.study_results import (
@@ -35,7 +33,7 @@ from misstep.judges.base import Judge
 from misstep.judging import JudgeInputs, judge_of_policy, opened
 from misstep.models.weights import Model, locate
 from misstep.policy import Policy, load_policy
-from misstep.progress import Progress
+from misstep.progress import Engines, Progress
 from misstep.records import Prompt, Response, Score, write_jsonl
 from misstep.report.study import write_study_report
 from misstep.run_folder import Kind, Manifest, described, refuse_own, writable
@@ -149,7 +147,7 @@ class StudyRun:
         refuse_own(folder, KIND.own, {"prompts": self.config.prompts.path})
         self.manifest = Manifest(folder, _described(inputs), KIND)
         self.scratch = folder / "scratch"
-        self._said: set[str] = set()
+        self._engines = Engines(folder / CACHE, progress)
         self.manifest.begin_anew(progress)
         self.manifest.save()
 
@@ -181,7 +179,7 @@ class StudyRun:
         config, policy, prompts = self.config, self.inputs.policy, self.inputs.prompts
         settings = RespondSettings(**config.respond.model_dump())
         chosen = choose(config.engine, model, None, self.scratch)
-        with self._cached(chosen, f"{name}: answering") as engine:
+        with self._engines.opened(chosen, f"{name}: answering") as engine:
             with self.manifest.stage("respond"):
                 answers, guided_answers = (
                     list(respond(asked, policy, engine, settings, config.seed))
@@ -199,7 +197,8 @@ class StudyRun:
 
     def _judged(self, works: dict[str, Work]) -> dict[str, list[Score]]:
         """The judge's scores of each model's answers, the unguided first; into scores.jsonl."""
-        asked = opened(self.inputs.judge, self._cached, scratch=self.scratch)
+        engine = partial(self._engines.opened, what="judging")
+        asked = opened(self.inputs.judge, engine, scratch=self.scratch)
         with self.manifest.stage("judge"), asked as judge:
             assert isinstance(judge, Judge)
             scores = {
@@ -224,16 +223,6 @@ class StudyRun:
                 for name, work in works.items()
             ),
         )
-
-    @contextmanager
-    def _cached(self, chosen: Chosen, what: str = "judging") -> Iterator[CachedEngine]:
-        """A cached engine that loads its model at the first answer that is not there yet."""
-        if chosen.why not in self._said:
-            self.progress.say(f"Engine: {chosen.why}")
-            self._said.add(chosen.why)
-        with chosen.cached(self.folder / CACHE) as engine:
-            engine.notify = partial(self.progress.update, what)
-            yield engine
 
 
 def _cases(work: Work, scores: list[Score]) -> list[Case]:
