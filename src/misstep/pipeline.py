@@ -26,7 +26,6 @@ from misstep.evidence.results import FOCUS, Results, write_results
 from misstep.inputs import Inputs, OtherModel, read_inputs, seen_by_judges
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges
-from misstep.judges.rule import RefusalJudge
 from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
@@ -445,7 +444,7 @@ class Run:
             self._judge_of_mistakes() as judge,
             self._engine(self.model, "answering well") as engine,
         ):
-            found.fill(good_answers(prompts, engine, judge, RefusalJudge(), *given))
+            found.fill(good_answers(prompts, engine, judge, *given))
         self._yield("good answers", tally)
         return partial(with_answer, known={a.prompt.messages: a.text for a in found})
 

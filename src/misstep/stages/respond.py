@@ -4,7 +4,7 @@ The guide stands around the prompt's last user turn (paper, section 4.4: guided 
 record keeps the prompt as it was.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -14,6 +14,7 @@ from misstep.policy import Policy
 from misstep.records import Answer, Prompt, Response
 from misstep.stages.base import (
     Ask,
+    Read,
     Settings,
     Tally,
     ask,
@@ -21,10 +22,8 @@ from misstep.stages.base import (
     each_once,
     kind_of,
     no_answer,
+    response_of,
 )
-
-Read = Callable[[str], str]
-"""Takes from a model's text what a user gets to see."""
 
 
 class RespondSettings(Settings):
@@ -71,14 +70,7 @@ def respond(
         )
 
     for (prompt, guided), answer in ask(engine, asked, request):
-        yield Response(
-            prompt=prompt,
-            text="" if answer.error else read(answer.text),
-            model=engine.identity,
-            guided=guided,
-            truncated=answer.truncated,
-            error=answer.error,
-        )
+        yield response_of(engine, prompt, answer, read, guided)
 
 
 def whole_counted(answers: Iterable[Answer], tally: Tally) -> Iterator[Answer]:
