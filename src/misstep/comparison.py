@@ -24,7 +24,7 @@ from misstep.claims import claimed
 from misstep.config import RunConfig, overridden, put, read_recipe
 from misstep.data.held_out import largest
 from misstep.data.labelled import MISTAKES
-from misstep.documents import Places, check
+from misstep.documents import Places, Seed, Settings, check
 from misstep.errors import InputError, RecipeError
 from misstep.evidence.results import (
     Comparison,
@@ -56,7 +56,6 @@ from misstep.run_folder import (
     set_aside,
     writable,
 )
-from misstep.stages.base import Seed, Settings
 from misstep.stages.evaluate import Correct, agreements
 
 CELLS = "cells"

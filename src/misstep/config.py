@@ -14,7 +14,17 @@ import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from misstep.data.sources import Source
-from misstep.documents import KeyPath, Places, check, read_yaml, suggestion, unshared
+from misstep.documents import (
+    KeyPath,
+    Places,
+    Seed,
+    Settings,
+    check,
+    each_once,
+    read_yaml,
+    suggestion,
+    unshared,
+)
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.evidence.results import FOCUS
@@ -24,7 +34,6 @@ from misstep.methods.registry import METHODS
 from misstep.policy import is_policy
 from misstep.records import digest
 from misstep.stages.analyse import AnalyseSettings
-from misstep.stages.base import Seed, Settings, each_once
 from misstep.stages.good_answers import GoodAnswerSettings
 from misstep.stages.induce import InduceSettings
 from misstep.stages.reinforce import ReinforceSettings

@@ -7,13 +7,15 @@ import difflib
 from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from misstep.errors import InputError
+from misstep.records import digest
 
+T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
 Places = Mapping[KeyPath, int | str]
@@ -43,6 +45,8 @@ WORDS = {
 }
 """For kinds of faults that pydantic names in Python's words."""
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A recipe's seed; NumPy, which a training sets, takes no larger one."""
 STRANGE = 3
 """So many keys that are nothing like the known ones, and half of all, make another kind."""
 UNQUOTED = (
@@ -50,6 +54,36 @@ UNQUOTED = (
     "(yes, no, on, off, too): put it in quotes"
 )
 """For text that was meant and not quoted, as a verdict's word `yes`."""
+
+
+class Settings(BaseModel):
+    """A part of a document: frozen, unknown keys and numbers without an end refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Document(Settings):
+    """A whole document that is known by a name."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    """In small letters, digits and `-`."""
+
+    @property
+    def digest(self) -> str:
+        """Names the document by its content."""
+        return digest(self.model_dump(mode="json"))
+
+
+def each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    """Values of a recipe, of which none stands there twice.
+
+    Raises:
+        ValueError: names those that do.
+    """
+    twice = dict.fromkeys(str(value) for value in values if values.count(value) > 1)
+    if twice:
+        raise ValueError(f"expected each once; twice or more: {', '.join(twice)}")
+    return values
 
 
 def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict[KeyPath, int]]:

@@ -10,14 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from misstep.data.tables import as_path
-from misstep.documents import check, read_yaml, suggestion
+from misstep.documents import Settings, check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.evidence.judge_card import CARD, is_trained_judge
 from misstep.judges.choose import RULES
 from misstep.judges.llm import MAX_TOKENS
 from misstep.policy import is_policy
-from misstep.stages.base import Settings
 
 NAMED = ("policy", "rubric", "guard")
 """Kinds that a command may write as KIND:NAME."""

@@ -25,7 +25,7 @@ from misstep.config import parse_override, put
 from misstep.data.decoys import LEARNED, NAME, beside, with_decoys
 from misstep.data.labelled import MISTAKES, Case, DataSet, Part, part_of
 from misstep.data.sources import question_of
-from misstep.documents import check
+from misstep.documents import Seed, Settings, check
 from misstep.errors import DataError, RecipeError
 from misstep.evidence.check_results import JudgedCase, measure_data
 from misstep.evidence.judge_card import (
@@ -55,7 +55,6 @@ from misstep.models.weights import Model, is_encoder, load_weights, locate_any
 from misstep.progress import Progress
 from misstep.records import digest
 from misstep.run_folder import beside_runs, set_aside
-from misstep.stages.base import Seed, Settings
 from misstep.training import processes
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
 from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import Field, field_validator
 
 from misstep.data.labels import (
     LABELS,
@@ -24,7 +24,7 @@ from misstep.data.labels import (
     word_of,
 )
 from misstep.data.tables import header_of
-from misstep.documents import suggestion
+from misstep.documents import Settings, suggestion
 from misstep.errors import DataError, EmptyCell
 from misstep.records import Instruction, Message, Prompt, Role
 
@@ -82,12 +82,10 @@ XSTEST_PROMPTS = {"prompt", "type", "label", "focus"}
 """XSTest's columns; its `label` is of the prompt, safe or unsafe, and of no answer."""
 
 
-class Reading(BaseModel):
+class Reading(Settings):
     """Which columns of the data mean what."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    fields: dict[str, str] = {}
+    fields: dict[str, str] = Field(default_factory=dict)
     """Our field names, such as `prompt`, `response`, `reference` or `label`, mapped to the
     columns of the data; common names of columns need no mapping."""
     labels: LabelWords | None = None

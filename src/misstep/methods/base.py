@@ -13,10 +13,10 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from misstep.documents import Settings
 from misstep.errors import RunError
 from misstep.policy import Policy
 from misstep.records import Analysis, Example, Message, Mistake, Pair, Prompt, Revision
-from misstep.stages.base import Settings
 
 T = TypeVar("T")
 Rows = list[Example] | list[Pair]

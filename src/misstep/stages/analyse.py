@@ -15,10 +15,11 @@ from typing import Annotated
 from pydantic import Field
 
 from misstep.data.shelf import Shelf
+from misstep.documents import Settings
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import BLANK, Policy, found
 from misstep.records import Analysis, Mistake
-from misstep.stages.base import Settings, Tally, ask, derive_seed, kind_of, no_answer
+from misstep.stages.base import Tally, ask, derive_seed, kind_of, no_answer
 
 RECOMMENDS = re.compile(
     r"\b(should(?! not|n't) (have )?"

@@ -1,13 +1,13 @@
-"""What the stages share: yields, seeds named by content, the shape of settings, scoring."""
+"""What the stages share: yields, seeds named by content, samples, scoring."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from misstep.engines.base import AT_ONCE, Completion, Engine, Request
 from misstep.judges.base import Judge
@@ -21,26 +21,6 @@ Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 Read = Callable[[str], str]
 """Takes from a model's text what a user gets to see."""
 T = TypeVar("T")
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""A recipe's seed; NumPy, which a training sets, takes no larger one."""
-
-
-class Settings(BaseModel):
-    """A part of a recipe: frozen, unknown keys and numbers without an end refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def each_once(values: tuple[T, ...]) -> tuple[T, ...]:
-    """Values of a recipe, of which none stands there twice.
-
-    Raises:
-        ValueError: names those that do.
-    """
-    twice = dict.fromkeys(str(value) for value in values if values.count(value) > 1)
-    if twice:
-        raise ValueError(f"expected each once; twice or more: {', '.join(twice)}")
-    return values
 
 
 class Yield(Record):

@@ -12,20 +12,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from misstep.documents import Settings
 from misstep.engines.base import Engine, Request
 from misstep.errors import NothingKept
 from misstep.judges.base import Judge
 from misstep.judges.rule import RefusalJudge
 from misstep.policy import Policy
 from misstep.records import Message, Prompt, Response, Score
-from misstep.stages.base import (
-    Settings,
-    Tally,
-    derive_seed,
-    judged_samples,
-    kind_of,
-    no_answer,
-)
+from misstep.stages.base import Tally, derive_seed, judged_samples, kind_of, no_answer
 
 
 class GoodAnswerSettings(Settings):

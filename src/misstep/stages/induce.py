@@ -14,19 +14,13 @@ from pydantic import Field, model_validator
 
 from misstep.data.shelf import Names
 from misstep.data.sources import Source
+from misstep.documents import Settings
 from misstep.engines.base import Engine, Request
 from misstep.errors import NothingKept
 from misstep.judges.base import Judge
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, MistakeSource, Prompt, Response, Score
-from misstep.stages.base import (
-    Settings,
-    Tally,
-    derive_seed,
-    judged_samples,
-    kind_of,
-    portions,
-)
+from misstep.stages.base import Tally, derive_seed, judged_samples, kind_of, portions
 
 UNSCORED = "unscored"
 NO_MISTAKE = "no mistake in the judge's eyes"

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from misstep import __version__
+from misstep.documents import Settings
 from misstep.errors import TrainingError
 from misstep.models.precision import fastest_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, free, load_weights
 from misstep.records import Pair, Prompt, digest, write_text
-from misstep.stages.base import Notify, Settings
+from misstep.stages.base import Notify
 from misstep.stages.fit import peak_memory_mb
 from misstep.stages.reward import (
     RewardSettings,

@@ -9,17 +9,16 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from misstep.documents import Settings, each_once
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy
 from misstep.records import Answer, Prompt, Response
 from misstep.stages.base import (
     Ask,
     Read,
-    Settings,
     Tally,
     ask,
     derive_seed,
-    each_once,
     kind_of,
     no_answer,
     response_of,

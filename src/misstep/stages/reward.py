@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from misstep.documents import Settings
 from misstep.errors import MissingExtra, TrainingError
 from misstep.models.precision import device, fastest_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model, free, load_weights
 from misstep.records import Pair, digest, write_text
-from misstep.stages.base import Notify, Settings
+from misstep.stages.base import Notify
 from misstep.stages.fit import micro_tokens
 from misstep.stages.train import usable_rows
 from misstep.stages.train_settings import HOW, TrainSettings, naming
