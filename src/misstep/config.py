@@ -21,9 +21,9 @@ from misstep.documents import (
     Settings,
     check,
     each_once,
+    parsed,
     read_yaml,
     suggestion,
-    unshared,
 )
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
@@ -334,7 +334,7 @@ def read_recipe(
     data.setdefault("name", _name_of(path.stem))
     for override in overrides:
         keys, value = parse_override(override)
-        put(data, keys, value, f"--set {override}")
+        data = put(data, keys, value, f"--set {override}")
         lines = overridden(lines, keys, f"--set {override}")
     for other in OTHERS[command]:
         for key in OWN_KEYS[other]:
@@ -362,24 +362,27 @@ def parse_override(override: str) -> tuple[KeyPath, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.epochs=2.")
     try:
-        return tuple(key.strip().split(".")), unshared(yaml.safe_load(text))
+        return tuple(key.strip().split(".")), parsed(text)[0]
     except (yaml.YAMLError, ValueError, RecursionError) as fault:
         raise RecipeError(f"--set {override}: the value is no valid YAML.") from fault
 
 
-def put(data: dict[str, Any], keys: KeyPath, value: Any, said: str) -> None:
-    """Put a copy of a value under nested keys; `said` names it in errors.
+def put(data: Mapping[str, Any], keys: KeyPath, value: Any, said: str) -> dict[str, Any]:
+    """Data with a value under nested keys; `said` names it in errors.
+
+    Made anew along the keys: another place may hold the same object, as an alias of YAML does.
 
     Raises:
         RecipeError: one of the keys has a plain value.
     """
-    for key in keys[:-1]:
+    key, further = str(keys[0]), keys[1:]
+    if further:
         # A section that is written without keys is an empty one.
-        inner = data[str(key)] = {} if data.get(str(key)) is None else data[str(key)]
+        inner = {} if data.get(key) is None else data[key]
         if not isinstance(inner, dict):
             raise RecipeError(f"{said}: '{key}' has no keys below it.")
-        data = inner
-    data[str(keys[-1])] = unshared(value)
+        value = put(inner, further, value, said)
+    return {**data, key: value}
 
 
 def overridden(lines: Places, keys: KeyPath, said: str) -> Places:

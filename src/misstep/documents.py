@@ -104,9 +104,7 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
             f"{path}: expected UTF-8 text ({fault.reason}). Save it as UTF-8."
         ) from fault
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = unshared(yaml.safe_load(text))
-        places = list(_lines(node, ()))
+        data, places = parsed(text)
     except yaml.YAMLError as fault:
         raise error(f"{path}: no valid YAML. {_where(fault)}") from fault
     except RecursionError as fault:
@@ -132,14 +130,16 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
     return data, lines
 
 
-def unshared(value: Any) -> Any:
-    """A copy of YAML's data in which no two places are one object, as those of an alias are.
+def parsed(text: str) -> tuple[Any, list[tuple[KeyPath, int]]]:
+    """YAML's data, and the line of each key.
 
-    Else what is put into one of them would stand in the others, too.
+    Raises:
+        YAMLError: it is no YAML.
+        ValueError: what looks like a date is none.
+        RecursionError: a value has no end.
     """
-    if isinstance(value, dict):
-        return {key: unshared(inner) for key, inner in value.items()}
-    return [unshared(inner) for inner in value] if isinstance(value, list) else value
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return yaml.safe_load(text), list(_lines(node, ()))
 
 
 def check(

@@ -180,7 +180,7 @@ def _settings(overrides: Sequence[str], model: Model, metric: str) -> JudgeTrain
     given: dict[str, Any] = dict(FOR_ENCODERS) if is_encoder(model) else {}
     given |= {} if metric == MISTAKES else NOT_OF_MISTAKES
     for override in overrides:
-        put(given, *parse_override(override), f"--set {override}")
+        given = put(given, *parse_override(override), f"--set {override}")
     settings = check(JudgeTraining, given, RecipeError, "judge train")
     if settings.decoys and metric != MISTAKES:
         raise RecipeError(
