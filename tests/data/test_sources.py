@@ -638,10 +638,12 @@ def test_a_row_of_parquet_is_named_by_its_number(tmp_path: Path) -> None:
         prompts(str(tmp_path / "a.parquet"))
 
 
-def test_text_of_parquet_that_is_no_utf_8_is_named_by_its_row(tmp_path: Path) -> None:
+def test_text_of_parquet_that_is_no_utf_8_is_refused_with_the_files_name(
+    tmp_path: Path,
+) -> None:
     texts = pa.array([b"fine"] * 70_000 + [b"caf\xe9", b"fine"]).view(pa.string())
     pq.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet")
-    found = r"a\.parquet, row 70001: expected text in UTF-8, .* 0xe9\. Write the file anew"
+    found = r"a\.parquet: expected text in UTF-8, .* 0xe9\. Write the file anew"
     with pytest.raises(DataError, match=found):
         prompts(str(tmp_path / "a.parquet"))
 
