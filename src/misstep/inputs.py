@@ -17,14 +17,15 @@ from misstep.data.labelled import MISTAKES
 from misstep.data.preferred import load_preferred
 from misstep.data.sources import Source, check_source, load_mistakes, load_prompts, rows
 from misstep.engines.choose import choose
-from misstep.errors import DataError, InputError, NoPrompts, RecipeError
+from misstep.errors import DataError, InputError, ModelError, NoPrompts, RecipeError
 from misstep.evidence.check_results import Check, correction, read_check
 from misstep.evidence.judge_card import seen_questions, was_seen
+from misstep.judge_config import FORMS
 from misstep.judges.base import AnyJudge, Judge, PairJudge
 from misstep.judges.choose import cost_judges
 from misstep.judges.instructions import check_instructions
 from misstep.judges.seats import seated
-from misstep.judging import JudgeInputs, judge_of_policy, locate_judging, read_judge
+from misstep.judging import JudgeInputs, judge_of_policy, read_judge
 from misstep.methods.registry import METHODS
 from misstep.models.endpoint import PREFIX
 from misstep.models.folding import check_adapter, check_addable, puts_tokens_first
@@ -186,6 +187,22 @@ def _cases(config: RunConfig) -> tuple[Sequence[Prompt], Sequence[Mistake]]:
 def _asked(prompts: Sequence[Prompt], given: Sequence[Mistake]) -> Iterable[Prompt]:
     """The prompts of mistakes, one by one: there may be more than memory holds."""
     return prompts or (mistake.prompt for mistake in given)
+
+
+def locate_judging(config: RunConfig) -> Model:
+    """The model that judges of a run ask which name none.
+
+    Raises:
+        InputError: there is no such model, and the recipe names no judge in its place either.
+    """
+    try:
+        return locate(config.asked_by_judges)
+    except ModelError as error:
+        if config.judge != config.asked_by_judges or config.judge.startswith(PREFIX):
+            raise
+        raise RecipeError(
+            f"judge: {config.judge}: expected {FORMS}; or a model. As a model: {error}"
+        ) from error
 
 
 def read_judge_of_mistakes(

@@ -26,12 +26,17 @@ from inspect_ai.solver import TaskState, generate
 from misstep.config import RunConfig, load_recipe
 from misstep.documents import suggestion
 from misstep.errors import RecipeError
-from misstep.inputs import load_tests, read_judge_check, read_judge_of_mistakes
+from misstep.inputs import (
+    load_tests,
+    locate_judging,
+    read_judge_check,
+    read_judge_of_mistakes,
+)
 from misstep.inspect_log import KEY, Asked, Judged
 from misstep.judges.base import Judge
 from misstep.judges.choose import cost_judges
 from misstep.judges.seats import Seat, seated
-from misstep.judging import JudgeInputs, locate_judging, opened, read_judge
+from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.methods.registry import METHODS
 from misstep.policy import Policy, load_policy
 from misstep.records import Message, Prompt, Response

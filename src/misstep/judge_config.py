@@ -23,7 +23,7 @@ NAMED = ("policy", "rubric", "guard")
 KINDS = ("rule", *NAMED, "classifier", "ensemble")
 FORMS = (
     f"a rule ({', '.join(RULES)}), {', '.join(f'{kind}:NAME' for kind in NAMED)}, the folder "
-    "of a trained judge, or the path of a .yaml file"
+    "of a trained judge (`misstep judge train DATA --out FOLDER`), or the path of a .yaml file"
 )
 """How a judge is written, in words."""
 ASKING = ("policy", "rubric")
@@ -113,13 +113,6 @@ def _is_classifier(name: str) -> bool:
     return False
 
 
-def how_to_train(name: str) -> str | None:
-    """What makes a trained judge that is absent; all in a folder `judges` are meant as one."""
-    if Path(name).parent.name != "judges":
-        return None
-    return f"Train the judge first: misstep judge train DATA --out {name}"
-
-
 def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     """The judge of a command's argument; `model` is that of `--model`.
 
@@ -138,7 +131,5 @@ def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     if _is_classifier(name):
         return check(JudgeConfig, {"classifier": name} | given, RecipeError, f"judge {name}")
     if name not in RULES:
-        hint = how_to_train(name)
-        found = f" Found none of these. {hint}" if hint else suggestion(name, list(RULES))
-        raise RecipeError(f"judge '{name}': expected {FORMS}.{found}")
+        raise RecipeError(f"judge '{name}': expected {FORMS}.{suggestion(name, list(RULES))}")
     return check(JudgeConfig, {"rule": name} | given, RecipeError, f"judge {name}")

@@ -9,20 +9,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from misstep.config import RunConfig
 from misstep.engines.base import Engine
 from misstep.engines.choose import Chosen, Kind, choose, choose_labels
 from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import ModelError, RecipeError
+from misstep.errors import RecipeError
 from misstep.guard import Guard, load_guard
-from misstep.judge_config import FORMS, JudgeConfig, how_to_train, load_judge
+from misstep.judge_config import JudgeConfig, load_judge
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
 from misstep.judges.classifier import ClassifierJudge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.guard import GuardJudge
 from misstep.judges.kept import KeptJudge
-from misstep.models.endpoint import PREFIX
 from misstep.models.weights import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.records import VERDICTS, digest
@@ -125,24 +123,6 @@ def _read(
     if found.members:
         _check_members(found)
     return found
-
-
-def locate_judging(config: RunConfig) -> Model:
-    """The model that judges of a run ask which name none.
-
-    Raises:
-        InputError: there is no such model, and the recipe names no judge in its place either.
-    """
-    try:
-        return locate(config.asked_by_judges)
-    except ModelError as error:
-        if config.judge != config.asked_by_judges or config.judge.startswith(PREFIX):
-            raise
-        train = how_to_train(config.judge)
-        found = f"Found none of these. {train}" if train else f"As a model: {error}"
-        raise RecipeError(
-            f"judge: {config.judge}: expected {FORMS}; or a model. {found}"
-        ) from error
 
 
 def _model(
