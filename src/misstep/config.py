@@ -227,7 +227,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _something_to_learn_from(self) -> "RunConfig":
-        if self.mistakes is None and self.trains:
+        if self.mistakes is None and self.trained:
             raise ValueError(
                 "the key 'mistakes' is missing, which methods learn from. Give it, or leave "
                 f"out the methods that train ({', '.join(self.trained)})"
@@ -255,13 +255,8 @@ class RunConfig(Settings):
 
     @property
     def trained(self) -> list[str]:
-        """The methods that train something."""
+        """The methods that train; without any, mistakes and analyses have no reader."""
         return [name for name in self.methods if METHODS[name].trains]
-
-    @property
-    def trains(self) -> bool:
-        """Whether any method does; else mistakes, analyses and training have no reader."""
-        return bool(self.trained)
 
     @property
     def judge_file(self) -> str | None:

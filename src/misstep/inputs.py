@@ -133,7 +133,7 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
         check_judgeable("mistakes.data", _asked(prompts, given), first)
     _check_measurable(config, tests, first, {k: of.probe() for k, of in judges.items()})
     analyst = model if config.analysis.engine == "self" else locate(config.analysis.engine)
-    _check_engine(config, [model, analyst] if config.trains else [model])
+    _check_engine(config, [model, analyst] if config.trained else [model])
     return Inputs(
         config=config.model_copy(update={"methods": methods}),
         left_out=tuple(name for name in config.methods if name not in methods),
@@ -151,7 +151,7 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
         checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
         helpful=helpful,
         others=_others(config, model, tested),
-        overlaps=overlaps(tests, learned) if config.trains else {},
+        overlaps=overlaps(tests, learned) if config.trained else {},
     )
 
 
@@ -168,7 +168,7 @@ def under(key: str) -> Iterator[None]:
 
 def _judges_what_is_learned(config: RunConfig) -> bool:
     """Whether the judge of mistakes is asked before anything is trained."""
-    if not config.trains or config.mistakes is None:
+    if not config.trained or config.mistakes is None:
         return False
     return config.mistakes.source != "origin" or config.good_answers.source == "self"
 
@@ -340,7 +340,7 @@ def _check_methods(config: RunConfig, policy: Policy) -> None:
             f"train.adapter: expected lora for {on_pairs[0]}, which trains on pairs, found "
             "full. The reference that it compares with is the model without its adapter."
         )
-    if config.trains:
+    if config.trained:
         check_trackers(config.train)
     if any(METHODS[name].trainer == "reinforce" for name in config.methods):
         require_trl()
@@ -361,7 +361,7 @@ def _check_trainable(config: RunConfig) -> None:
             f"evaluate.reference_loss: the weights of {config.model} are not here, so that no "
             "loss can be measured. Leave the key out."
         )
-    if config.trains:
+    if config.trained:
         able = ", ".join(name for name, method in METHODS.items() if not method.trains)
         raise RecipeError(
             f"methods: expected methods that train nothing ({able}), since the weights of "

@@ -39,7 +39,7 @@ from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.methods.registry import METHODS
 from misstep.policy import Policy, load_policy
-from misstep.records import Message, Prompt, Response
+from misstep.records import Prompt, Response
 from misstep.stages.evaluate import corrections, said
 
 TURNS = {
@@ -141,16 +141,10 @@ def _sample(policy: Policy, prompt: Prompt, asked: Asked, name: str, test_set: s
     turns = METHODS[asked.method].ask(policy, turns)
     return Sample(
         id=name,
-        input=[_turn(message) for message in turns],
+        input=[TURNS[turn.role](content=turn.content) for turn in turns],
         target=prompt.reference or "",
         metadata={"test_set": test_set, "prompt": prompt.model_dump(mode="json")},
     )
-
-
-def _turn(
-    message: Message,
-) -> ChatMessageSystem | ChatMessageUser | ChatMessageAssistant:
-    return TURNS[message.role](content=message.content)
 
 
 def _scorer(seat: Seat, sets: Sequence[str], policy: Policy, asked: Asked) -> Scorer:

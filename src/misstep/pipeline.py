@@ -162,7 +162,7 @@ class Run:
         Raises:
             RecipeError: none of the methods trains.
         """
-        if not self.config.trains:
+        if not self.config.trained:
             raise RecipeError(
                 f"methods: expected one that trains, found {', '.join(self.config.methods)}."
             )
@@ -190,10 +190,10 @@ class Run:
 
     def _learned(self, last: Stage) -> dict[str, Path | None]:
         """The adapters; mistakes and analyses are what methods that train learn from."""
-        if not self.config.trains and last not in LOOKING:
+        if not self.config.trained and last not in LOOKING:
             self.progress.say("No method of the recipe trains: nothing is collected.")
             return dict.fromkeys(self.config.methods)
-        if self.config.trains:
+        if self.config.trained:
             Renderer.for_model(self.model).refuse_hidden_answers()
         if last in LOOKING and self._has_rounds:
             self.progress.say(

@@ -109,17 +109,8 @@ Row = Mapping[str, Any]
 Found = Iterator[Case | LeftOut]
 
 
-def load_labelled(source: Source, metric: str) -> DataSet:
-    """The cases of a source for judges of this metric, of which `n` are drawn.
-
-    Raises:
-        DataError: as `read_labelled`.
-    """
-    return drawn(read_labelled(source, metric), source.n)
-
-
 def read_labelled(source: Source, metric: str) -> DataSet:
-    """All the cases of a source, whatever its `n`.
+    """All the cases of a source for judges of this metric, whatever its `n`.
 
     Raises:
         DataError: names file, line and field; or there is nothing that could be judged.

@@ -119,7 +119,7 @@ class Method(ABC):
     trains: ClassVar[bool] = True
     """Whether there are rows at all; without them the model answers as it is."""
     uses_ordinary: ClassVar[bool] = True
-    """Whether ordinary pairs are mixed in, as many as `mix.ordinary` says."""
+    """Whether ordinary pairs are mixed in, as many as `mix.ordinary` says, where it trains."""
     uses_mistakes: ClassVar[bool] = False
     uses_analyses: ClassVar[bool] = False
     uses_revisions: ClassVar[bool] = False

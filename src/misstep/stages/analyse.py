@@ -190,12 +190,11 @@ def _request(
 
 
 def _reasons(
-    policy: Policy, mistake: Mistake, answer: Completion, gated: bool
+    policy: Policy, mistake: Mistake, answer: Completion, text: str, gated: bool
 ) -> tuple[str, ...]:
     """Why an answer is no analysis to train on."""
     if answer.error is not None:
         return (no_answer(answer.error),)
-    text = answer.text.strip()
     reasons = gate(policy, mistake, text) if gated else ()
     # Training on a text that breaks off would teach the model never to stop.
     if answer.truncated:
@@ -207,7 +206,7 @@ def _analysis(
     policy: Policy, mistake: Mistake, answer: Completion, settings: AnalyseSettings
 ) -> Analysis:
     text = answer.text.strip()
-    reasons = _reasons(policy, mistake, answer, settings.gate)
+    reasons = _reasons(policy, mistake, answer, text, settings.gate)
     return Analysis(
         mistake=mistake,
         text=text,
