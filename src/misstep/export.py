@@ -162,8 +162,7 @@ def _maker(
 
 def words_around(policy: Policy, method: Method, guided: bool) -> tuple[str, ...]:
     """What a method that was measured so puts around the text of the last user turn."""
-    prompt = Prompt.of(PLACE)
-    turns = method.ask(policy, policy.guided_prompt(prompt) if guided else prompt.messages)
+    turns = method.ask(policy, policy.turns(Prompt.of(PLACE), guided))
     return tuple(turns[-1].content.split(PLACE))
 
 

@@ -137,8 +137,7 @@ def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
 
 
 def _sample(policy: Policy, prompt: Prompt, asked: Asked, name: str, test_set: str) -> Sample:
-    turns = policy.guided_prompt(prompt) if asked.guided else prompt.messages
-    turns = METHODS[asked.method].ask(policy, turns)
+    turns = METHODS[asked.method].ask(policy, policy.turns(prompt, asked.guided))
     return Sample(
         id=name,
         input=[TURNS[turn.role](content=turn.content) for turn in turns],

@@ -231,6 +231,10 @@ class Policy(Document):
     hindsight: Hindsight = Hindsight()
     self_guard: SelfGuardWords = SelfGuardWords()
 
+    def turns(self, prompt: Prompt, guided: bool) -> tuple[Message, ...]:
+        """The conversation as a model is asked it, with the guide or as it stands."""
+        return self.guided_prompt(prompt) if guided else prompt.messages
+
     def guided_prompt(self, prompt: Prompt) -> tuple[Message, ...]:
         """The conversation with the guide put around its last user turn."""
         last = max(i for i, m in enumerate(prompt.messages) if m.role == "user")

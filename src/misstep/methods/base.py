@@ -73,6 +73,11 @@ class Materials(NamedTuple):
         """The rows that a method may spend on its own lesson, as a multiple of N."""
         return 1 + self.mix.good_answers
 
+    @property
+    def budget(self) -> float:
+        """All rows that a method may spend, ordinary pairs among them, as a multiple of N."""
+        return self.lesson + self.mix.ordinary
+
     def each_analysis(self) -> list[Analysis]:
         """Every accepted analysis once; so many of them where the recipe says how many."""
         if self.mix.unit is None:
@@ -172,13 +177,11 @@ def answers(
     known = ((prompt, prompt.reference) for prompt in prompts if prompt.reference)
     return [
         Example(
-            messages=materials.policy.guided_prompt(prompt)
-            if int((place + 1) * share) > int(place * share)
-            else prompt.messages,
+            messages=materials.policy.turns(prompt, int(at * share) < int((at + 1) * share)),
             completion=reference,
             kind=kind,
         )
-        for place, (prompt, reference) in enumerate(known)
+        for at, (prompt, reference) in enumerate(known)
     ]
 
 

@@ -22,7 +22,7 @@ class ContrastiveAnalysis(Method):
     uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:
-        share = materials.lesson + materials.mix.ordinary
+        share = materials.budget
         answers, analyses = materials.pairs(), contrasts(materials)
         if not answers or not analyses:
             return materials.some(answers or analyses, share, "pairs")

@@ -17,5 +17,4 @@ class DPO(Method):
     uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:
-        share = materials.lesson + materials.mix.ordinary
-        return materials.some(materials.pairs(), share, "pairs")
+        return materials.some(materials.pairs(), materials.budget, "pairs")

@@ -19,5 +19,4 @@ class RLHF(Method):
     trainer = "reinforce"
 
     def rows(self, materials: Materials) -> Rows:
-        share = materials.lesson + materials.mix.ordinary
-        return materials.some(materials.pairs(), share, "pairs")
+        return materials.some(materials.pairs(), materials.budget, "pairs")

@@ -108,7 +108,7 @@ def _request(
     policy: Policy, prompt: Prompt, sample: int, settings: GoodAnswerSettings, seed: int
 ) -> Request:
     return Request(
-        messages=policy.guided_prompt(prompt) if settings.guided else prompt.messages,
+        messages=policy.turns(prompt, settings.guided),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         seed=derive_seed(seed, "good answer", prompt.messages, sample),

@@ -62,7 +62,7 @@ def respond(
     def request(each: Asked) -> Request:
         prompt, guided = each
         return Request(
-            messages=put(policy.guided_prompt(prompt) if guided else prompt.messages),
+            messages=put(policy.turns(prompt, guided)),
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             seed=derive_seed(seed, prompt.id),
