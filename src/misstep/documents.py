@@ -4,7 +4,7 @@ Knows YAML and pydantic; knows nothing of what a recipe or a policy means.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -118,6 +118,13 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
     if not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise error(f"{path}: expected keys with values, found {found}.")
+    return data, _each_key_once(path, places, error)
+
+
+def _each_key_once(
+    path: Path, places: Iterable[tuple[KeyPath, int]], error: type[InputError]
+) -> dict[KeyPath, int]:
+    """The line of each key; YAML itself takes the last of equal ones and says nothing."""
     lines: dict[KeyPath, int] = {}
     for keys, line in places:
         if keys in lines:
@@ -127,7 +134,7 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
                 "Keep one of the two."
             )
         lines[keys] = line
-    return data, lines
+    return lines
 
 
 def parsed(text: str) -> tuple[Any, list[tuple[KeyPath, int]]]:

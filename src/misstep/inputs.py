@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from misstep.config import RunConfig, load_recipe
 from misstep.data.columns import COLUMNS
-from misstep.data.held_out import Overlaps, overlaps
+from misstep.data.held_out import Overlaps, overlaps, told
 from misstep.data.labelled import MISTAKES
 from misstep.data.preferred import load_preferred
 from misstep.data.sources import Source, check_source, load_mistakes, load_prompts, rows
@@ -28,7 +28,7 @@ from misstep.judges.seats import seated
 from misstep.judging import JudgeInputs, judge_of_policy, read_judge
 from misstep.methods.registry import METHODS
 from misstep.models.endpoint import PREFIX
-from misstep.models.folding import check_adapter, check_addable, puts_tokens_first
+from misstep.models.folding import base_of, check_adapter, check_addable, puts_tokens_first
 from misstep.models.weights import Model, adapter_digest, locate
 from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Pair, Prompt
@@ -115,7 +115,6 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
     judge = locate_judging(config)
     seed, (prompts, given) = config.seed, _cases(config)
     methods = _possible(config, _asked(prompts, given))
-    of_mistakes = read_judge_of_mistakes(config, policy, judge)
     tests, ordinary = load_tests(config), _ordinary(config)
     with under("helpful_pairs"):
         helpful = load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else ()
@@ -124,14 +123,7 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
         "ordinary": ordinary,
         "helpful_pairs": (Prompt(messages=pair.messages) for pair in helpful),
     }
-    judges = {
-        name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
-    }
-    first = of_mistakes.probe()
-    assert isinstance(first, Judge)
-    if _judges_what_is_learned(config):
-        check_judgeable("mistakes.data", _asked(prompts, given), first)
-    _check_measurable(config, tests, first, {k: of.probe() for k, of in judges.items()})
+    of_mistakes, judges = _judges(config, policy, judge, _asked(prompts, given), tests)
     analyst = model if config.analysis.engine == "self" else locate(config.analysis.engine)
     _check_engine(config, [model, analyst] if config.trained else [model])
     return Inputs(
@@ -153,6 +145,25 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
         others=_others(config, model, tested),
         overlaps=overlaps(tests, learned) if config.trained else {},
     )
+
+
+def _judges(
+    config: RunConfig,
+    policy: Policy,
+    model: Model,
+    asked: Iterable[Prompt],
+    tests: Mapping[str, Sequence[Prompt]],
+) -> tuple[JudgeInputs, dict[str, JudgeInputs]]:
+    """The judge of mistakes and the further ones, once they can tell of what they are given."""
+    named = config.evaluate.judges.items()
+    of_mistakes = read_judge_of_mistakes(config, policy, model)
+    further = {name: read_judge(of, otherwise=model) for name, of in named}
+    first = of_mistakes.probe()
+    assert isinstance(first, Judge)
+    if _judges_what_is_learned(config):
+        check_judgeable("mistakes.data", asked, first)
+    _check_measurable(config, tests, first, {k: of.probe() for k, of in further.items()})
+    return of_mistakes, further
 
 
 @contextmanager
@@ -462,7 +473,28 @@ def _columns(source: Source) -> str:
     return f" in columns {', '.join(sorted(first[1]))}" if first else ""
 
 
-def seen_by_judges(inputs: Inputs) -> Iterator[str]:
+def warnings(inputs: Inputs) -> Iterator[str]:
+    """What makes the results of a run less than they look, as far as its inputs tell."""
+    if inputs.left_out:
+        yield (
+            f"Left out: {', '.join(inputs.left_out)}, which learns from good answers to the "
+            "prompts of mistakes; the data have none. The model can write some that the judge "
+            "accepts: good_answers.source=self."
+        )
+    yield from _seen_by_judges(inputs)
+    for name, (tested_on, adapter) in inputs.others.items():
+        said = base_of(adapter) if adapter else None
+        # A GGUF file is trained on as a copy that is named by its digest.
+        known = (tested_on.published, str(tested_on.path), tested_on.digest)
+        if said and not any(name in said for name in known):
+            yield (
+                f"others.{name} says that it was trained on {said}; it is tested on "
+                f"{tested_on.published}."
+            )
+    yield from (f"Not held out: {phrase}." for phrase in told(inputs.overlaps))
+
+
+def _seen_by_judges(inputs: Inputs) -> Iterator[str]:
     """Which test sets hold questions that a trained judge of the run has seen, and how many."""
     judges = (inputs.of_mistakes, *inputs.judges.values())
     for folder in dict.fromkeys(folder for judge in judges for folder in judge.trained()):

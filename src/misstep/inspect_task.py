@@ -6,7 +6,7 @@ in the metadata of the task and of each score.
 """
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from inspect_ai.solver import TaskState, generate
 from misstep.config import RunConfig, load_recipe
 from misstep.documents import suggestion
 from misstep.errors import RecipeError
+from misstep.evidence.check_results import Check
 from misstep.inputs import (
     load_tests,
     locate_judging,
@@ -42,6 +43,8 @@ from misstep.policy import Policy, load_policy
 from misstep.records import Prompt, Response
 from misstep.stages.evaluate import corrections, said
 
+Tests = Mapping[str, Sequence[Prompt]]
+"""By the names of their sets."""
 TURNS = {
     "system": ChatMessageSystem,
     "user": ChatMessageUser,
@@ -70,13 +73,7 @@ def recipe(
     _check("method", method, list(METHODS))
     guided |= METHODS[method].guided == (True,)
     chosen = {name: of for name, of in tests.items() if test_set in ("", name)}
-    every = _seats(config, policy)
-    checks = tuple(map(read_judge_check, config.evaluate.judge_check))
-    corrections(checks, {seat.metric: seat.judge.name for seat in every})
-    # As in a run: all answers of a test set, or none where no prompt is for the judge.
-    sets = [[name for name, of in chosen.items() if any(map(s.applies, of))] for s in every]
-    seats = [(seat, names) for seat, names in zip(every, sets, strict=True) if names]
-    named = {seat.metric: seat.judge.name for seat, _ in seats}
+    seats, checks = _measures(config, policy, chosen)
     asked = Asked(
         name=config.name,
         policy=policy.name,
@@ -85,17 +82,12 @@ def recipe(
         guided=guided,
         seed=config.training_seed,
         pools=config.evaluate.pools,
-        judges=named,
-        checks=tuple(check for check in checks if check.judge in named.values()),
+        judges={seat.metric: seat.judge.name for seat, _ in seats},
+        checks=checks,
     )
     return Task(
         dataset=MemoryDataset(
-            [
-                _sample(policy, prompt, asked, f"{name}/{number}", name)
-                for name, of in chosen.items()
-                for number, prompt in enumerate(of, 1)
-            ],
-            name=test_set or config.name,
+            list(_samples(policy, chosen, asked)), name=test_set or config.name
         ),
         solver=generate(),
         scorer=[_scorer(seat, names, policy, asked) for seat, names in seats],
@@ -113,6 +105,22 @@ def _check(key: str, name: str, known: Sequence[str]) -> None:
             f"{key}: expected one of {', '.join(filter(None, known))}, found {name!r}."
             f"{suggestion(name, list(known))}"
         )
+
+
+def _measures(
+    config: RunConfig, policy: Policy, tests: Tests
+) -> tuple[list[tuple[Seat, list[str]]], tuple[Check, ...]]:
+    """The judges, each with the test sets that it is asked about, and the checks of these.
+
+    As in a run: all answers of a test set, or none where no prompt is for the judge.
+    """
+    every = _seats(config, policy)
+    checks = tuple(map(read_judge_check, config.evaluate.judge_check))
+    corrections(checks, {seat.metric: seat.judge.name for seat in every})
+    sets = [[name for name, of in tests.items() if any(map(s.applies, of))] for s in every]
+    seats = [(seat, names) for seat, names in zip(every, sets, strict=True) if names]
+    known = {seat.judge.name for seat, _ in seats}
+    return seats, tuple(check for check in checks if check.judge in known)
 
 
 def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
@@ -136,14 +144,16 @@ def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
     return seated([*filter(None, [judge_of(first)]), *cost_judges()], single)
 
 
-def _sample(policy: Policy, prompt: Prompt, asked: Asked, name: str, test_set: str) -> Sample:
-    turns = METHODS[asked.method].ask(policy, policy.turns(prompt, asked.guided))
-    return Sample(
-        id=name,
-        input=[TURNS[turn.role](content=turn.content) for turn in turns],
-        target=prompt.reference or "",
-        metadata={"test_set": test_set, "prompt": prompt.model_dump(mode="json")},
-    )
+def _samples(policy: Policy, tests: Tests, asked: Asked) -> Iterator[Sample]:
+    for name, prompts in tests.items():
+        for number, prompt in enumerate(prompts, 1):
+            turns = METHODS[asked.method].ask(policy, policy.turns(prompt, asked.guided))
+            yield Sample(
+                id=f"{name}/{number}",
+                input=[TURNS[turn.role](content=turn.content) for turn in turns],
+                target=prompt.reference or "",
+                metadata={"test_set": name, "prompt": prompt.model_dump(mode="json")},
+            )
 
 
 def _scorer(seat: Seat, sets: Sequence[str], policy: Policy, asked: Asked) -> Scorer:

@@ -16,21 +16,20 @@ from typing import Any, Literal, NamedTuple
 
 from misstep.claims import claimed
 from misstep.config import RunConfig
-from misstep.data.held_out import told
 from misstep.data.shelf import Names, Shelf
 from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import Chosen, choose
 from misstep.engines.store import CACHE
 from misstep.errors import NothingKept, RecipeError
 from misstep.evidence.results import FOCUS, Results, write_results
-from misstep.inputs import Inputs, OtherModel, read_inputs, seen_by_judges
+from misstep.inputs import Inputs, OtherModel, read_inputs, warnings
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges
 from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS, method_of
-from misstep.models.folding import base_of, folded
+from misstep.models.folding import folded
 from misstep.models.rendering import Renderer
 from misstep.models.weights import Model
 from misstep.progress import Engines, Progress
@@ -121,25 +120,8 @@ class Run:
         """Of the methods as far as they are trained; None where a method trains nothing."""
         self.share = 0.0
         """Of the prompts that mistakes were induced on: those with one, before any limit."""
-        if inputs.left_out:
-            progress.say(
-                f"Left out: {', '.join(inputs.left_out)}, which learns from good answers to "
-                "the prompts of mistakes; the data have none. The model can write some that "
-                "the judge accepts: good_answers.source=self."
-            )
-        for warning in seen_by_judges(inputs):
+        for warning in warnings(inputs):
             progress.say(warning)
-        for name, (tested_on, adapter) in inputs.others.items():
-            said = base_of(adapter) if adapter else None
-            # A GGUF file is trained on as a copy that is named by its digest.
-            known = (tested_on.published, str(tested_on.path), tested_on.digest)
-            if said and not any(name in said for name in known):
-                progress.say(
-                    f"others.{name} says that it was trained on {said}; it is tested on "
-                    f"{tested_on.published}."
-                )
-        for phrase in told(inputs.overlaps):
-            progress.say(f"Not held out: {phrase}.")
         self.manifest.begin_anew(progress)
         self.manifest.save()
 
