@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from misstep.config import RunConfig, load_recipe
-from misstep.data.columns import COLUMNS
+from misstep.data.fields import COLUMNS
 from misstep.data.held_out import Overlaps, overlaps, told
 from misstep.data.labelled import MISTAKES
 from misstep.data.preferred import load_preferred

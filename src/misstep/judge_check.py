@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from misstep.claims import claimed
-from misstep.data.columns import LAYOUT
 from misstep.data.decoys import NAME, beside
+from misstep.data.fields import LAYOUT
 from misstep.data.labelled import MISTAKES, Case, DataSet, drawn, read_labelled
 from misstep.data.sources import Source, check_source, rows
 from misstep.documents import check, read_yaml
