@@ -345,7 +345,7 @@ def _check_methods(config: RunConfig, policy: Policy) -> None:
             f"methods: {revising[0]} needs a policy with the key 'critique' (requests for a "
             f"critique and a revision), found none in {policy.name}."
         )
-    on_pairs = [name for name in config.methods if METHODS[name].pairs]
+    on_pairs = [name for name in config.methods if METHODS[name].on_pairs]
     if on_pairs and config.train.adapter == "full":
         raise RecipeError(
             f"train.adapter: expected lora for {on_pairs[0]}, which trains on pairs, found "

@@ -36,7 +36,7 @@ from misstep.policy import Policy, load_policy
 from misstep.progress import Engines, Progress
 from misstep.records import Prompt, Response, Score, write_jsonl
 from misstep.report.study import write_study_report
-from misstep.run_folder import Kind, Manifest, described, refuse_own, writable
+from misstep.run_folder import Layout, Manifest, described, refuse_own, writable
 from misstep.stages.base import score_all
 from misstep.stages.discriminate import Discrimination, discriminate
 from misstep.stages.respond import RespondSettings, respond
@@ -116,7 +116,7 @@ def _judge(config: StudyConfig, policy: Policy) -> JudgeInputs:
     return judge_of_policy(config.policy, policy, config.engine, model)
 
 
-KIND = Kind(
+LAYOUT = Layout(
     records=("responses.jsonl", "analyses.jsonl", "scores.jsonl", "study.html", STUDY),
     work=("scratch",),
     mark="models",
@@ -144,8 +144,8 @@ class StudyRun:
         self.config = inputs.config
         self.folder = folder
         self.progress = progress
-        refuse_own(folder, KIND.own, {"prompts": self.config.prompts.path})
-        self.manifest = Manifest(folder, _described(inputs), KIND)
+        refuse_own(folder, LAYOUT.own, {"prompts": self.config.prompts.path})
+        self.manifest = Manifest(folder, _described(inputs), LAYOUT)
         self.scratch = folder / "scratch"
         self._engines = Engines(folder / CACHE, progress)
         self.manifest.begin_anew(progress)

@@ -133,7 +133,7 @@ class Method(ABC):
     """Whether nothing can be trained without good answers to the prompts of mistakes."""
     trainer: ClassVar[Literal["fine-tune", "reinforce"]] = "fine-tune"
     """`reinforce`: the pairs make a reward model, whose reward the policy is optimised for."""
-    pairs: ClassVar[bool] = False
+    on_pairs: ClassVar[bool] = False
     """Whether the rows are pairs, which are compared with the model without its adapter."""
     spare_tokens: ClassVar[int] = 0
     """What an answer needs beyond the recipe's limit, for what the user does not get of it."""

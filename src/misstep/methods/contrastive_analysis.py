@@ -18,7 +18,7 @@ class ContrastiveAnalysis(Method):
     uses_mistakes = True
     uses_analyses = True
     uses_unguided = True
-    pairs = True
+    on_pairs = True
     uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:

@@ -13,7 +13,7 @@ class DPO(Method):
     name = "dpo"
     needs_good_answers = True
     uses_mistakes = True
-    pairs = True
+    on_pairs = True
     uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:

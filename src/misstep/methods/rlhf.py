@@ -14,7 +14,7 @@ class RLHF(Method):
     name = "rlhf"
     needs_good_answers = True
     uses_mistakes = True
-    pairs = True
+    on_pairs = True
     uses_ordinary = False
     trainer = "reinforce"
 
