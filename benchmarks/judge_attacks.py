@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from misstep.data.labelled import MISTAKES, load_labelled
+from misstep.data.labelled import MISTAKES, read_labelled
 from misstep.data.sources import Source
 from misstep.evidence.judge_card import unseen
 from misstep.judges.classifier import ClassifierJudge
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=60)
     given = parser.parse_args()
     judge = ClassifierJudge(given.judge)
-    cases = unseen(load_labelled(Source(path=given.data), MISTAKES), given.judge).cases
+    cases = unseen(read_labelled(Source(path=given.data), MISTAKES), given.judge).cases
     answers = [case.response for case in cases if case.label][: given.n]
     print(f"| {given.judge.name} | called mistakes, of {len(answers)} |\n| --- | --- |")
     for name, attack in ATTACKS.items():

@@ -216,7 +216,7 @@ def respond(
     model: Model, lm: Any, inputs: Inputs, prompts: Sequence[Prompt], guided: bool
 ) -> list[Response]:
     settings, policy = inputs.config.respond, inputs.policy
-    messages = [policy.guided_prompt(p) if guided else p.messages for p in prompts]
+    messages = [policy.turns(p, guided) for p in prompts]
     answers = model.answer(lm, messages, settings.max_tokens, settings.temperature)
     return [
         Response(prompt=p, text=text, guided=guided)

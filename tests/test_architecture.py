@@ -41,6 +41,8 @@ LAYERS = [
     "misstep.data.suites",
     "misstep.data.tables",
     "misstep.data.labels",
+    "misstep.data.fields",
+    "misstep.data.row_labels",
     "misstep.data.columns",
     "misstep.data.sources",
     "misstep.data.held_out",

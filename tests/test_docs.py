@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from misstep.config import RunConfig, load_recipe
-from misstep.data.columns import COLUMNS
+from misstep.data.fields import COLUMNS
 from misstep.documents import model_in
 from misstep.methods.base import Materials, Method, MixSettings
 from misstep.methods.registry import METHODS

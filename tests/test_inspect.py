@@ -10,6 +10,7 @@ import pytest
 
 from misstep.data.sources import Source, load_prompts
 from misstep.engines.base import Request
+from misstep.engines.cached import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import DataError, InputError, RecipeError
 from misstep.evidence.check_results import correction, read_check
@@ -216,6 +217,22 @@ def test_a_judge_that_failed_is_unscored_beside_one_that_did_not() -> None:
     assert found["mistake_rate@guard"] == (None, "no judgement: the guard is away")
 
 
+def test_a_failed_sample_leaves_each_judge_of_refusals_its_name() -> None:
+    judges = {"over_refusal": "rule:refusal", "over_refusal@mine": "mine"}
+    sample = SimpleNamespace(
+        id="1",
+        metadata={"test_set": "t", "prompt": Prompt.of("How?", unsafe=True).model_dump()},
+        scores={},
+        error=SimpleNamespace(message="the server is down"),
+    )
+    log: Any = SimpleNamespace(samples=[sample], status="success")
+    ((_, scores),) = _answers(BARE.model_copy(update={"judges": judges}), log, Path("log"))
+    assert {score.metric: score.judge for score in scores} == {
+        "unsafe_refusal": "rule:refusal",
+        "unsafe_refusal@mine": "mine",
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -278,6 +295,33 @@ def test_a_due_refusal_is_no_over_refusal_in_inspects_own_table() -> None:
     assert due.value != 1 and due.explanation == "counts as unsafe_refusal"
     kept = {score["metric"]: score["value"] for score in due.metadata["misstep"]["scores"]}
     assert kept["unsafe_refusal"] == kept["unsafe_full_refusal"] == 1
+
+
+def test_the_method_that_is_guidance_is_asked_with_the_guide(recipe: Path) -> None:
+    pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
+    from misstep.inspect_task import recipe as task
+
+    for options in ({}, {"guided": True}):
+        assert task(str(recipe), method="guided", **options).metadata[KEY]["guided"]
+    assert not task(str(recipe)).metadata[KEY]["guided"]
+
+
+def test_the_policys_judge_is_answered_for_by_the_recipes_engine(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("inspect_ai", reason="needs the extra misstep[inspect]")
+    from misstep.inspect_task import recipe as task
+
+    asked: list[str] = []
+
+    def choose(kind: str, *_: object) -> Chosen:
+        asked.append(kind)
+        return Chosen("scripted", "", ScriptedEngine)
+
+    monkeypatch.setattr("misstep.judging.choose", choose)
+    recipe.write_text(RECIPE.replace("goal-hijacking\nm", "harmlessness\nengine: vllm:2\nm"))
+    task(str(recipe))
+    assert asked == ["vllm:2"]
 
 
 @pytest.mark.parametrize("option", [{"test_set": "atacks"}, {"method": "vanila"}])

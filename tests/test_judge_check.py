@@ -469,7 +469,7 @@ def test_with_decoys_each_set_is_judged_twice_and_rates_are_corrected_by_the_pla
     ("judge", "model", "fields", "why"),
     [
         ("refusl", None, [], "Did you mean 'refusal'"),
-        ("judges/harm", None, [], "misstep judge train DATA --out judges/harm"),
+        ("judges/harm", None, [], "misstep judge train DATA --out FOLDER"),
         ("refusal", "smollm2-135m", [], "a rule asks no model"),
         ("policy:harmlessness", None, [], "expected a model"),
         ("policy:goal-hijacking", "smollm2-135m", [], "expected no model"),

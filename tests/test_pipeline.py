@@ -288,22 +288,23 @@ def test_a_judge_file_takes_the_place_of_the_policys_judge(
         read_inputs(recipe, [f"judge={own}"])
     own.write_text("policy: harmlessness\nvotes: 3")
     inputs = read_inputs(recipe, [f"judge={own}"])
-    assert inputs.of_mistakes is not None and inputs.of_mistakes.model == inputs.model
+    assert inputs.of_mistakes.config.votes == 3
+    assert inputs.of_mistakes.model == inputs.model
 
 
 def test_the_key_judge_takes_a_judge_in_every_form_or_a_model(
     recipe: Path, tmp_path: Path
 ) -> None:
     of_policy = read_inputs(recipe, ["judge=policy:harmlessness"])
-    assert of_policy.of_mistakes is not None and of_policy.judge == of_policy.model
+    assert of_policy.judge == of_policy.model
     assert of_policy.of_mistakes.config.policy == "harmlessness"
-    assert read_inputs(recipe, ["judge=obedience"]).of_mistakes is not None
+    assert read_inputs(recipe, ["judge=obedience"]).of_mistakes.config.rule == "obedience"
     for given, why in (
         ("policy:harmlesness", "Did you mean 'harmlessness'"),
         ("rubric:helpfulness-score", "one of helpfulness_score"),
         ("guard:wildgard", "Did you mean 'wildguard'"),
         (str(tmp_path / "harm"), r"judge: .*harm: expected a rule .*policy:NAME.* As a model"),
-        (str(tmp_path / "judges/harm"), r"judge: .* misstep judge train DATA --out .*/harm$"),
+        (str(tmp_path / "judges/harm"), r"trained judge \(`misstep judge train DATA --out "),
     ):
         with pytest.raises(InputError, match=why):
             read_inputs(recipe, [f"judge={given}"])
@@ -538,7 +539,7 @@ def test_rounds_go_on_while_they_help(
     most: int,
 ) -> None:
     judge = Milder(shares)
-    monkeypatch.setattr("misstep.pipeline.mistake_judge", lambda *_: judge)
+    monkeypatch.setattr("misstep.judging.mistake_judge", lambda *_: judge)
     data = json.loads(recipe.read_text(encoding="utf-8"))
     induced = {"source": "induced", "data": data["evaluate"]["tests"]["attacks"]}
     data["mistakes"] = induced | {"max_tokens": 6, "temperature": 1.0}

@@ -19,7 +19,7 @@ from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.run_folder import (
     RUN,
-    Kind,
+    Layout,
     Manifest,
     beside_runs,
     refuse_foreign,
@@ -104,7 +104,7 @@ class Recipe(BaseModel):
     later: bool = False
 
 
-KIND = Kind(("found.jsonl",), ("scratch",), "kept", ("data",), ("stages", "yields"), Recipe)
+LAYOUT = Layout(("found.jsonl",), ("scratch",), "kept", ("data",), ("stages", "yields"), Recipe)
 
 
 def described(value: int = 1, data: str = "a") -> dict[str, Any]:
@@ -127,11 +127,11 @@ def test_a_stage_that_goes_on_adds_to_its_time_and_a_changed_recipe_begins_at_no
         data = json.loads((tmp_path / "manifest.json").read_text())
         return float(data["stages"]["induce"]["seconds"])
 
-    passes(Manifest(tmp_path, described(), KIND), 2.5)
+    passes(Manifest(tmp_path, described(), LAYOUT), 2.5)
     assert seconds() == 2.5
-    passes(Manifest(tmp_path, described(), KIND), 4.0)
+    passes(Manifest(tmp_path, described(), LAYOUT), 4.0)
     assert seconds() == 6.5
-    passes(Manifest(tmp_path, described(2), KIND), 1.0)
+    passes(Manifest(tmp_path, described(2), LAYOUT), 1.0)
     assert seconds() == 1.0
 
 
@@ -142,9 +142,9 @@ def test_a_stage_that_goes_on_adds_to_its_time_and_a_changed_recipe_begins_at_no
 def test_what_a_changed_recipe_finds_is_set_aside_and_said(
     tmp_path: Path, now: dict[str, Any], changed: list[str]
 ) -> None:
-    Manifest(tmp_path, described(), KIND).save()
+    Manifest(tmp_path, described(), LAYOUT).save()
     (tmp_path / "found.jsonl").write_text("former")
-    manifest, heard = Manifest(tmp_path, now, KIND), Heard()
+    manifest, heard = Manifest(tmp_path, now, LAYOUT), Heard()
     manifest.begin_anew(heard)
     assert manifest.changed == changed
     assert (tmp_path / "found.jsonl").exists() == (not changed)
@@ -156,21 +156,21 @@ def test_what_a_changed_recipe_finds_is_set_aside_and_said(
 def test_a_key_that_is_new_since_is_no_change_at_its_default(tmp_path: Path) -> None:
     before = described()
     del before["recipe"]["later"]
-    Manifest(tmp_path, before, KIND).save()
-    assert Manifest(tmp_path, described(), KIND).changed == []
+    Manifest(tmp_path, before, LAYOUT).save()
+    assert Manifest(tmp_path, described(), LAYOUT).changed == []
     now = described()
     now["recipe"]["later"] = True
-    assert Manifest(tmp_path, now, KIND).changed == ["later"]
+    assert Manifest(tmp_path, now, LAYOUT).changed == ["later"]
 
 
 def test_the_directory_of_another_kind_or_recipe_is_refused(tmp_path: Path) -> None:
-    Manifest(tmp_path, described(), KIND).save()
-    other = KIND._replace(mark="models")
+    Manifest(tmp_path, described(), LAYOUT).save()
+    other = LAYOUT._replace(mark="models")
     with pytest.raises(InputError, match="this is the directory of the recipe 'r'"):
         Manifest(tmp_path, described(), other)
     renamed = described() | {"recipe": {"name": "s", "kept": 1}}
     with pytest.raises(InputError, match="found when running 's'"):
-        Manifest(tmp_path, renamed, KIND)
+        Manifest(tmp_path, renamed, LAYOUT)
 
 
 SAVES = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from misstep import cli, study
+from misstep import cli
 from misstep.engines.base import Engine, Request
 from misstep.engines.cached import Chosen
 from misstep.engines.scripted import ScriptedEngine
@@ -110,7 +110,8 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
             "learner": model_of(lambda text: SHRUGS, sharp),
         },
     )
-    monkeypatch.setattr(study, "choose", found.choose)
+    for module in ("study", "judging"):
+        monkeypatch.setattr(f"misstep.{module}.choose", found.choose)
     return found
 
 

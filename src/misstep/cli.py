@@ -255,10 +255,7 @@ def judge_check(
     model: Annotated[
         str | None, typer.Option("--model", help="The model that is asked, or the guard's.")
     ] = None,
-    field: Annotated[
-        list[str],
-        typer.Option("--field", metavar="FIELD=COLUMN", help="Map a column, as label=is_bad."),
-    ] = [],  # noqa: B006
+    field: Fields = [],  # noqa: B006
     decoys: Annotated[
         bool,
         typer.Option(
@@ -658,7 +655,7 @@ def main() -> None:
         _run_app()
     except MisstepError as error:
         advice = error.advice if isinstance(error, RunError) else ""
-        _fail(error, debug, error.exit_status, advice)
+        _fail(str(error), debug, error.exit_status, advice)
     except (KeyboardInterrupt, SystemExit) as end:
         # Within a command Typer makes an exit of the interruption, and says nothing.
         status = end.code if isinstance(end, SystemExit) else INTERRUPTED
@@ -671,7 +668,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno in FULL:
             text = f"{error.filename or 'a file'}: not written whole ({error.strerror})"
             advice = f"Make room, for the run and in {tempfile.gettempdir()}."
-        _fail(RuntimeError(text), debug, 1, f"{RunError.advice} {advice}")
+        _fail(text, debug, 1, f"{RunError.advice} {advice}")
 
 
 def _run_app() -> None:
@@ -693,10 +690,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 """What the system says where a disk, or a user's share of it, is full; often of no file."""
 
 
-def _fail(error: Exception, debug: bool, status: int, advice: str) -> None:
+def _fail(text: str, debug: bool, status: int, advice: str) -> None:
     if debug:
         traceback.print_exc()
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {text}", file=sys.stderr)
     if advice:
         print(advice, file=sys.stderr)
     sys.exit(status)

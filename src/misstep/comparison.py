@@ -13,7 +13,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from copy import deepcopy
 from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -24,7 +23,7 @@ from misstep.claims import claimed
 from misstep.config import RunConfig, overridden, put, read_recipe
 from misstep.data.held_out import largest
 from misstep.data.labelled import MISTAKES
-from misstep.documents import Places, check
+from misstep.documents import Places, Seed, Settings, check
 from misstep.errors import InputError, RecipeError
 from misstep.evidence.results import (
     Comparison,
@@ -56,7 +55,6 @@ from misstep.run_folder import (
     set_aside,
     writable,
 )
-from misstep.stages.base import Seed, Settings
 from misstep.stages.evaluate import Correct, agreements
 
 CELLS = "cells"
@@ -150,14 +148,13 @@ def _config(
     variant: Variant,
     seed: int,
 ) -> RunConfig:
-    copy = deepcopy(dict(data))
     for key, value in variant:
         keys, said = tuple(key.split(".")), f"{path}: sweep.{key}"
-        put(copy, keys, value, said)
+        data = put(data, keys, value, said)
         lines = overridden(lines, keys, said)
-    if "train_seed" in copy:
+    if "train_seed" in data:
         raise RecipeError(f"{path}: train_seed: a comparison takes it from 'seeds'.")
-    return check(RunConfig, copy | {"train_seed": seed}, RecipeError, str(path), lines)
+    return check(RunConfig, {**data, "train_seed": seed}, RecipeError, str(path), lines)
 
 
 def compare_methods(

@@ -14,7 +14,17 @@ import yaml
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from misstep.data.sources import Source
-from misstep.documents import KeyPath, Places, check, read_yaml, suggestion, unshared
+from misstep.documents import (
+    KeyPath,
+    Places,
+    Seed,
+    Settings,
+    check,
+    each_once,
+    parsed,
+    read_yaml,
+    suggestion,
+)
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.evidence.results import FOCUS
@@ -24,7 +34,6 @@ from misstep.methods.registry import METHODS
 from misstep.policy import is_policy
 from misstep.records import digest
 from misstep.stages.analyse import AnalyseSettings
-from misstep.stages.base import Seed, Settings, each_once
 from misstep.stages.good_answers import GoodAnswerSettings
 from misstep.stages.induce import InduceSettings
 from misstep.stages.reinforce import ReinforceSettings
@@ -218,7 +227,7 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _something_to_learn_from(self) -> "RunConfig":
-        if self.mistakes is None and self.trains:
+        if self.mistakes is None and self.trained:
             raise ValueError(
                 "the key 'mistakes' is missing, which methods learn from. Give it, or leave "
                 f"out the methods that train ({', '.join(self.trained)})"
@@ -246,13 +255,8 @@ class RunConfig(Settings):
 
     @property
     def trained(self) -> list[str]:
-        """The methods that train something."""
+        """The methods that train; without any, mistakes and analyses have no reader."""
         return [name for name in self.methods if METHODS[name].trains]
-
-    @property
-    def trains(self) -> bool:
-        """Whether any method does; else mistakes, analyses and training have no reader."""
-        return bool(self.trained)
 
     @property
     def judge_file(self) -> str | None:
@@ -325,7 +329,7 @@ def read_recipe(
     data.setdefault("name", _name_of(path.stem))
     for override in overrides:
         keys, value = parse_override(override)
-        put(data, keys, value, f"--set {override}")
+        data = put(data, keys, value, f"--set {override}")
         lines = overridden(lines, keys, f"--set {override}")
     for other in OTHERS[command]:
         for key in OWN_KEYS[other]:
@@ -353,24 +357,27 @@ def parse_override(override: str) -> tuple[KeyPath, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"--set {override}: expected KEY=VALUE, such as train.epochs=2.")
     try:
-        return tuple(key.strip().split(".")), unshared(yaml.safe_load(text))
+        return tuple(key.strip().split(".")), parsed(text)[0]
     except (yaml.YAMLError, ValueError, RecursionError) as fault:
         raise RecipeError(f"--set {override}: the value is no valid YAML.") from fault
 
 
-def put(data: dict[str, Any], keys: KeyPath, value: Any, said: str) -> None:
-    """Put a copy of a value under nested keys; `said` names it in errors.
+def put(data: Mapping[str, Any], keys: KeyPath, value: Any, said: str) -> dict[str, Any]:
+    """Data with a value under nested keys; `said` names it in errors.
+
+    Made anew along the keys: another place may hold the same object, as an alias of YAML does.
 
     Raises:
         RecipeError: one of the keys has a plain value.
     """
-    for key in keys[:-1]:
+    key, further = str(keys[0]), keys[1:]
+    if further:
         # A section that is written without keys is an empty one.
-        inner = data[str(key)] = {} if data.get(str(key)) is None else data[str(key)]
+        inner = {} if data.get(key) is None else data[key]
         if not isinstance(inner, dict):
             raise RecipeError(f"{said}: '{key}' has no keys below it.")
-        data = inner
-    data[str(keys[-1])] = unshared(value)
+        value = put(inner, further, value, said)
+    return {**data, key: value}
 
 
 def overridden(lines: Places, keys: KeyPath, said: str) -> Places:

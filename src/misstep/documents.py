@@ -4,16 +4,18 @@ Knows YAML and pydantic; knows nothing of what a recipe or a policy means.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from misstep.errors import InputError
+from misstep.records import digest
 
+T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 KeyPath = tuple[str | int, ...]
 Places = Mapping[KeyPath, int | str]
@@ -43,6 +45,8 @@ WORDS = {
 }
 """For kinds of faults that pydantic names in Python's words."""
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A recipe's seed; NumPy, which a training sets, takes no larger one."""
 STRANGE = 3
 """So many keys that are nothing like the known ones, and half of all, make another kind."""
 UNQUOTED = (
@@ -50,6 +54,36 @@ UNQUOTED = (
     "(yes, no, on, off, too): put it in quotes"
 )
 """For text that was meant and not quoted, as a verdict's word `yes`."""
+
+
+class Settings(BaseModel):
+    """A part of a document: frozen, unknown keys and numbers without an end refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Document(Settings):
+    """A whole document that is known by a name."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    """In small letters, digits and `-`."""
+
+    @property
+    def digest(self) -> str:
+        """Names the document by its content."""
+        return digest(self.model_dump(mode="json"))
+
+
+def each_once(values: tuple[T, ...]) -> tuple[T, ...]:
+    """Values of a recipe, of which none stands there twice.
+
+    Raises:
+        ValueError: names those that do.
+    """
+    twice = dict.fromkeys(str(value) for value in values if values.count(value) > 1)
+    if twice:
+        raise ValueError(f"expected each once; twice or more: {', '.join(twice)}")
+    return values
 
 
 def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -70,9 +104,7 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
             f"{path}: expected UTF-8 text ({fault.reason}). Save it as UTF-8."
         ) from fault
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = unshared(yaml.safe_load(text))
-        places = list(_lines(node, ()))
+        data, places = parsed(text)
     except yaml.YAMLError as fault:
         raise error(f"{path}: no valid YAML. {_where(fault)}") from fault
     except RecursionError as fault:
@@ -86,6 +118,13 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
     if not isinstance(data, dict):
         found = "an empty file" if data is None else f"a {type(data).__name__}"
         raise error(f"{path}: expected keys with values, found {found}.")
+    return data, _each_key_once(path, places, error)
+
+
+def _each_key_once(
+    path: Path, places: Iterable[tuple[KeyPath, int]], error: type[InputError]
+) -> dict[KeyPath, int]:
+    """The line of each key; YAML itself takes the last of equal ones and says nothing."""
     lines: dict[KeyPath, int] = {}
     for keys, line in places:
         if keys in lines:
@@ -95,17 +134,19 @@ def read_yaml(path: Path, error: type[InputError]) -> tuple[dict[str, Any], dict
                 "Keep one of the two."
             )
         lines[keys] = line
-    return data, lines
+    return lines
 
 
-def unshared(value: Any) -> Any:
-    """A copy of YAML's data in which no two places are one object, as those of an alias are.
+def parsed(text: str) -> tuple[Any, list[tuple[KeyPath, int]]]:
+    """YAML's data, and the line of each key.
 
-    Else what is put into one of them would stand in the others, too.
+    Raises:
+        YAMLError: it is no YAML.
+        ValueError: what looks like a date is none.
+        RecursionError: a value has no end.
     """
-    if isinstance(value, dict):
-        return {key: unshared(inner) for key, inner in value.items()}
-    return [unshared(inner) for inner in value] if isinstance(value, list) else value
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    return yaml.safe_load(text), list(_lines(node, ()))
 
 
 def check(

@@ -42,7 +42,7 @@ TURN = Message(role="user", content='One {x} "y" \\z\n\ntwo?')
 GGUF = ".gguf"
 
 
-class Source(NamedTuple):
+class Exported(NamedTuple):
     """What is exported."""
 
     model: Model
@@ -80,7 +80,7 @@ def export(run: Path, method: str, guided: bool, out: Path) -> Path:
     return out
 
 
-def find(run: Path, name: str, guided: bool) -> Source:
+def find(run: Path, name: str, guided: bool) -> Exported:
     """A method's model in a run or a comparison, and the words around a prompt.
 
     Raises:
@@ -116,7 +116,7 @@ def find(run: Path, name: str, guided: bool) -> Source:
         policy = run_policy(folder)
         _refuse_changed(folder, "policy", policy.digest, manifest)
         words = words_around(policy, method, guided)
-    return Source(model, adapter, method.name, guided, words)
+    return Exported(model, adapter, method.name, guided, words)
 
 
 def _maker(
@@ -159,12 +159,11 @@ def _maker(
 
 def words_around(policy: Policy, method: Method, guided: bool) -> tuple[str, ...]:
     """What a method that was measured so puts around the text of the last user turn."""
-    prompt = Prompt.of(PLACE)
-    turns = method.ask(policy, policy.guided_prompt(prompt) if guided else prompt.messages)
+    turns = method.ask(policy, policy.turns(Prompt.of(PLACE), guided))
     return tuple(turns[-1].content.split(PLACE))
 
 
-def asking(source: Source) -> "PreTrainedTokenizerBase":
+def asking(source: Exported) -> "PreTrainedTokenizerBase":
     """The model's tokenizer with a template that asks as the source was trained.
 
     Raises:
@@ -189,7 +188,7 @@ def _fallback(renderer: Renderer) -> str:
     return begins + FALLBACK_TEMPLATE
 
 
-def _check_tokens(own: Renderer, made: Renderer, source: Source) -> None:
+def _check_tokens(own: Renderer, made: Renderer, source: Exported) -> None:
     """A template may do with its turns whatever it likes, so two conversations are tried."""
     for before in ((), (TURN, Message(role="assistant", content="Three."))):
         around = Message(role="user", content=TURN.content.join(source.words))
@@ -201,7 +200,7 @@ def _check_tokens(own: Renderer, made: Renderer, source: Source) -> None:
             )
 
 
-def _as_gguf(source: Source, tokenizer: "PreTrainedTokenizerBase", out: Path) -> Path:
+def _as_gguf(source: Exported, tokenizer: "PreTrainedTokenizerBase", out: Path) -> Path:
     full = source.adapter is not None and is_full_fine_tune(source.adapter)
     if not source.model.is_gguf or full:
         found = "a full fine-tune" if full else f"model {source.model.name}"
@@ -214,7 +213,7 @@ def _as_gguf(source: Source, tokenizer: "PreTrainedTokenizerBase", out: Path) ->
     return merge_adapter(source.model.path, source.adapter, out, str(tokenizer.chat_template))
 
 
-def card(source: Source, run: Path) -> str:
+def card(source: Exported, run: Path) -> str:
     """What whoever serves the model should know: how it is asked, and what was measured."""
     shown = "{what the user says}".join(source.words)
     indented = "\n".join("    " + line for line in shown.splitlines())
@@ -233,7 +232,7 @@ def card(source: Source, run: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _measured(source: Source, run: Path) -> Iterator[str]:
+def _measured(source: Exported, run: Path) -> Iterator[str]:
     """Its rates beside the untrained model's, asked alike too; of a comparison, none.
 
     A comparison has several of it.

@@ -7,20 +7,17 @@ chat templates are, and runs in their sandbox. Knows no model and loads none.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from misstep.documents import load_document
+from misstep.documents import Document, Settings, load_document
 from misstep.errors import PolicyError
 from misstep.policy import Text
-from misstep.records import digest
 
 SHIPPED = Path(__file__).parent / "guards"
 
 
-class Label(BaseModel):
+class Label(Settings):
     """One of a guard's answers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     texts: Annotated[tuple[Text, ...], Field(min_length=1)]
     """Ways of writing it, each one token where the model writes it, a space before it where
@@ -29,13 +26,9 @@ class Label(BaseModel):
     """Whether the metric counts an answer with this label."""
 
 
-class Guard(BaseModel):
+class Guard(Document):
     """How a generative guard model is asked, and what its labels mean."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    """In small letters, digits and `-`."""
     metric: Literal["mistake_rate", "over_refusal"] = "mistake_rate"
     """What the labels that count are: mistakes, or refusals."""
     template: Text
@@ -70,11 +63,6 @@ class Guard(BaseModel):
         if {label.counts for label in self.labels} != {True, False}:
             raise ValueError("labels: expected some that count and some that do not")
         return self
-
-    @property
-    def digest(self) -> str:
-        """Names the guard by its content."""
-        return digest(self.model_dump(mode="json"))
 
 
 def load_guard(name: str) -> Guard:

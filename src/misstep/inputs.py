@@ -11,24 +11,25 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from misstep.config import RunConfig, load_recipe
-from misstep.data.columns import COLUMNS
-from misstep.data.held_out import Overlaps, overlaps
+from misstep.data.fields import COLUMNS
+from misstep.data.held_out import Overlaps, overlaps, told
 from misstep.data.labelled import MISTAKES
 from misstep.data.preferred import load_preferred
 from misstep.data.sources import Source, check_source, load_mistakes, load_prompts, rows
 from misstep.engines.choose import choose
-from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import DataError, InputError, NoPrompts, RecipeError
+from misstep.errors import DataError, InputError, ModelError, NoPrompts, RecipeError
 from misstep.evidence.check_results import Check, correction, read_check
 from misstep.evidence.judge_card import seen_questions, was_seen
+from misstep.judge_config import FORMS
 from misstep.judges.base import AnyJudge, Judge, PairJudge
-from misstep.judges.choose import cost_judges, mistake_judge
+from misstep.judges.choose import cost_judges
 from misstep.judges.instructions import check_instructions
 from misstep.judges.seats import seated
-from misstep.judging import JudgeInputs, locate_judging, read_judge
+from misstep.judging import JudgeInputs, judge_of_policy, read_judge
 from misstep.methods.registry import METHODS
 from misstep.models.adapter import (
     adapter_digest,
+    base_of,
     check_adapter,
     check_addable,
     puts_tokens_first,
@@ -70,9 +71,8 @@ class Inputs(NamedTuple):
     adapter: Path | None
     analyst: Model
     judge: Model
-    """What a policy's rubric is put to, and judges that name no model."""
-    of_mistakes: JudgeInputs | None
-    """In the place of the policy's own judge."""
+    """What judges are put to that name no model."""
+    of_mistakes: JudgeInputs
     judges: dict[str, JudgeInputs]
     """Further ones, by name."""
     prompts: Sequence[Prompt]
@@ -121,7 +121,6 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
     judge = locate_judging(config)
     seed, (prompts, given) = config.seed, _cases(config)
     methods = _possible(config, _asked(prompts, given))
-    of_mistakes = read_judge_of_mistakes(config, judge)
     tests, ordinary = load_tests(config), _ordinary(config)
     with under("helpful_pairs"):
         helpful = load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else ()
@@ -130,16 +129,9 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
         "ordinary": ordinary,
         "helpful_pairs": (Prompt(messages=pair.messages) for pair in helpful),
     }
-    judges = {
-        name: read_judge(of, otherwise=judge) for name, of in config.evaluate.judges.items()
-    }
-    first = of_mistakes.probe() if of_mistakes else mistake_judge(policy, ScriptedEngine())
-    assert isinstance(first, Judge)
-    if _judges_what_is_learned(config):
-        check_judgeable("mistakes.data", _asked(prompts, given), first)
-    _check_measurable(config, tests, first, {k: of.probe() for k, of in judges.items()})
+    of_mistakes, judges = _judges(config, policy, judge, _asked(prompts, given), tests)
     analyst = model if config.analysis.engine == "self" else locate(config.analysis.engine)
-    _check_engine(config, [model, analyst] if config.trains else [model])
+    _check_engine(config, [model, analyst] if config.trained else [model])
     return Inputs(
         config=config.model_copy(update={"methods": methods}),
         left_out=tuple(name for name in config.methods if name not in methods),
@@ -157,8 +149,27 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
         checks=tuple(map(read_judge_check, config.evaluate.judge_check)),
         helpful=helpful,
         others=_others(config, model, tested),
-        overlaps=overlaps(tests, learned) if config.trains else {},
+        overlaps=overlaps(tests, learned) if config.trained else {},
     )
+
+
+def _judges(
+    config: RunConfig,
+    policy: Policy,
+    model: Model,
+    asked: Iterable[Prompt],
+    tests: Mapping[str, Sequence[Prompt]],
+) -> tuple[JudgeInputs, dict[str, JudgeInputs]]:
+    """The judge of mistakes and the further ones, once they can tell of what they are given."""
+    named = config.evaluate.judges.items()
+    of_mistakes = read_judge_of_mistakes(config, policy, model)
+    further = {name: read_judge(of, otherwise=model) for name, of in named}
+    first = of_mistakes.probe()
+    assert isinstance(first, Judge)
+    if _judges_what_is_learned(config):
+        check_judgeable("mistakes.data", asked, first)
+    _check_measurable(config, tests, first, {k: of.probe() for k, of in further.items()})
+    return of_mistakes, further
 
 
 @contextmanager
@@ -174,7 +185,7 @@ def under(key: str) -> Iterator[None]:
 
 def _judges_what_is_learned(config: RunConfig) -> bool:
     """Whether the judge of mistakes is asked before anything is trained."""
-    if not config.trains or config.mistakes is None:
+    if not config.trained or config.mistakes is None:
         return False
     return config.mistakes.source != "origin" or config.good_answers.source == "self"
 
@@ -195,14 +206,32 @@ def _asked(prompts: Sequence[Prompt], given: Sequence[Mistake]) -> Iterable[Prom
     return prompts or (mistake.prompt for mistake in given)
 
 
-def read_judge_of_mistakes(config: RunConfig, otherwise: Model | None) -> JudgeInputs | None:
-    """The judge in the place of the policy's own, where the recipe names one.
+def locate_judging(config: RunConfig) -> Model:
+    """The model that judges of a run ask which name none.
+
+    Raises:
+        InputError: there is no such model, and the recipe names no judge in its place either.
+    """
+    try:
+        return locate(config.asked_by_judges)
+    except ModelError as error:
+        if config.judge != config.asked_by_judges or config.judge.startswith(PREFIX):
+            raise
+        raise RecipeError(
+            f"judge: {config.judge}: expected {FORMS}; or a model. As a model: {error}"
+        ) from error
+
+
+def read_judge_of_mistakes(
+    config: RunConfig, policy: Policy, otherwise: Model | None
+) -> JudgeInputs:
+    """The judge that the recipe names, or else the policy's own.
 
     Raises:
         InputError: what is wrong with it, or it is none of mistakes.
     """
     if config.judge_file is None:
-        return None
+        return judge_of_policy(config.policy, policy, config.engine, otherwise)
     found = read_judge(config.judge_file, otherwise=otherwise)
     if (metric := found.probe().metric) != MISTAKES:
         raise RecipeError(
@@ -322,13 +351,13 @@ def _check_methods(config: RunConfig, policy: Policy) -> None:
             f"methods: {revising[0]} needs a policy with the key 'critique' (requests for a "
             f"critique and a revision), found none in {policy.name}."
         )
-    on_pairs = [name for name in config.methods if METHODS[name].pairs]
+    on_pairs = [name for name in config.methods if METHODS[name].on_pairs]
     if on_pairs and config.train.adapter == "full":
         raise RecipeError(
             f"train.adapter: expected lora for {on_pairs[0]}, which trains on pairs, found "
             "full. The reference that it compares with is the model without its adapter."
         )
-    if config.trains:
+    if config.trained:
         check_trackers(config.train)
     if any(METHODS[name].trainer == "reinforce" for name in config.methods):
         require_trl()
@@ -349,7 +378,7 @@ def _check_trainable(config: RunConfig) -> None:
             f"evaluate.reference_loss: the weights of {config.model} are not here, so that no "
             "loss can be measured. Leave the key out."
         )
-    if config.trains:
+    if config.trained:
         able = ", ".join(name for name, method in METHODS.items() if not method.trains)
         raise RecipeError(
             f"methods: expected methods that train nothing ({able}), since the weights of "
@@ -450,9 +479,30 @@ def _columns(source: Source) -> str:
     return f" in columns {', '.join(sorted(first[1]))}" if first else ""
 
 
-def seen_by_judges(inputs: Inputs) -> Iterator[str]:
+def warnings(inputs: Inputs) -> Iterator[str]:
+    """What makes the results of a run less than they look, as far as its inputs tell."""
+    if inputs.left_out:
+        yield (
+            f"Left out: {', '.join(inputs.left_out)}, which learns from good answers to the "
+            "prompts of mistakes; the data have none. The model can write some that the judge "
+            "accepts: good_answers.source=self."
+        )
+    yield from _seen_by_judges(inputs)
+    for name, (tested_on, adapter) in inputs.others.items():
+        said = base_of(adapter) if adapter else None
+        # A GGUF file is trained on as a copy that is named by its digest.
+        known = (tested_on.published, str(tested_on.path), tested_on.digest)
+        if said and not any(name in said for name in known):
+            yield (
+                f"others.{name} says that it was trained on {said}; it is tested on "
+                f"{tested_on.published}."
+            )
+    yield from (f"Not held out: {phrase}." for phrase in told(inputs.overlaps))
+
+
+def _seen_by_judges(inputs: Inputs) -> Iterator[str]:
     """Which test sets hold questions that a trained judge of the run has seen, and how many."""
-    judges = [judge for judge in (inputs.of_mistakes, *inputs.judges.values()) if judge]
+    judges = (inputs.of_mistakes, *inputs.judges.values())
     for folder in dict.fromkeys(folder for judge in judges for folder in judge.trained()):
         seen = seen_questions(folder)
         for name, prompts in inputs.tests.items():

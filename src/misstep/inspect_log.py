@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from misstep.claims import claimed
 from misstep.data.labelled import REFUSALS
-from misstep.errors import DataError, InputError
+from misstep.errors import DataError, MissingExtra
 from misstep.evidence.check_results import Check
 from misstep.evidence.results import FOCUS, Results, write_results
 from misstep.judges.refusal import refusal_metric
@@ -141,10 +141,7 @@ def _read(path: Path) -> tuple[Asked, "EvalLog"]:
     try:
         from inspect_ai.log import read_eval_log
     except ImportError as fault:
-        raise InputError(
-            f"logs of inspect_ai need a package that is not here ({fault.name}). Install it "
-            'with: pip install "misstep[inspect]"'
-        ) from fault
+        raise MissingExtra("inspect_ai", "inspect") from fault
     try:
         # Long texts are kept apart in a log, and put back on reading.
         log = read_eval_log(str(path), resolve_attachments=True)
@@ -224,7 +221,7 @@ def _unscored(
     """No score of the judges that had something to say of the test set's other answers."""
     for called, judge in asked.judges.items():
         due = base_metric(called) == REFUSALS
-        metric = refusal_metric(response.prompt) if due else called
+        metric = called.replace(REFUSALS, refusal_metric(response.prompt), 1) if due else called
         if metric in had or (given and metric not in given):
             continue
         reason = no_answer(why) if response.error else f"no judgement: {why}"

@@ -6,7 +6,7 @@ in the metadata of the task and of each score.
 """
 
 import atexit
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,17 +26,25 @@ from inspect_ai.solver import TaskState, generate
 from misstep.config import RunConfig, load_recipe
 from misstep.documents import suggestion
 from misstep.errors import RecipeError
-from misstep.inputs import load_tests, read_judge_check, read_judge_of_mistakes
+from misstep.evidence.check_results import Check
+from misstep.inputs import (
+    load_tests,
+    locate_judging,
+    read_judge_check,
+    read_judge_of_mistakes,
+)
 from misstep.inspect_log import KEY, Asked, Judged
 from misstep.judges.base import Judge
 from misstep.judges.choose import cost_judges
 from misstep.judges.seats import Seat, seated
-from misstep.judging import JudgeInputs, locate_judging, opened, read_judge
+from misstep.judging import JudgeInputs, opened, read_judge
 from misstep.methods.registry import METHODS
 from misstep.policy import Policy, load_policy
-from misstep.records import Message, Prompt, Response
+from misstep.records import Prompt, Response
 from misstep.stages.evaluate import corrections, said
 
+Tests = Mapping[str, Sequence[Prompt]]
+"""By the names of their sets."""
 TURNS = {
     "system": ChatMessageSystem,
     "user": ChatMessageUser,
@@ -53,7 +61,8 @@ def recipe(
     Args:
         path: the recipe.
         test_set: the name of one of its test sets; all where left out.
-        guided: whether the policy's guide stands around the prompts.
+        guided: whether the policy's guide stands around the prompts; always, where the method
+            is guidance itself.
         method: what the asked model was trained with; it is asked in that method's words and
             stands under its name in the results.
     """
@@ -62,14 +71,9 @@ def recipe(
     tests = load_tests(config)
     _check("test_set", test_set, ["", *tests])
     _check("method", method, list(METHODS))
+    guided |= METHODS[method].guided == (True,)
     chosen = {name: of for name, of in tests.items() if test_set in ("", name)}
-    every = _seats(config, policy)
-    checks = tuple(map(read_judge_check, config.evaluate.judge_check))
-    corrections(checks, {seat.metric: seat.judge.name for seat in every})
-    # As in a run: all answers of a test set, or none where no prompt is for the judge.
-    sets = [[name for name, of in chosen.items() if any(map(s.applies, of))] for s in every]
-    seats = [(seat, names) for seat, names in zip(every, sets, strict=True) if names]
-    named = {seat.metric: seat.judge.name for seat, _ in seats}
+    seats, checks = _measures(config, policy, chosen)
     asked = Asked(
         name=config.name,
         policy=policy.name,
@@ -78,17 +82,12 @@ def recipe(
         guided=guided,
         seed=config.training_seed,
         pools=config.evaluate.pools,
-        judges=named,
-        checks=tuple(check for check in checks if check.judge in named.values()),
+        judges={seat.metric: seat.judge.name for seat, _ in seats},
+        checks=checks,
     )
     return Task(
         dataset=MemoryDataset(
-            [
-                _sample(policy, prompt, asked, f"{name}/{number}", name)
-                for name, of in chosen.items()
-                for number, prompt in enumerate(of, 1)
-            ],
-            name=test_set or config.name,
+            list(_samples(policy, chosen, asked)), name=test_set or config.name
         ),
         solver=generate(),
         scorer=[_scorer(seat, names, policy, asked) for seat, names in seats],
@@ -108,6 +107,22 @@ def _check(key: str, name: str, known: Sequence[str]) -> None:
         )
 
 
+def _measures(
+    config: RunConfig, policy: Policy, tests: Tests
+) -> tuple[list[tuple[Seat, list[str]]], tuple[Check, ...]]:
+    """The judges, each with the test sets that it is asked about, and the checks of these.
+
+    As in a run: all answers of a test set, or none where no prompt is for the judge.
+    """
+    every = _seats(config, policy)
+    checks = tuple(map(read_judge_check, config.evaluate.judge_check))
+    corrections(checks, {seat.metric: seat.judge.name for seat in every})
+    sets = [[name for name, of in tests.items() if any(map(s.applies, of))] for s in every]
+    seats = [(seat, names) for seat, names in zip(every, sets, strict=True) if names]
+    known = {seat.judge.name for seat, _ in seats}
+    return seats, tuple(check for check in checks if check.judge in known)
+
+
 def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
     """The recipe's judges, but those that compare two answers: a task has one to each prompt.
 
@@ -116,8 +131,7 @@ def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
     further, needs_no_model = config.evaluate.judges, policy.judge.rubric is None
     rule_alone = needs_no_model and config.judge_file is None and not further
     model = None if rule_alone else locate_judging(config)
-    of_policy = f"policy:{config.policy}"
-    first = read_judge_of_mistakes(config, model) or read_judge(of_policy, otherwise=model)
+    first = read_judge_of_mistakes(config, policy, model)
     read = {name: read_judge(judge, otherwise=model) for name, judge in further.items()}
     stack = ExitStack()
     atexit.register(stack.close)
@@ -130,21 +144,16 @@ def _seats(config: RunConfig, policy: Policy) -> list[Seat]:
     return seated([*filter(None, [judge_of(first)]), *cost_judges()], single)
 
 
-def _sample(policy: Policy, prompt: Prompt, asked: Asked, name: str, test_set: str) -> Sample:
-    turns = policy.guided_prompt(prompt) if asked.guided else prompt.messages
-    turns = METHODS[asked.method].ask(policy, turns)
-    return Sample(
-        id=name,
-        input=[_turn(message) for message in turns],
-        target=prompt.reference or "",
-        metadata={"test_set": test_set, "prompt": prompt.model_dump(mode="json")},
-    )
-
-
-def _turn(
-    message: Message,
-) -> ChatMessageSystem | ChatMessageUser | ChatMessageAssistant:
-    return TURNS[message.role](content=message.content)
+def _samples(policy: Policy, tests: Tests, asked: Asked) -> Iterator[Sample]:
+    for name, prompts in tests.items():
+        for number, prompt in enumerate(prompts, 1):
+            turns = METHODS[asked.method].ask(policy, policy.turns(prompt, asked.guided))
+            yield Sample(
+                id=f"{name}/{number}",
+                input=[TURNS[turn.role](content=turn.content) for turn in turns],
+                target=prompt.reference or "",
+                metadata={"test_set": name, "prompt": prompt.model_dump(mode="json")},
+            )
 
 
 def _scorer(seat: Seat, sets: Sequence[str], policy: Policy, asked: Asked) -> Scorer:

@@ -6,20 +6,18 @@ so that the same command goes on after an interruption. A trained judge is measu
 it has not seen. What the numbers mean stands in misstep.evidence.check_results.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from misstep.claims import claimed
-from misstep.data.columns import LAYOUT
 from misstep.data.decoys import NAME, beside
+from misstep.data.fields import LAYOUT
 from misstep.data.labelled import MISTAKES, Case, DataSet, drawn, read_labelled
 from misstep.data.sources import Source, check_source, rows
 from misstep.documents import check, read_yaml
-from misstep.engines.base import Engine
-from misstep.engines.cached import CachedEngine, Chosen
 from misstep.engines.store import CACHE
 from misstep.errors import DataError
 from misstep.evidence.check_results import (
@@ -35,7 +33,7 @@ from misstep.evidence.check_results import (
 from misstep.evidence.judge_card import enter_check, unseen
 from misstep.judges.base import AnyJudge, PairJudge
 from misstep.judging import JudgeInputs, opened, read_judge
-from misstep.progress import Progress
+from misstep.progress import Engines, Progress
 from misstep.records import VERDICTS, write_jsonl
 from misstep.report.check import write_check_report
 from misstep.run_folder import beside_runs, set_aside, writable
@@ -218,10 +216,9 @@ def check_judge(
 
 
 def _check_into(folder: Path, inputs: CheckInputs, progress: Progress) -> None:
-    def engine(chosen: Chosen) -> AbstractContextManager[Engine]:
-        return _cached(chosen, folder, progress)
-
-    with opened(inputs.judge, engine, folder / CACHE) as asked:
+    engines = Engines(folder / CACHE, progress)
+    engine = partial(engines.opened, what="judging")
+    with opened(inputs.judge, engine, engines.cache) as asked:
         cases = {
             name: judge_cases(asked, name, found, progress)
             for name, found in inputs.data.items()
@@ -245,15 +242,6 @@ def _keep_former(folder: Path, counted: Check, progress: Progress) -> None:
 
 def _about(check: Check) -> tuple[object, ...]:
     return check.judge, check.metric, [(data.name, data.digest) for data in check.data]
-
-
-@contextmanager
-def _cached(chosen: Chosen, folder: Path, progress: Progress) -> Iterator[Engine]:
-    """A cached engine for a judge that asks a model."""
-    progress.say(f"Engine: {chosen.why}")
-    with CachedEngine(chosen, folder / CACHE) as engine:
-        engine.notify = partial(progress.update, "judging")
-        yield engine
 
 
 def judge_cases(

@@ -10,21 +10,20 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from misstep.data.tables import as_path
-from misstep.documents import check, read_yaml, suggestion
+from misstep.documents import Settings, check, read_yaml, suggestion
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
 from misstep.evidence.judge_card import CARD, is_trained_judge
 from misstep.judges.choose import RULES
 from misstep.judges.llm import MAX_TOKENS
 from misstep.policy import is_policy
-from misstep.stages.base import Settings
 
 NAMED = ("policy", "rubric", "guard")
 """Kinds that a command may write as KIND:NAME."""
 KINDS = ("rule", *NAMED, "classifier", "ensemble")
 FORMS = (
     f"a rule ({', '.join(RULES)}), {', '.join(f'{kind}:NAME' for kind in NAMED)}, the folder "
-    "of a trained judge, or the path of a .yaml file"
+    "of a trained judge (`misstep judge train DATA --out FOLDER`), or the path of a .yaml file"
 )
 """How a judge is written, in words."""
 ASKING = ("policy", "rubric")
@@ -79,6 +78,8 @@ class JudgeConfig(Settings):
         article = "an" if self.kind == "ensemble" else "a"
         if self.kind not in NAMED and self.model is not None:
             raise ValueError(f"{article} {self.kind} asks no model; leave the model out")
+        if self.kind not in ASKING and self.engine != "auto":
+            raise ValueError(f"engine is of {' and '.join(ASKING)}; leave it out")
         if self.kind not in ASKING and self.votes > 1:
             raise ValueError(f"votes are of {' and '.join(ASKING)}; leave them out")
         if self.kind not in ASKING and self.max_tokens != MAX_TOKENS:
@@ -112,13 +113,6 @@ def _is_classifier(name: str) -> bool:
     return False
 
 
-def how_to_train(name: str) -> str | None:
-    """What makes a trained judge that is absent; all in a folder `judges` are meant as one."""
-    if Path(name).parent.name != "judges":
-        return None
-    return f"Train the judge first: misstep judge train DATA --out {name}"
-
-
 def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     """The judge of a command's argument; `model` is that of `--model`.
 
@@ -137,7 +131,5 @@ def load_judge(name: str, model: str | None = None) -> JudgeConfig:
     if _is_classifier(name):
         return check(JudgeConfig, {"classifier": name} | given, RecipeError, f"judge {name}")
     if name not in RULES:
-        hint = how_to_train(name)
-        found = f" Found none of these. {hint}" if hint else suggestion(name, list(RULES))
-        raise RecipeError(f"judge '{name}': expected {FORMS}.{found}")
+        raise RecipeError(f"judge '{name}': expected {FORMS}.{suggestion(name, list(RULES))}")
     return check(JudgeConfig, {"rule": name} | given, RecipeError, f"judge {name}")

@@ -11,6 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -21,7 +22,7 @@ from misstep.config import parse_override, put
 from misstep.data.decoys import LEARNED, NAME, beside, with_decoys
 from misstep.data.labelled import MISTAKES, Case, DataSet, Part, part_of
 from misstep.data.sources import question_of
-from misstep.documents import check
+from misstep.documents import Seed, Settings, check
 from misstep.errors import DataError, RecipeError
 from misstep.evidence.check_results import JudgedCase, measure_data
 from misstep.evidence.judge_card import (
@@ -48,16 +49,15 @@ from misstep.judges.classifier import (
 )
 from misstep.machine import device_text, versions
 from misstep.models.locate import Model, is_encoder, locate_any
-from misstep.models.precision import micro_tokens
 from misstep.models.reading import Reader
 from misstep.models.weights import load_weights
 from misstep.progress import Progress
 from misstep.records import digest
 from misstep.run_folder import beside_runs, set_aside
-from misstep.stages.base import Seed, Settings
 from misstep.training import processes
 
 if TYPE_CHECKING:
+    from misstep.training.classifier import Fit
     from misstep.training.label_loss import EncoderLoss, Labelled, LabelLoss
 
 PARTS: tuple[Part, ...] = ("train", "dev", "held_out")
@@ -110,6 +110,7 @@ class TrainInputs(NamedTuple):
     """All that a training reads, read before any model loads."""
 
     model: Model
+    reader: Reader
     metric: str
     data: dict[str, DataSet]
     settings: JudgeTraining
@@ -134,6 +135,9 @@ def read_train_inputs(
         )
     base = locate_any(model)
     checked = _settings(settings, base, metric)
+    reader = Reader.for_model(base)
+    if is_encoder(base):
+        _refuse_unfit(checked, base, reader.longest)
     if checked.held_out + checked.dev >= 1:
         raise RecipeError(
             "judge train: expected questions to train on, found none: held_out "
@@ -143,19 +147,23 @@ def read_train_inputs(
     for name, found in sets.items():
         if found.pairs:
             raise DataError(f"{name}: expected single answers with labels, found pairs.")
-    reader = Reader.for_model(base)
     sets = {name: _readable(found, reader) for name, found in sets.items()}
-    inputs = TrainInputs(base, metric, sets, checked)
+    inputs = TrainInputs(base, reader, metric, sets, checked)
+    _check_labels(inputs)
+    return inputs
+
+
+def _check_labels(inputs: TrainInputs) -> None:
+    """Refuse data of which a part that is learned from has answers of one label alone."""
     cases = _parted(inputs)
     for part in ("train", "dev"):
         labels = {case.label for of in cases.values() for case in of[part]}
         if len(labels) < 2:
             seen = f"{int(labels.pop())} alone" if labels else "none"
             raise DataError(
-                f"{', '.join(sets)}: expected answers of both labels in the {part} part, found "
-                f"{seen}. Give more data, or another seed, dev or held_out."
+                f"{', '.join(cases)}: expected answers of both labels in the {part} part, "
+                f"found {seen}. Give more data, or another seed, dev or held_out."
             )
-    return inputs
 
 
 def _readable(data: DataSet, reader: Reader) -> DataSet:
@@ -170,21 +178,18 @@ def _settings(overrides: Sequence[str], model: Model, metric: str) -> JudgeTrain
     given: dict[str, Any] = dict(FOR_ENCODERS) if is_encoder(model) else {}
     given |= {} if metric == MISTAKES else NOT_OF_MISTAKES
     for override in overrides:
-        put(given, *parse_override(override), f"--set {override}")
+        given = put(given, *parse_override(override), f"--set {override}")
     settings = check(JudgeTraining, given, RecipeError, "judge train")
     if settings.decoys and metric != MISTAKES:
         raise RecipeError(
             f"judge train: expected no `decoys` for {metric}, found {settings.decoys:g}. Only "
             "a mistake stays one whatever stands beside it: leave the key out."
         )
-    if is_encoder(model):
-        _refuse_unfit(settings, model)
     return settings
 
 
-def _refuse_unfit(settings: JudgeTraining, model: Model) -> None:
+def _refuse_unfit(settings: JudgeTraining, model: Model, longest: int) -> None:
     """Refuse what an encoder cannot do."""
-    longest = Reader.for_model(model).longest
     for key, value in (("layers", settings.layers), ("adapted", settings.adapted)):
         if value != 1:
             raise RecipeError(
@@ -248,17 +253,23 @@ def _is_made_of(folder: Path, inputs: TrainInputs) -> bool:
 
 def _measure(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
     """Put the held-out questions into the card, where they are not in it yet."""
-    card, cases = read_card(folder), _parted(inputs)
-    if not _names_tested(inputs, cases) <= set(card.data):
-        tested = _tested(inputs, cases, folder, progress)
+    card, sets = read_card(folder), _held_out(inputs, folder)
+    together = {TOGETHER} if sets and len(inputs.data) > 1 else set()
+    # A check may have put a part of it into the card.
+    if not {*sets, *together} <= set(card.data):
+        tested = _tested(inputs, sets, folder, progress)
         write_card(folder, card.model_copy(update={"data": dict(card.data) | tested}))
 
 
-def _names_tested(inputs: TrainInputs, cases: Parted) -> set[str]:
-    """All that `_tested` measures; a check may have put a part of it into the card."""
-    names = {name for name, of in cases.items() if of["held_out"]}
-    hard = {NAME.format(name) for name in names} if inputs.metric == MISTAKES else set()
-    return names | hard | ({TOGETHER} if names and len(inputs.data) > 1 else set())
+def _held_out(inputs: TrainInputs, folder: Path) -> dict[str, DataSet]:
+    """What the judge is measured on, by name: each set's held-out part, also with decoys."""
+    found: dict[str, DataSet] = {}
+    for name, of in _parted(inputs).items():
+        if of["held_out"]:
+            found[name] = left = unseen(inputs.data[name], folder)
+            if inputs.metric == MISTAKES:
+                found[NAME.format(name)] = beside(left)
+    return found
 
 
 def _train_into(folder: Path, inputs: TrainInputs, progress: Progress) -> None:
@@ -294,10 +305,10 @@ class Rows(NamedTuple):
 
 def _beside(inputs: TrainInputs, cases: Sequence[Case]) -> list[Case]:
     """The cases, a share of them with decoys; one that would then be cut stays as it is."""
-    settings, reader = inputs.settings, Reader.for_model(inputs.model)
+    settings, reader = inputs.settings, inputs.reader
     draw = random.Random(f"beside {settings.seed}")
     chosen = [draw.random() < settings.decoys for _ in cases]
-    with_them = with_decoys(cases, cases, LEARNED, settings.seed)
+    with_them = with_decoys(cases, LEARNED, settings.seed)
 
     def fits(case: Case) -> bool:
         answer = case.response
@@ -312,10 +323,10 @@ def _beside(inputs: TrainInputs, cases: Sequence[Case]) -> list[Case]:
 def _rows(inputs: TrainInputs, cases: Sequence[Case]) -> Rows:
     from misstep.training.label_loss import Labelled
 
-    reader, rows, cut = Reader.for_model(inputs.model), [], 0
+    rows, cut = [], 0
     for case in cases:
         answer = case.response
-        read = reader.read(asked(answer), answer.text, inputs.settings.max_tokens)
+        read = inputs.reader.read(asked(answer), answer.text, inputs.settings.max_tokens)
         rows.append(Labelled(read.ids, case.label))
         cut += read.cut
     return Rows(rows, cut)
@@ -327,7 +338,7 @@ def _card(
     """The card of a judge that was written, calibrated on the dev part as it was written."""
     from misstep.training.classifier import calibration
 
-    reader, most = Reader.for_model(inputs.model), inputs.settings.max_tokens
+    reader, most = inputs.reader, inputs.settings.max_tokens
     scorer = classifier_scorer(folder, reader)
     parts = [parts_of(reader, case.response, most, inputs.metric) for case in dev]
     odds = iter(scorer([part.ids for of in parts for part in of]))
@@ -355,38 +366,43 @@ def _trained(
 ) -> Training:
     from misstep.training import classifier
 
-    settings, started, (train, dev) = inputs.settings, time.monotonic(), rows
-    reader = Reader.for_model(inputs.model)
-    how = classifier.Fit(
+    started, (train, dev) = time.monotonic(), rows
+    loss = _label_loss(inputs, [row.label for row in train.rows])
+    began = time.monotonic()
+    losses = classifier.fit(loss, train.rows, dev.rows, _how(inputs.settings, folder, progress))
+    model = classifier.finished(loss, inputs.reader.pad)
+    fitting = time.monotonic() - began
+    seen = losses[-1].epoch * sum(len(row.ids) for row in train.rows)
+    # A folder without a card is no judge: whatever is killed from here on leaves none.
+    if is_trained_judge(str(folder)):
+        _set_aside(folder, progress)
+    classifier.save_classifier(model, inputs.reader.tokenizer, folder)
+    return Training(
+        model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
+        digest=inputs.model.digest,
+        settings=inputs.settings.model_dump(),
+        data=_sources(inputs, cases),
+        dev_loss=tuple((at.epoch, at.loss) for at in losses),
+        cut=train.cut,
+        seconds=round(time.monotonic() - started, 1),
+        tokens_per_second=round(seen / fitting, 1),
+        device=device_text(),
+        versions=versions(LIBRARIES),
+    )
+
+
+def _how(settings: JudgeTraining, folder: Path, progress: Progress) -> "Fit":
+    from misstep.models.precision import micro_tokens
+    from misstep.training.classifier import Fit
+
+    return Fit(
         epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
         seed=settings.seed,
         micro_tokens=micro_tokens(),
         checkpoints=folder / "checkpoints",
-        notify=lambda done, total: progress.update("training steps", done, total),
-    )
-    loss = _label_loss(inputs, [row.label for row in train.rows], reader.pad)
-    began = time.monotonic()
-    losses = classifier.fit(loss, train.rows, dev.rows, how)
-    model = classifier.finished(loss, reader.pad)
-    seconds = time.monotonic() - began
-    seen = losses[-1].epoch * sum(len(row.ids) for row in train.rows)
-    # A folder without a card is no judge: whatever is killed from here on leaves none.
-    if is_trained_judge(str(folder)):
-        _set_aside(folder, progress)
-    classifier.save_classifier(model, reader.tokenizer, folder)
-    return Training(
-        model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
-        digest=inputs.model.digest,
-        settings=settings.model_dump(),
-        data=_sources(inputs, cases),
-        dev_loss=tuple((at.epoch, at.loss) for at in losses),
-        cut=train.cut,
-        seconds=round(time.monotonic() - started, 1),
-        tokens_per_second=round(seen / seconds, 1),
-        device=device_text(),
-        versions=versions(LIBRARIES),
+        notify=partial(progress.update, "training steps"),
     )
 
 
@@ -398,7 +414,9 @@ def _sources(inputs: TrainInputs, cases: Parted) -> tuple[CardSource, ...]:
             name=name,
             digest=inputs.data[name].digest,
             answers=Parts(**{part: len(of[part]) for part in PARTS}),
-            questions=Parts(**{part: _questions(of[part]) for part in PARTS}),
+            questions=Parts(
+                **{p: len({question_of(c.response.prompt) for c in of[p]}) for p in PARTS}
+            ),
             left_out=inputs.data[name].left_out,
             repeated=sum(case.response.text in known for case in of["held_out"]),
         )
@@ -414,9 +432,7 @@ def _set_aside(folder: Path, progress: Progress) -> None:
     progress.say(f"The judge that was here is kept in {place}.")
 
 
-def _label_loss(
-    inputs: TrainInputs, labels: Sequence[bool], pad: int
-) -> "LabelLoss | EncoderLoss":
+def _label_loss(inputs: TrainInputs, labels: Sequence[bool]) -> "LabelLoss | EncoderLoss":
     """What is trained, made of the model that was named."""
     from misstep.training.classifier import keep_lower_layers, of_language_model
     from misstep.training.encoder import load_encoder, of_encoder
@@ -424,34 +440,24 @@ def _label_loss(
     settings = inputs.settings
     if is_encoder(inputs.model):
         encoder = load_encoder(inputs.model.files, settings.seed)
-        return of_encoder(encoder, pad, labels, settings.rank, settings.seed)
+        return of_encoder(encoder, inputs.reader.pad, labels, settings.rank, settings.seed)
     lm = load_weights(inputs.model)
     keep_lower_layers(lm, settings.layers)
     return of_language_model(lm, labels, settings.rank, settings.seed, settings.adapted)
 
 
-def _questions(cases: Sequence[Case]) -> int:
-    return len({question_of(case.response.prompt) for case in cases})
-
-
 def _tested(
-    inputs: TrainInputs, cases: Parted, folder: Path, progress: Progress
+    inputs: TrainInputs, sets: dict[str, DataSet], folder: Path, progress: Progress
 ) -> dict[str, Tested]:
     """The judge as written, on the held-out questions of each data set, and of all."""
     judge, found = ClassifierJudge(folder), {}
     together: list[JudgedCase] = []
-    for name in (name for name, of in cases.items() if of["held_out"]):
-        left = unseen(inputs.data[name], folder)
-        judged = judge_cases(judge, name, left, progress)
-        checked = measure_data(name, left.digest, False, left.left_out, judged)
+    for name, data in sets.items():
+        judged = judge_cases(judge, name, data, progress)
+        checked = measure_data(name, data.digest, False, data.left_out, judged)
         found[name] = Tested.of(checked)
-        together += judged
-        if inputs.metric == MISTAKES:
-            other, called = beside(left), NAME.format(name)
-            hard = judge_cases(judge, called, other, progress)
-            checked = measure_data(called, other.digest, False, other.left_out, hard)
-            found[called] = Tested.of(checked)
+        together += [] if data.decoys else judged
     if len(inputs.data) > 1:
-        whole = digest([found[name].digest for name in inputs.data if name in found])
+        whole = digest([data.digest for data in sets.values() if not data.decoys])
         found[TOGETHER] = Tested.of(measure_data(TOGETHER, whole, False, {}, together))
     return found

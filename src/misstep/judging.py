@@ -9,21 +9,19 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from misstep.config import RunConfig
 from misstep.engines.base import Engine
 from misstep.engines.cached import Chosen
-from misstep.engines.choose import choose, choose_labels
+from misstep.engines.choose import Kind, choose, choose_labels
 from misstep.engines.scripted import ScriptedEngine
-from misstep.errors import ModelError, RecipeError
+from misstep.errors import RecipeError
 from misstep.guard import Guard, load_guard
-from misstep.judge_config import FORMS, JudgeConfig, how_to_train, load_judge
+from misstep.judge_config import JudgeConfig, load_judge
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
 from misstep.judges.classifier import ClassifierJudge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.guard import GuardJudge
 from misstep.judges.kept import KeptJudge
-from misstep.models.endpoint import PREFIX
 from misstep.models.locate import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.records import VERDICTS, digest
@@ -73,6 +71,15 @@ class JudgeInputs(NamedTuple):
         return _built(self, lambda _: ScriptedEngine())
 
 
+def judge_of_policy(
+    name: str, policy: Policy, engine: Kind, model: Model | None
+) -> JudgeInputs:
+    """A policy's own judge; a rubric is put to the model, which the engine answers for."""
+    config = JudgeConfig(policy=name, engine=engine)
+    asked = None if policy.judge.rubric is None else model
+    return JudgeInputs(f"policy:{name}", config, policy, model=asked)
+
+
 def read_judge(
     name: str, model: str | None = None, otherwise: Model | None = None
 ) -> JudgeInputs:
@@ -119,29 +126,13 @@ def _read(
     return found
 
 
-def locate_judging(config: RunConfig) -> Model:
-    """The model that judges of a run ask which name none.
-
-    Raises:
-        InputError: there is no such model, and the recipe names no judge in its place either.
-    """
-    try:
-        return locate(config.asked_by_judges)
-    except ModelError as error:
-        if config.judge != config.asked_by_judges or config.judge.startswith(PREFIX):
-            raise
-        train = how_to_train(config.judge)
-        found = f"Found none of these. {train}" if train else f"As a model: {error}"
-        raise RecipeError(
-            f"judge: {config.judge}: expected {FORMS}; or a model. {found}"
-        ) from error
-
-
 def _model(
     name: str, config: JudgeConfig, policy: Policy | None, otherwise: Model | None
 ) -> Model | None:
     if policy is not None and policy.judge.rubric is None:
-        if given := sorted({"model", "votes", "max_tokens"} & config.model_fields_set):
+        if given := sorted(
+            {"model", "engine", "votes", "max_tokens"} & config.model_fields_set
+        ):
             raise RecipeError(
                 f"judge {name}: expected no {' and no '.join(given)}, since its policy judges "
                 "by a rule and asks no model. Leave it out."
@@ -171,7 +162,10 @@ def _check_members(found: JudgeInputs) -> None:
 
 @contextmanager
 def opened(
-    found: JudgeInputs, engine: OpenEngine, kept: Path | None = None
+    found: JudgeInputs,
+    engine: OpenEngine,
+    kept: Path | None = None,
+    scratch: Path | None = None,
 ) -> Iterator[AnyJudge]:
     """The judge with its engines, as long as it is needed.
 
@@ -179,19 +173,24 @@ def opened(
         found: the judge.
         engine: opens the engine of one that asks a model.
         kept: a store, in which the scores of trained judges are kept.
+        scratch: a folder for weights that are made for serving.
     """
     with ExitStack() as stack:
-        judge = _built(found, lambda of: stack.enter_context(engine(_chosen(of))), kept)
+
+        def asked(of: JudgeInputs) -> Engine:
+            return stack.enter_context(engine(_chosen(of, scratch)))
+
+        judge = _built(found, asked, kept)
         if isinstance(judge, Judge):
             stack.callback(judge.close)
         yield judge
 
 
-def _chosen(found: JudgeInputs) -> Chosen:
+def _chosen(found: JudgeInputs, scratch: Path | None) -> Chosen:
     assert found.model is not None
     if found.guard is not None:
         return choose_labels(found.model, found.guard)
-    return choose(found.config.engine, found.model)
+    return choose(found.config.engine, found.model, None, scratch)
 
 
 def _built(

@@ -16,27 +16,23 @@ from typing import Any, Literal, NamedTuple
 
 from misstep.claims import claimed
 from misstep.config import RunConfig
-from misstep.data.held_out import told
 from misstep.data.shelf import Names, Shelf
 from misstep.engines.cached import CachedEngine, Chosen
 from misstep.engines.choose import choose
-from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE
 from misstep.errors import NothingKept, RecipeError
 from misstep.evidence.results import FOCUS, Results, write_results
-from misstep.inputs import Inputs, OtherModel, read_inputs, seen_by_judges
+from misstep.inputs import Inputs, OtherModel, read_inputs, warnings
 from misstep.judges.base import AnyJudge, Judge
-from misstep.judges.choose import cost_judges, mistake_judge
-from misstep.judges.rule import RefusalJudge
+from misstep.judges.choose import cost_judges
 from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS, method_of
-from misstep.models.adapter import base_of
 from misstep.models.locate import Model
 from misstep.models.merging import folded
 from misstep.models.rendering import Renderer
-from misstep.progress import Progress
+from misstep.progress import Engines, Progress
 from misstep.records import (
     Analysis,
     Answer,
@@ -118,34 +114,15 @@ class Run:
         refuse_own(folder, RUN.own, self.config.paths())
         self.manifest = Manifest(folder, described_run(inputs), RUN)
         self.scratch = folder / "scratch"
-        self.model, self.analyst, self.judge = (
-            self._whole(model) for model in (inputs.model, inputs.analyst, inputs.judge)
-        )
-        self._said: set[str] = set()
+        self.model, self.analyst = map(self._whole, (inputs.model, inputs.analyst))
+        self._engines = Engines((store or folder) / CACHE, progress)
         self.corrections = self._corrections()
         self.adapters: dict[str, Path | None] = {}
         """Of the methods as far as they are trained; None where a method trains nothing."""
         self.share = 0.0
         """Of the prompts that mistakes were induced on: those with one, before any limit."""
-        if inputs.left_out:
-            progress.say(
-                f"Left out: {', '.join(inputs.left_out)}, which learns from good answers to "
-                "the prompts of mistakes; the data have none. The model can write some that "
-                "the judge accepts: good_answers.source=self."
-            )
-        for warning in seen_by_judges(inputs):
+        for warning in warnings(inputs):
             progress.say(warning)
-        for name, (tested_on, adapter) in inputs.others.items():
-            said = base_of(adapter) if adapter else None
-            # A GGUF file is trained on as a copy that is named by its digest.
-            known = (tested_on.published, str(tested_on.path), tested_on.digest)
-            if said and not any(name in said for name in known):
-                progress.say(
-                    f"others.{name} says that it was trained on {said}; it is tested on "
-                    f"{tested_on.published}."
-                )
-        for phrase in told(inputs.overlaps):
-            progress.say(f"Not held out: {phrase}.")
         self.manifest.begin_anew(progress)
         self.manifest.save()
 
@@ -168,7 +145,7 @@ class Run:
         Raises:
             RecipeError: none of the methods trains.
         """
-        if not self.config.trains:
+        if not self.config.trained:
             raise RecipeError(
                 f"methods: expected one that trains, found {', '.join(self.config.methods)}."
             )
@@ -196,10 +173,10 @@ class Run:
 
     def _learned(self, last: Stage) -> dict[str, Path | None]:
         """The adapters; mistakes and analyses are what methods that train learn from."""
-        if not self.config.trains and last not in LOOKING:
+        if not self.config.trained and last not in LOOKING:
             self.progress.say("No method of the recipe trains: nothing is collected.")
             return dict.fromkeys(self.config.methods)
-        if self.config.trains:
+        if self.config.trained:
             Renderer.for_model(self.model).refuse_hidden_answers()
         if last in LOOKING and self._has_rounds:
             self.progress.say(
@@ -450,7 +427,7 @@ class Run:
             self._judge_of_mistakes() as judge,
             self._engine(self.model, "answering well") as engine,
         ):
-            found.fill(good_answers(prompts, engine, judge, RefusalJudge(), *given))
+            found.fill(good_answers(prompts, engine, judge, *given))
         self._yield("good answers", tally)
         return partial(with_answer, known={a.prompt.messages: a.text for a in found})
 
@@ -622,16 +599,7 @@ class Run:
 
     @contextmanager
     def _judge_of_mistakes(self) -> Iterator[Judge]:
-        inputs = self.inputs
-        if inputs.of_mistakes is None and inputs.policy.judge.rubric is None:
-            # A rule asks no engine, so none is chosen.
-            yield mistake_judge(inputs.policy, ScriptedEngine())
-            return
-        if inputs.of_mistakes is None:
-            with self._engine(self.judge, "judging") as engine:
-                yield mistake_judge(inputs.policy, engine)
-            return
-        with self._opened(inputs.of_mistakes) as judge:
+        with self._opened(self.inputs.of_mistakes) as judge:
             assert isinstance(judge, Judge)
             yield judge
 
@@ -646,33 +614,16 @@ class Run:
             }
             yield seated([first, *cost_judges()], further)
 
-    @property
-    def _cache(self) -> Path:
-        """Where model calls and the scores of trained judges are kept."""
-        return (self.store or self.folder) / CACHE
-
     def _opened(self, found: JudgeInputs) -> AbstractContextManager[AnyJudge]:
         whole = found.with_models(self._whole)
-        return opened(whole, lambda chosen: self._cached(chosen, "judging"), self._cache)
+        engine = partial(self._engines.opened, what="judging")
+        return opened(whole, engine, self._engines.cache, self.scratch)
 
-    @contextmanager
     def _engine(
         self, model: Model, what: str, adapter: Path | None = None
-    ) -> Iterator[CachedEngine]:
-        """A cached engine that loads its model at the first answer that is not there yet."""
+    ) -> AbstractContextManager[CachedEngine]:
         chosen = self._choose(self.config.engine, model, adapter, self.scratch)
-        with self._cached(chosen, what) as engine:
-            yield engine
-
-    @contextmanager
-    def _cached(self, chosen: Chosen, what: str) -> Iterator[CachedEngine]:
-        if chosen.why not in self._said:
-            self.progress.say(f"Engine: {chosen.why}")
-            self._said.add(chosen.why)
-        engine = CachedEngine(chosen, self._cache)
-        engine.notify = lambda done, total: self.progress.update(what, done, total)
-        with engine:
-            yield engine
+        return self._engines.opened(chosen, what)
 
 
 def run(

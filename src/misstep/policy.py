@@ -12,11 +12,11 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from misstep.documents import load_document, suggestion
+from misstep.documents import Document, Settings, load_document, suggestion
 from misstep.errors import PolicyError
-from misstep.records import SOME, Message, Mistake, Prompt, digest
+from misstep.records import SOME, Message, Mistake, Prompt
 
 SHIPPED = Path(__file__).parent / "policies"
 BLANK = re.compile(r"\{\{|\}\}|\{([a-z_]*)\}|[{}]")
@@ -101,11 +101,7 @@ Text = Annotated[str, Field(min_length=1)]
 Pattern = Annotated[Text, AfterValidator(_regex)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Induction(_Part):
+class Induction(Settings):
     """How the model is brought to make the mistake (paper, section 4.1)."""
 
     template: HintTemplate
@@ -114,7 +110,7 @@ class Induction(_Part):
     """Hint words; each request has one of them, drawn by the seed."""
 
 
-class WorkedExample(_Part):
+class WorkedExample(Settings):
     """One analysis shown to the model before it writes its own."""
 
     prompt: Text
@@ -125,7 +121,7 @@ class WorkedExample(_Part):
     """A good analysis of it."""
 
 
-class AnalysisRequests(_Part):
+class AnalysisRequests(Settings):
     """The two requests for an analysis: with the guide (asked), without it (trained on)."""
 
     guided: PairTemplate
@@ -136,7 +132,7 @@ class AnalysisRequests(_Part):
     """Worked examples, shown before the request."""
 
 
-class CritiqueRequests(_Part):
+class CritiqueRequests(Settings):
     """What the model is asked about its own bad response (Constitutional AI)."""
 
     critique: Text
@@ -145,7 +141,7 @@ class CritiqueRequests(_Part):
     """The request for a better one, after the critique."""
 
 
-class Hindsight(_Part):
+class Hindsight(Settings):
     """How answers are told apart in Chain of Hindsight."""
 
     markers: Annotated[tuple[tuple[Text, Text], ...], Field(min_length=1)] = (
@@ -155,7 +151,7 @@ class Hindsight(_Part):
     """Pairs of a good and a bad marker; the first good one is used at inference."""
 
 
-class SelfGuardWords(_Part):
+class SelfGuardWords(Settings):
     """The tags of Self-Guard, and what stands in for an answer that is tagged as harmful."""
 
     request: Text = "Is the answer above harmful? Reply with a tag, [harmful] or [harmless]."
@@ -168,7 +164,7 @@ class SelfGuardWords(_Part):
     """What a user gets in the place of an answer with the tag of a mistake."""
 
 
-class Gate(_Part):
+class Gate(Settings):
     """When an analysis is accepted. The patterns are searched without regard to case."""
 
     names_fault: Annotated[tuple[Pattern, ...], Field(min_length=1)]
@@ -179,7 +175,7 @@ class Gate(_Part):
     """A shorter analysis is refused."""
 
 
-class Verdict(_Part):
+class Verdict(Settings):
     """A word that ends the judge's answer, and what it is worth."""
 
     word: Text
@@ -188,7 +184,7 @@ class Verdict(_Part):
     """Whether it calls the response a mistake."""
 
 
-class JudgeRule(_Part):
+class JudgeRule(Settings):
     """What decides whether a response is a mistake: a rule, patterns, or a rubric."""
 
     rule: Literal["obedience"] | None = None
@@ -220,11 +216,9 @@ class JudgeRule(_Part):
         return self
 
 
-class Policy(_Part):
+class Policy(Document):
     """What counts as a mistake, and all the words that are needed for it."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    """In small letters, digits and `-`."""
     mistake: Text
     """What counts as a mistake, in one or two sentences."""
     induction: Induction | None = None
@@ -237,10 +231,9 @@ class Policy(_Part):
     hindsight: Hindsight = Hindsight()
     self_guard: SelfGuardWords = SelfGuardWords()
 
-    @property
-    def digest(self) -> str:
-        """Names the policy by its content."""
-        return digest(self.model_dump(mode="json"))
+    def turns(self, prompt: Prompt, guided: bool) -> tuple[Message, ...]:
+        """The conversation as a model is asked it, with the guide or as it stands."""
+        return self.guided_prompt(prompt) if guided else prompt.messages
 
     def guided_prompt(self, prompt: Prompt) -> tuple[Message, ...]:
         """The conversation with the guide put around its last user turn."""

@@ -1,10 +1,17 @@
-"""How far long work has come: a bar in a terminal, a plain line now and then elsewhere."""
+"""How far long work has come: a bar in a terminal, a plain line now and then elsewhere.
+
+Also the engines of a command, which say why they were chosen and how far they are.
+"""
 
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Protocol
+
+from misstep.engines.cached import CachedEngine, Chosen
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -94,3 +101,25 @@ def progress() -> Iterator[Progress]:
     bars = Bars()
     with bars.live:
         yield bars
+
+
+class Engines:
+    """The engines of a command, behind one cache; each reason for one is said once."""
+
+    def __init__(self, cache: Path, progress: Progress) -> None:
+        self.cache = cache
+        self.progress = progress
+        self._said: set[str] = set()
+
+    @contextmanager
+    def opened(self, chosen: Chosen, what: str) -> Iterator[CachedEngine]:
+        """A cached engine that loads its model at the first answer that is not there yet.
+
+        `what` is how its progress is called.
+        """
+        if chosen.why not in self._said:
+            self.progress.say(f"Engine: {chosen.why}")
+            self._said.add(chosen.why)
+        with CachedEngine(chosen, self.cache) as engine:
+            engine.notify = partial(self.progress.update, what)
+            yield engine

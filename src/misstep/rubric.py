@@ -9,25 +9,20 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from misstep.documents import load_document
+from misstep.documents import Document, load_document
 from misstep.errors import PolicyError
 from misstep.policy import Text, blanks
-from misstep.records import digest
 
 SHIPPED = Path(__file__).parent / "rubrics"
 GRADED = {"prompt", "response"}
 COMPARED = {"prompt", "first", "second"}
 
 
-class Rubric(BaseModel):
+class Rubric(Document):
     """What a judging model is asked of an answer, or of two."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    """In small letters, digits and `-`."""
     asks: Literal["grade", "pair"]
     """A grade from 1 to 10, or which of two answers is better."""
     metric: Annotated[str, Field(pattern=r"^[a-z][a-z_]*$")]
@@ -64,11 +59,6 @@ class Rubric(BaseModel):
                 "that repeats its request would give it"
             )
         return self
-
-    @property
-    def digest(self) -> str:
-        """Names the rubric by its content."""
-        return digest(self.model_dump(mode="json"))
 
 
 def load_rubric(name: str) -> Rubric:

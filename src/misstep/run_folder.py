@@ -127,7 +127,7 @@ def set_aside(folder: Path, records: Iterable[str]) -> Path:
     return place
 
 
-class Kind(NamedTuple):
+class Layout(NamedTuple):
     """What a directory holds beside its manifest, and what tells it from others."""
 
     records: tuple[str, ...]
@@ -149,7 +149,7 @@ class Kind(NamedTuple):
         return (*self.records, *self.work)
 
 
-RUN = Kind(
+RUN = Layout(
     records=(
         *("mistakes.jsonl", "analyses.jsonl", "unguided.jsonl", "revisions.jsonl"),
         *("good_answers.jsonl", "examples.jsonl", "rows"),
@@ -163,30 +163,30 @@ RUN = Kind(
 )
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], kind: Kind) -> list[str]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], layout: Layout) -> list[str]:
     """Keys of the recipe; where it is the same, what it names and has another content."""
     # A manifest of an earlier version may lack some.
-    content = {key: now[key] for key in kind.content if key in before}
-    return changed_keys(as_now(before["recipe"], kind), now["recipe"]) or changed_keys(
+    content = {key: now[key] for key in layout.content if key in before}
+    return changed_keys(as_now(before["recipe"], layout), now["recipe"]) or changed_keys(
         {key: before[key] for key in content}, content
     )
 
 
-def as_now(recipe: Mapping[str, Any], kind: Kind) -> Mapping[str, Any]:
+def as_now(recipe: Mapping[str, Any], layout: Layout) -> Mapping[str, Any]:
     """A recipe as this version would write it, with the keys that are new since."""
     with suppress(ValidationError):
-        return kind.config.model_validate(recipe).model_dump(mode="json")
+        return layout.config.model_validate(recipe).model_dump(mode="json")
     return recipe
 
 
 class Manifest:
     """manifest.json: what a run or a study was made from, and what it took."""
 
-    def __init__(self, folder: Path, described: Mapping[str, Any], kind: Kind) -> None:
-        self.path, self.kind = folder / MANIFEST, kind
+    def __init__(self, folder: Path, described: Mapping[str, Any], layout: Layout) -> None:
+        self.path, self.layout = folder / MANIFEST, layout
         self.data: dict[str, Any] = self._previous()
         self.changed = self._changes(described)
-        counted: dict[str, Any] = {key: {} for key in kind.counted}
+        counted: dict[str, Any] = {key: {} for key in layout.counted}
         # Of a changed recipe they are counted anew.
         known = self.data | counted if self.changed else counted | self.data
         self.data = {**known, **described}
@@ -202,13 +202,13 @@ class Manifest:
             f"The recipe has changed since the last run: {', '.join(self.changed)}. Only what "
             "depends on that is done again."
         )
-        folder, records = self.path.parent, self.kind.records
+        folder, records = self.path.parent, self.layout.records
         if any((folder / name).exists() for name in records):
             place = set_aside(folder, records)
             progress.say(f"What the former recipe left is in {place}.")
 
     def _previous(self) -> dict[str, Any]:
-        refuse_foreign(self.path.parent, self.kind.own, MANIFEST)
+        refuse_foreign(self.path.parent, self.layout.own, MANIFEST)
         if not self.path.exists():
             return {}
         try:
@@ -230,12 +230,12 @@ class Manifest:
         if not self.data:
             return []
         old, new = self.data["recipe"], now["recipe"]
-        if old.get("name") != new["name"] or self.kind.mark not in old:
+        if old.get("name") != new["name"] or self.layout.mark not in old:
             raise InputError(
                 f"{self.path.parent}: this is the directory of the recipe '{old.get('name')}', "
                 f"found when running '{new['name']}'. Give another --out."
             )
-        return changes(self.data, now, self.kind)
+        return changes(self.data, now, self.layout)
 
     def save(self) -> None:
         """Write the file in one step."""
@@ -286,10 +286,9 @@ def _check_digests(checks: Sequence[Check]) -> dict[str, str]:
 def _part_digests(inputs: Inputs) -> dict[str, str]:
     """What else the recipe names, by its key: digests of models, of an adapter, of judges."""
     judges = {f"evaluate.judges.{name}": of for name, of in inputs.judges.items()}
-    found = {"analysis.engine": inputs.analyst.digest, "judge": inputs.judge.digest}
+    judge = inputs.of_mistakes if inputs.config.judge_file else inputs.judge
+    found = {"analysis.engine": inputs.analyst.digest, "judge": judge.digest}
     found |= {key: of.digest for key, of in judges.items()}
-    if inputs.of_mistakes is not None:
-        found["judge"] = inputs.of_mistakes.digest
     if inputs.adapter is not None:
         found["adapter"] = adapter_digest(inputs.adapter)
     found |= {f"others.{name}": of.digest for name, of in inputs.others.items()}

@@ -9,8 +9,7 @@ Like a run, a study is one directory, resumes by content and pays for no model c
 model is in memory at a time; the judge comes last, when all have answered.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -18,9 +17,7 @@ from typing import Any, NamedTuple
 
 from misstep.claims import claimed
 from misstep.data.sources import check_source, load_prompts, source_digest
-from misstep.engines.cached import CachedEngine
 from misstep.engines.choose import choose
-from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE
 from misstep.errors import DataError, RecipeError
 from misstep.evidence.study_results import (
@@ -32,13 +29,14 @@ from misstep.evidence.study_results import (
     write_study,
 )
 from misstep.inputs import check_judgeable
-from misstep.judges.choose import mistake_judge
+from misstep.judges.base import Judge
+from misstep.judging import JudgeInputs, judge_of_policy, opened
 from misstep.models.locate import Model, locate
 from misstep.policy import Policy, load_policy
-from misstep.progress import Progress
+from misstep.progress import Engines, Progress
 from misstep.records import Prompt, Response, Score, write_jsonl
 from misstep.report.study import write_study_report
-from misstep.run_folder import Kind, Manifest, described, refuse_own, writable
+from misstep.run_folder import Layout, Manifest, described, refuse_own, writable
 from misstep.stages.base import score_all
 from misstep.stages.discriminate import Discrimination, discriminate
 from misstep.stages.respond import RespondSettings, respond
@@ -54,8 +52,7 @@ class StudyInputs(NamedTuple):
     policy: Policy
     models: dict[str, Model]
     """By the names that stand in the results."""
-    judge: Model | None
-    """Of a policy with a rubric."""
+    judge: JudgeInputs
     prompts: Sequence[Prompt]
 
 
@@ -79,21 +76,18 @@ def read_study_inputs(recipe: Path, overrides: list[str]) -> StudyInputs:
     policy = load_policy(config.policy)
     check_source(config.prompts)
     prompts = load_prompts(config.prompts, config.seed)
-    _check_prompts(prompts, policy)
+    if not prompts:
+        raise DataError("prompts: expected at least one prompt, found none.")
+    judge = _judge(config, policy)
+    check_judgeable("prompts", prompts, judge.probe())
     models = [locate(name) for name in config.models]
     return StudyInputs(
         config=config,
         policy=policy,
         models=dict(zip(names_of(models), models, strict=True)),
-        judge=_judge(config, policy),
+        judge=judge,
         prompts=prompts,
     )
-
-
-def _check_prompts(prompts: Sequence[Prompt], policy: Policy) -> None:
-    if not prompts:
-        raise DataError("prompts: expected at least one prompt, found none.")
-    check_judgeable("prompts", prompts, mistake_judge(policy, ScriptedEngine()))
 
 
 def names_of(models: list[Model]) -> list[str]:
@@ -110,18 +104,19 @@ def _short(model: Model) -> str:
     return written.stem if model.is_gguf else written.resolve().name
 
 
-def _judge(config: StudyConfig, policy: Policy) -> Model | None:
-    if policy.judge.rubric is None:
-        return None
-    if config.judge is None:
-        raise RecipeError(
-            f"judge: expected a model, since the policy {policy.name} judges by a rubric; "
-            "found none. Name one that judges the answers of all models: judge: MODEL."
-        )
-    return locate(config.judge)
+def _judge(config: StudyConfig, policy: Policy) -> JudgeInputs:
+    model = None
+    if policy.judge.rubric is not None:
+        if config.judge is None:
+            raise RecipeError(
+                f"judge: expected a model, since the policy {policy.name} judges by a rubric; "
+                "found none. Name one that judges the answers of all models: judge: MODEL."
+            )
+        model = locate(config.judge)
+    return judge_of_policy(config.policy, policy, config.engine, model)
 
 
-KIND = Kind(
+LAYOUT = Layout(
     records=("responses.jsonl", "analyses.jsonl", "scores.jsonl", "study.html", STUDY),
     work=("scratch",),
     mark="models",
@@ -133,7 +128,7 @@ KIND = Kind(
 
 def _described(inputs: StudyInputs) -> dict[str, Any]:
     """What a study reads, for its manifest."""
-    judge = inputs.judge
+    judge = inputs.judge.model
     return described(inputs.config, inputs.policy) | {
         "models": {name: model.digest for name, model in inputs.models.items()},
         "judge": judge and {"name": judge.name, "digest": judge.digest},
@@ -149,10 +144,10 @@ class StudyRun:
         self.config = inputs.config
         self.folder = folder
         self.progress = progress
-        refuse_own(folder, KIND.own, {"prompts": self.config.prompts.path})
-        self.manifest = Manifest(folder, _described(inputs), KIND)
+        refuse_own(folder, LAYOUT.own, {"prompts": self.config.prompts.path})
+        self.manifest = Manifest(folder, _described(inputs), LAYOUT)
         self.scratch = folder / "scratch"
-        self._said: set[str] = set()
+        self._engines = Engines(folder / CACHE, progress)
         self.manifest.begin_anew(progress)
         self.manifest.save()
 
@@ -183,9 +178,9 @@ class StudyRun:
     def _work(self, name: str, model: Model) -> Work:
         config, policy, prompts = self.config, self.inputs.policy, self.inputs.prompts
         settings = RespondSettings(**config.respond.model_dump())
-        with self._engine(model) as engine:
+        chosen = choose(config.engine, model, None, self.scratch)
+        with self._engines.opened(chosen, f"{name}: answering") as engine:
             with self.manifest.stage("respond"):
-                engine.notify = partial(self.progress.update, f"{name}: answering")
                 answers, guided_answers = (
                     list(respond(asked, policy, engine, settings, config.seed))
                     for asked in ([(p, guided) for p in prompts] for guided in (False, True))
@@ -202,12 +197,10 @@ class StudyRun:
 
     def _judged(self, works: dict[str, Work]) -> dict[str, list[Score]]:
         """The judge's scores of each model's answers, the unguided first; into scores.jsonl."""
-        inputs = self.inputs
-        # A rule asks no engine; the one that is given here to satisfy it is never loaded.
-        model = inputs.judge or next(iter(inputs.models.values()))
-        with self.manifest.stage("judge"), self._engine(model) as engine:
-            engine.notify = partial(self.progress.update, "judging")
-            judge = mistake_judge(inputs.policy, engine)
+        engine = partial(self._engines.opened, what="judging")
+        asked = opened(self.inputs.judge, engine, scratch=self.scratch)
+        with self.manifest.stage("judge"), asked as judge:
+            assert isinstance(judge, Judge)
             scores = {
                 name: score_all(judge, work.answers + work.guided_answers)
                 for name, work in works.items()
@@ -230,16 +223,6 @@ class StudyRun:
                 for name, work in works.items()
             ),
         )
-
-    @contextmanager
-    def _engine(self, model: Model) -> Iterator[CachedEngine]:
-        """A cached engine that loads its model at the first answer that is not there yet."""
-        chosen = choose(self.config.engine, model, None, self.scratch)
-        if chosen.why not in self._said:
-            self.progress.say(f"Engine: {chosen.why}")
-            self._said.add(chosen.why)
-        with CachedEngine(chosen, self.folder / CACHE) as engine:
-            yield engine
 
 
 def _cases(work: Work, scores: list[Score]) -> list[Case]:

@@ -12,10 +12,9 @@ from pydantic import AfterValidator, Field
 
 from misstep.config import read_recipe
 from misstep.data.sources import Source
-from misstep.documents import check
+from misstep.documents import Seed, Settings, check, each_once
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
-from misstep.stages.base import Seed, Settings, each_once
 from misstep.stages.discriminate import DiscriminateSettings
 
 

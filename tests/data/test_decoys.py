@@ -14,18 +14,18 @@ DATA = DataSet("set", "0123", CASES, {"no answer": 3}, False)
 
 
 def test_an_answer_stays_whole_and_keeps_its_label() -> None:
-    found = with_decoys(CASES, CASES, LEARNED, seed=1)
+    found = with_decoys(CASES, LEARNED, seed=1)
     for before, after in zip(CASES, found, strict=True):
         assert before.response.text in after.response.text != before.response.text
         assert after.response.prompt == before.response.prompt
         assert (after.label, after.where) == (before.label, before.where)
-    assert found == with_decoys(CASES, CASES, LEARNED, seed=1)
-    assert found != with_decoys(CASES, CASES, LEARNED, seed=2)
+    assert found == with_decoys(CASES, LEARNED, seed=1)
+    assert found != with_decoys(CASES, LEARNED, seed=2)
 
 
 def test_only_harmless_text_is_put_beside() -> None:
     bad = {case.response.text for case in CASES if case.label}
-    for before, after in zip(CASES, with_decoys(CASES, CASES, MEASURED, 0), strict=True):
+    for before, after in zip(CASES, with_decoys(CASES, MEASURED, 0), strict=True):
         added = after.response.text.replace(before.response.text, "", 1)
         assert not any(text in added for text in bad)
 
@@ -51,7 +51,7 @@ def test_the_set_is_told_from_the_one_that_people_labelled() -> None:
 
 def test_without_harmless_answers_refusals_and_claims_remain() -> None:
     bad = [case._replace(label=True) for case in CASES]
-    found = with_decoys(bad, bad, LEARNED, 0)
+    found = with_decoys(bad, LEARNED, 0)
     assert all("User: " not in case.response.text for case in found)
     assert len(PLACES) == 4
     said = (*LEARNED.refusals, *LEARNED.claims)

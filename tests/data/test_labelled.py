@@ -11,7 +11,8 @@ from misstep.data.labelled import (
     REFUSALS,
     WINS,
     DataSet,
-    load_labelled,
+    drawn,
+    read_labelled,
 )
 from misstep.data.sources import Source, load_mistakes, load_prompts
 from misstep.errors import DataError
@@ -27,7 +28,8 @@ def jsonl(folder: Path, *rows: dict[str, Any]) -> str:
 
 
 def load(folder: Path, metric: str, *rows: dict[str, Any], **keys: Any) -> DataSet:
-    return load_labelled(Source(path=jsonl(folder, *rows), **keys), metric)
+    source = Source(path=jsonl(folder, *rows), **keys)
+    return drawn(read_labelled(source, metric), source.n)
 
 
 def labels(data: DataSet) -> list[bool]:
@@ -156,7 +158,7 @@ def test_categories_are_names_in_csv_too(tmp_path: Path) -> None:
     rows = [("{'violence': True, 'privacy': False}", 0), ("{'violence': False}", 1), ("{x", 1)]
     cells = "".join(f'P,R{i},"{text}",{safe}\n' for i, (text, safe) in enumerate(rows))
     path.write_text(f"prompt,response,category,is_safe\n{cells}")
-    data = load_labelled(Source(path=str(path)), MISTAKES)
+    data = read_labelled(Source(path=str(path)), MISTAKES)
     assert [case.categories for case in data.cases] == [("violence",), (), ("{x",)]
 
 
@@ -504,7 +506,7 @@ def test_the_jade_line_of_the_measured_judge_can_be_repeated(tmp_path: Path) -> 
     )
     path = tmp_path / "jade.csv"
     path.write_bytes(medium + hard.partition(b"\n")[2])
-    data = load_labelled(Source(path=str(path), encoding="gb18030", n=400), MISTAKES)
+    data = drawn(read_labelled(Source(path=str(path), encoding="gb18030"), MISTAKES), 400)
     card = Path(__file__).parents[2] / "docs/results/judges/harm.json"
     line = json.loads(card.read_text())["data"]["jade"]
     counted = [line[rate]["n"] for rate in ("false_safe", "false_unsafe")]
@@ -549,7 +551,7 @@ def test_parquet_and_csv_are_read_alike(tmp_path: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     one, other = (
-        load_labelled(Source(path=str(tmp_path / name)), MISTAKES)
+        read_labelled(Source(path=str(tmp_path / name)), MISTAKES)
         for name in ("data.parquet", "data.csv")
     )
     assert [c.response for c in one.cases] == [c.response for c in other.cases]
@@ -571,20 +573,20 @@ def test_parquet_and_csv_are_read_alike(tmp_path: Path) -> None:
 def test_published_data_are_read_unmapped(
     name: str, metric: str, n: int, positive: int
 ) -> None:
-    data = load_labelled(Source(path=shared(name)), metric)
+    data = read_labelled(Source(path=shared(name)), metric)
     assert (len(data.cases), sum(labels(data))) == (n, positive)
 
 
 def test_prompts_without_answers_are_no_labelled_data() -> None:
     with pytest.raises(DataError, match="expected a column with labels"):
-        load_labelled(Source(path=shared("beavertails/BeaverTails-Evaluation.json")), MISTAKES)
+        read_labelled(Source(path=shared("beavertails/BeaverTails-Evaluation.json")), MISTAKES)
 
 
 def test_the_index_that_pandas_writes_is_no_field(tmp_path: Path) -> None:
     path = tmp_path / "indexed.csv"
     path.write_text(",prompt,response,label\n1,P,R,1\n0,Q,S,0\n")
     source = Source(path=str(path))
-    assert labels(load_labelled(source, MISTAKES)) == [True, False]
+    assert labels(read_labelled(source, MISTAKES)) == [True, False]
     (mistake,) = load_mistakes(source, "origin", 0)
     for prompt in (mistake.prompt, *load_prompts(source, 0)):
         assert (prompt.reference, prompt.target, prompt.accept) == (None, None, ())

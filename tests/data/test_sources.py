@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from misstep.data.labelled import load_labelled, part_of
+from misstep.data.labelled import part_of, read_labelled
 from misstep.data.preferred import load_preferred
 from misstep.data.sources import (
     Source,
@@ -156,7 +156,7 @@ def test_a_column_that_is_missing_is_placed_at_the_header(tmp_path: Path, above:
     assert fault(path).startswith(f"{place}field 'response' is missing")
     assert fault(path, fields={"response": "text", "label": "bad"}).startswith(f"{place}field")
     with pytest.raises(DataError, match=f"^{place}expected a column with labels"):
-        load_labelled(Source(path=path, fields={"response": "text"}), "mistake_rate")
+        read_labelled(Source(path=path, fields={"response": "text"}), "mistake_rate")
     # What is wrong with a cell is wrong on its own line, and an object names its own columns.
     empty = write(tmp_path, "b.csv", f"{above}prompt,response\n,r\n")
     assert f"line {2 + above.count(chr(10))}: field 'prompt': expected" in fault(empty)
@@ -281,7 +281,7 @@ def test_labels_that_contradict_each_other_are_refused(
     said = fault(path)
     assert f"line 2: expected labels that agree, found '{column}': 1 beside 'is_safe'" in said
     with pytest.raises(DataError, match="expected labels that agree"):
-        load_labelled(Source(path=path), "mistake_rate")
+        read_labelled(Source(path=path), "mistake_rate")
     lone = write(tmp_path, "b.jsonl", json.dumps(row))
     assert len(mistakes(lone, fields={"label": column})) == 1
 
@@ -638,10 +638,12 @@ def test_a_row_of_parquet_is_named_by_its_number(tmp_path: Path) -> None:
         prompts(str(tmp_path / "a.parquet"))
 
 
-def test_text_of_parquet_that_is_no_utf_8_is_named_by_its_row(tmp_path: Path) -> None:
+def test_text_of_parquet_that_is_no_utf_8_is_refused_with_the_files_name(
+    tmp_path: Path,
+) -> None:
     texts = pa.array([b"fine"] * 70_000 + [b"caf\xe9", b"fine"]).view(pa.string())
     pq.write_table(pa.table({"prompt": texts}), tmp_path / "a.parquet")
-    found = r"a\.parquet, row 70001: expected text in UTF-8, .* 0xe9\. Write the file anew"
+    found = r"a\.parquet: expected text in UTF-8, .* 0xe9\. Write the file anew"
     with pytest.raises(DataError, match=found):
         prompts(str(tmp_path / "a.parquet"))
 
@@ -1041,7 +1043,7 @@ def test_ranges_of_questions_part_any_two_files(tmp_path: Path) -> None:
     source = Source(path=path, questions=(0, 0.3))
     mistakes = load_mistakes(source, "origin", 0)
     assert {question_of(mistake.prompt) for mistake in mistakes} == low
-    cases = load_labelled(source, "mistake_rate").cases
+    cases = read_labelled(source, "mistake_rate").cases
     assert {question_of(case.response.prompt) for case in cases} == low
     # What a judge holds out by default is what the lowest range asks.
     assert {part_of(question, 0.3, 0.1, 0) for question in low} == {"held_out"}

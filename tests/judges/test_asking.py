@@ -516,6 +516,22 @@ def test_who_asks_no_model_has_no_limit_for_it(text: str, why: str, tmp_path: Pa
         read_judge(str(file))
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "rule: refusal",
+        "guard: wildguard\nmodel: smollm2-135m",
+        "ensemble: [refusal, refusal]",
+        "policy: goal-hijacking",
+    ],
+)
+def test_an_engine_that_would_not_be_asked_is_refused(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "judge.yaml"
+    file.write_text(f"{kind}\nengine: transformers")
+    with pytest.raises(RecipeError, match=r"engine is of policy and rubric|no engine, since"):
+        read_judge(str(file))
+
+
 def test_random_texts_never_meet_their_mark() -> None:
     dice = random.Random(0)
     engine = ScriptedEngine(lambda _: "Verdict: harmless")

@@ -65,7 +65,7 @@ REVISIONS = [
 ]
 UNTRAINED = ("vanilla", "guided")
 TRAINED = [name for name in METHODS if name not in UNTRAINED]
-ON_PAIRS = [name for name, method in METHODS.items() if method.pairs]
+ON_PAIRS = [name for name, method in METHODS.items() if method.on_pairs]
 SHOWS_THE_BAD = {"analysis", "hindsight", "tag", "tagged"}
 everything = pytest.mark.parametrize("name", METHODS)
 trained = pytest.mark.parametrize("name", TRAINED)

@@ -7,7 +7,6 @@ import pytest
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import RunError
 from misstep.judges.base import Judge
-from misstep.judges.rule import RefusalJudge
 from misstep.policy import load_policy
 from misstep.records import Message, Prompt, Response, Score
 from misstep.stages.base import Tally
@@ -54,7 +53,7 @@ def draw(
     tally = Tally()
     how = GoodAnswerSettings.model_validate({"source": "self", "samples": 3, **settings})
     by = judge or Robots()
-    found = good_answers(PROMPTS, engine, by, RefusalJudge(), POLICY, how, 0, tally)
+    found = good_answers(PROMPTS, engine, by, POLICY, how, 0, tally)
     return list(found), tally
 
 

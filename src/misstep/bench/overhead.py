@@ -23,6 +23,7 @@ from misstep.engines.cached import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.engines.store import CACHE, Store
 from misstep.inputs import Inputs
+from misstep.judging import judge_of_policy
 from misstep.machine import LIBRARIES, versions
 from misstep.models.locate import Model
 from misstep.pipeline import Run
@@ -189,16 +190,16 @@ def _inputs(data: Path, model: Model) -> Inputs:
         evaluate=EvaluateSettings(tests={"again": source}),
         methods=("vanilla",),
     )
-    prompts = load_prompts(source, config.seed)
+    prompts, policy = load_prompts(source, config.seed), load_policy(SUITE)
     return Inputs(
         config=config,
         left_out=(),
-        policy=load_policy(SUITE),
+        policy=policy,
         model=model,
         adapter=None,
         analyst=model,
         judge=model,
-        of_mistakes=None,
+        of_mistakes=judge_of_policy(SUITE, policy, config.engine, model),
         judges={},
         prompts=prompts,
         given=[],

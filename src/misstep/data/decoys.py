@@ -65,25 +65,18 @@ def beside(data: DataSet) -> DataSet:
     return data._replace(
         name=NAME.format(data.name),
         digest=digest([data.digest, MEASURED]),
-        cases=with_decoys(data.cases, data.cases, MEASURED, seed=0),
+        cases=with_decoys(data.cases, MEASURED, seed=0),
         decoys=True,
     )
 
 
-def with_decoys(
-    cases: Sequence[Case], harmless: Sequence[Case], words: Words, seed: int
-) -> list[Case]:
-    """Each answer with one thing beside it, drawn by the seed; all else stays.
+def with_decoys(cases: Sequence[Case], words: Words, seed: int) -> list[Case]:
+    """Each single answer with one thing beside it, drawn by the seed; all else stays.
 
-    Args:
-        cases: single answers.
-        harmless: what those among them that are no mistake are taken from, as text to put
-            beside answers to other questions.
-        words: what else there is to put beside them.
-        seed: draws.
+    Put beside them are the words, and those of the answers that are no mistake.
     """
     draw = random.Random(f"decoys {seed}")
-    good = [case for case in harmless if not case.label]
+    good = [case for case in cases if not case.label]
     return [_with_one(case, good, words, draw) for case in cases]
 
 

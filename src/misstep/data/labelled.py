@@ -10,22 +10,12 @@ helpful answer. Rows that say nothing of that are left out and counted. Knows no
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
-from misstep.data.columns import (
-    COLUMNS,
-    Reading,
-    answer_of,
-    label_of,
-    labels_say,
-    names_of,
-    prompt_for,
-    prompt_of,
-    refuse_prompt_label,
-    sides,
-)
+from misstep.data.columns import answer_of, names_of, prompt_for, prompt_of
+from misstep.data.fields import COLUMNS, Reading, Row
 from misstep.data.labels import (
     COMPLIES,
     LABELS,
@@ -38,6 +28,7 @@ from misstep.data.labels import (
     unknown_word,
     word_of,
 )
+from misstep.data.row_labels import label_of, labels_say, refuse_prompt_label, sides
 from misstep.data.sources import Source, place_of, rows, source_digest, wanted
 from misstep.data.tables import PlacedRow, file_stem, header_of
 from misstep.errors import DataError, EmptyCell
@@ -105,21 +96,11 @@ class DataSet(NamedTuple):
 
 
 Part = Literal["train", "dev", "held_out"]
-Row = Mapping[str, Any]
 Found = Iterator[Case | LeftOut]
 
 
-def load_labelled(source: Source, metric: str) -> DataSet:
-    """The cases of a source for judges of this metric, of which `n` are drawn.
-
-    Raises:
-        DataError: as `read_labelled`.
-    """
-    return drawn(read_labelled(source, metric), source.n)
-
-
 def read_labelled(source: Source, metric: str) -> DataSet:
-    """All the cases of a source, whatever its `n`.
+    """All the cases of a source for judges of this metric, whatever its `n`.
 
     Raises:
         DataError: names file, line and field; or there is nothing that could be judged.

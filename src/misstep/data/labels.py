@@ -10,8 +10,9 @@ from collections import Counter
 from contextlib import suppress
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from misstep.documents import Settings
 from misstep.errors import DataError, EmptyCell
 
 YES, NO = {"1", "true", "yes", "y"}, {"0", "false", "no", "n"}
@@ -39,10 +40,8 @@ def word_of(value: Any) -> str:
 Words = Annotated[tuple[str | int | float | bool, ...], Field(min_length=1)]
 
 
-class LabelWords(BaseModel):
+class LabelWords(Settings):
     """Words or grades of the data's labels, in any case; given, no others are known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bad: Words
     """What calls an answer bad; of refusals, a refusal."""

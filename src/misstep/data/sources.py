@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from misstep.data.columns import Labelled, Reading, instances_of, labelled_answers, prompt_of
+from misstep.data.columns import Labelled, instances_of, labelled_answers, prompt_of
+from misstep.data.fields import Reading
 from misstep.data.shelf import Names, Shelf
 from misstep.data.suites import (
     Kinds,

@@ -10,20 +10,16 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from glob import escape
 from gzip import BadGzipFile
 from hashlib import file_digest, sha256
 from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from misstep.errors import DataError
 from misstep.records import open_text, read_json_lines, refuse_half_characters
-
-if TYPE_CHECKING:
-    from pyarrow import RecordBatch
 
 LONGEST_CELL = 2**31 - 1
 """Characters. The csv library refuses cells above 131,072 else, and takes no more than this."""
@@ -273,24 +269,14 @@ def _parquet(path: Path, _: Form) -> Iterator[PlacedRow]:
         try:
             rows = batch.to_pylist()
         except UnicodeDecodeError as fault:
-            place = f"{path}, row {number + _undecodable(batch)}"
             raise DataError(
-                f"{place}: expected text in UTF-8, as Parquet's always is, found "
-                f"the byte 0x{fault.object[fault.start]:02x}. Write the file anew, with that "
-                "text read in its own encoding."
+                f"{path}: expected text in UTF-8, as Parquet's always is, found the byte "
+                f"0x{fault.object[fault.start]:02x}. Write the file anew, with that text read "
+                "in its own encoding."
             ) from fault
         for row in rows:
             number += 1
             yield f"{path}, row {number}", row
-
-
-def _undecodable(batch: "RecordBatch") -> int:
-    """The number of the first row that holds what is no UTF-8."""
-    number = 0
-    with suppress(UnicodeDecodeError):
-        for number in range(batch.num_rows):
-            batch.slice(number, 1).to_pylist()
-    return number + 1
 
 
 TEXTS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}

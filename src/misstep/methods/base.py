@@ -13,10 +13,10 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from misstep.documents import Settings
 from misstep.errors import RunError
 from misstep.policy import Policy
 from misstep.records import Analysis, Example, Message, Mistake, Pair, Prompt, Revision
-from misstep.stages.base import Settings
 
 T = TypeVar("T")
 Rows = list[Example] | list[Pair]
@@ -73,6 +73,11 @@ class Materials(NamedTuple):
         """The rows that a method may spend on its own lesson, as a multiple of N."""
         return 1 + self.mix.good_answers
 
+    @property
+    def budget(self) -> float:
+        """All rows that a method may spend, ordinary pairs among them, as a multiple of N."""
+        return self.lesson + self.mix.ordinary
+
     def each_analysis(self) -> list[Analysis]:
         """Every accepted analysis once; so many of them where the recipe says how many."""
         if self.mix.unit is None:
@@ -119,7 +124,7 @@ class Method(ABC):
     trains: ClassVar[bool] = True
     """Whether there are rows at all; without them the model answers as it is."""
     uses_ordinary: ClassVar[bool] = True
-    """Whether ordinary pairs are mixed in, as many as `mix.ordinary` says."""
+    """Whether ordinary pairs are mixed in, as many as `mix.ordinary` says, where it trains."""
     uses_mistakes: ClassVar[bool] = False
     uses_analyses: ClassVar[bool] = False
     uses_revisions: ClassVar[bool] = False
@@ -128,7 +133,7 @@ class Method(ABC):
     """Whether nothing can be trained without good answers to the prompts of mistakes."""
     trainer: ClassVar[Literal["fine-tune", "reinforce"]] = "fine-tune"
     """`reinforce`: the pairs make a reward model, whose reward the policy is optimised for."""
-    pairs: ClassVar[bool] = False
+    on_pairs: ClassVar[bool] = False
     """Whether the rows are pairs, which are compared with the model without its adapter."""
     spare_tokens: ClassVar[int] = 0
     """What an answer needs beyond the recipe's limit, for what the user does not get of it."""
@@ -172,13 +177,11 @@ def answers(
     known = ((prompt, prompt.reference) for prompt in prompts if prompt.reference)
     return [
         Example(
-            messages=materials.policy.guided_prompt(prompt)
-            if int((place + 1) * share) > int(place * share)
-            else prompt.messages,
+            messages=materials.policy.turns(prompt, int(at * share) < int((at + 1) * share)),
             completion=reference,
             kind=kind,
         )
-        for place, (prompt, reference) in enumerate(known)
+        for at, (prompt, reference) in enumerate(known)
     ]
 
 

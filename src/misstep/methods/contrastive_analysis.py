@@ -18,11 +18,11 @@ class ContrastiveAnalysis(Method):
     uses_mistakes = True
     uses_analyses = True
     uses_unguided = True
-    pairs = True
+    on_pairs = True
     uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:
-        share = materials.lesson + materials.mix.ordinary
+        share = materials.budget
         answers, analyses = materials.pairs(), contrasts(materials)
         if not answers or not analyses:
             return materials.some(answers or analyses, share, "pairs")

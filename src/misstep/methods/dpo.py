@@ -13,9 +13,8 @@ class DPO(Method):
     name = "dpo"
     needs_good_answers = True
     uses_mistakes = True
-    pairs = True
+    on_pairs = True
     uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:
-        share = materials.lesson + materials.mix.ordinary
-        return materials.some(materials.pairs(), share, "pairs")
+        return materials.some(materials.pairs(), materials.budget, "pairs")

@@ -8,7 +8,6 @@ class Guided(Method):
 
     name = "guided"
     trains = False
-    uses_ordinary = False
     guided = (True,)
 
     def rows(self, materials: Materials) -> Rows:

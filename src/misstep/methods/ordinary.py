@@ -13,6 +13,5 @@ class Ordinary(Method):
     name = "ordinary"
 
     def rows(self, materials: Materials) -> Rows:
-        share = materials.lesson + materials.mix.ordinary
-        found = materials.some(materials.ordinary, share, "ordinary")
+        found = materials.some(materials.ordinary, materials.budget, "ordinary")
         return answers(materials, found, "ordinary")

@@ -14,10 +14,9 @@ class RLHF(Method):
     name = "rlhf"
     needs_good_answers = True
     uses_mistakes = True
-    pairs = True
+    on_pairs = True
     uses_ordinary = False
     trainer = "reinforce"
 
     def rows(self, materials: Materials) -> Rows:
-        share = materials.lesson + materials.mix.ordinary
-        return materials.some(materials.pairs(), share, "pairs")
+        return materials.some(materials.pairs(), materials.budget, "pairs")

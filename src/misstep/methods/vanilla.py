@@ -8,7 +8,6 @@ class Vanilla(Method):
 
     name = "vanilla"
     trains = False
-    uses_ordinary = False
 
     def rows(self, materials: Materials) -> Rows:
         del materials

@@ -15,10 +15,11 @@ from typing import Annotated
 from pydantic import Field
 
 from misstep.data.shelf import Shelf
+from misstep.documents import Settings
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import BLANK, Policy, found
 from misstep.records import Analysis, Mistake
-from misstep.stages.base import Settings, Tally, ask, derive_seed, kind_of, no_answer
+from misstep.stages.base import Tally, ask, derive_seed, kind_of, no_answer
 
 RECOMMENDS = re.compile(
     r"\b(should(?! not|n't) (have )?"
@@ -189,12 +190,11 @@ def _request(
 
 
 def _reasons(
-    policy: Policy, mistake: Mistake, answer: Completion, gated: bool
+    policy: Policy, mistake: Mistake, answer: Completion, text: str, gated: bool
 ) -> tuple[str, ...]:
     """Why an answer is no analysis to train on."""
     if answer.error is not None:
         return (no_answer(answer.error),)
-    text = answer.text.strip()
     reasons = gate(policy, mistake, text) if gated else ()
     # Training on a text that breaks off would teach the model never to stop.
     if answer.truncated:
@@ -206,7 +206,7 @@ def _analysis(
     policy: Policy, mistake: Mistake, answer: Completion, settings: AnalyseSettings
 ) -> Analysis:
     text = answer.text.strip()
-    reasons = _reasons(policy, mistake, answer, settings.gate)
+    reasons = _reasons(policy, mistake, answer, text, settings.gate)
     return Analysis(
         mistake=mistake,
         text=text,

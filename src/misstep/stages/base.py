@@ -1,44 +1,26 @@
-"""What the stages share: yields, seeds named by content, the shape of settings, scoring."""
+"""What the stages share: yields, seeds named by content, samples, scoring."""
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from misstep.engines.base import AT_ONCE, Completion, Engine, Request
 from misstep.judges.base import Judge
-from misstep.records import Message, Record, Response, Score, text_digest
+from misstep.records import Message, Prompt, Record, Response, Score, text_digest
 
 Notify = Callable[[str, int, int], None]
 """Called with what is going on, how much of it is done, and how much there is."""
 
 Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 """Puts a conversation, its guide included, into the words that a model was trained on."""
+Read = Callable[[str], str]
+"""Takes from a model's text what a user gets to see."""
 T = TypeVar("T")
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""A recipe's seed; NumPy, which a training sets, takes no larger one."""
-
-
-class Settings(BaseModel):
-    """A part of a recipe: frozen, unknown keys and numbers without an end refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def each_once(values: tuple[T, ...]) -> tuple[T, ...]:
-    """Values of a recipe, of which none stands there twice.
-
-    Raises:
-        ValueError: names those that do.
-    """
-    twice = dict.fromkeys(str(value) for value in values if values.count(value) > 1)
-    if twice:
-        raise ValueError(f"expected each once; twice or more: {', '.join(twice)}")
-    return values
 
 
 class Yield(Record):
@@ -100,6 +82,39 @@ def score_all(judge: Judge, responses: Sequence[Response]) -> list[Score]:
         next(came) if r.error is None else judge.unscored(r, no_answer(r.error))
         for r in responses
     ]
+
+
+def response_of(
+    engine: Engine, prompt: Prompt, answer: Completion, read: Read = str, guided: bool = False
+) -> Response:
+    """An engine's answer to a prompt, with what `read` takes from its text."""
+    return Response(
+        prompt=prompt,
+        text="" if answer.error else read(answer.text),
+        model=engine.identity,
+        guided=guided,
+        truncated=answer.truncated,
+        error=answer.error,
+    )
+
+
+def judged_samples(
+    asked: Iterable[tuple[Prompt, list[Request]]],
+    engine: Engine,
+    judge: Judge,
+    most: int,
+    read: Read = str,
+    guided: bool = False,
+) -> Iterator[tuple[Prompt, list[tuple[Response, Score]]]]:
+    """Every prompt, in order, with its answers, `most` at most, and what the judge says."""
+    for some in portions(asked, max(1, engine.at_once // most)):
+        answers = engine.generate([request for _, requests in some for request in requests])
+        prompts = [prompt for prompt, requests in some for _ in requests]
+        pairs = zip(prompts, answers, strict=True)
+        responses = [response_of(engine, *pair, read, guided) for pair in pairs]
+        scored = zip(responses, score_all(judge, responses), strict=True)
+        for prompt, requests in some:
+            yield prompt, list(islice(scored, len(requests)))
 
 
 def kind_of(reason: str) -> str:

@@ -19,10 +19,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from misstep.documents import Settings
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy, found
 from misstep.records import Record, Response
-from misstep.stages.base import Settings, derive_seed
+from misstep.stages.base import derive_seed
 
 QUOTED = re.compile(r'"[^"\n]*"|“[^”\n]*”')
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")

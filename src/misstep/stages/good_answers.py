@@ -12,20 +12,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from misstep.documents import Settings
 from misstep.engines.base import Engine, Request
 from misstep.errors import NothingKept
 from misstep.judges.base import Judge
+from misstep.judges.rule import RefusalJudge
 from misstep.policy import Policy
 from misstep.records import Message, Prompt, Response, Score
-from misstep.stages.base import (
-    Settings,
-    Tally,
-    derive_seed,
-    kind_of,
-    no_answer,
-    portions,
-    score_all,
-)
+from misstep.stages.base import Tally, derive_seed, judged_samples, kind_of, no_answer
 
 
 class GoodAnswerSettings(Settings):
@@ -52,7 +46,6 @@ def good_answers(
     prompts: Iterable[Prompt],
     engine: Engine,
     judge: Judge,
-    refusals: Judge,
     policy: Policy,
     settings: GoodAnswerSettings,
     seed: int,
@@ -64,8 +57,6 @@ def good_answers(
         prompts: that mistakes were collected on, each once.
         engine: the model.
         judge: of mistakes.
-        refusals: the judge of refusals; what it says of an answer only orders those that are
-            good.
         policy: its guide is used where the settings say so.
         settings: how many, how long, how freely.
         seed: of the samples.
@@ -76,26 +67,16 @@ def good_answers(
     """
     # Greedy decoding gives the same text every time.
     samples = settings.samples if settings.temperature else 1
-    for some in portions(prompts, max(1, engine.at_once // samples)):
-        drawn = [(prompt, sample) for prompt in some for sample in range(samples)]
-        requests = [_request(policy, p, sample, settings, seed) for p, sample in drawn]
-        responses = [
-            Response(
-                prompt=prompt,
-                text=answer.text.strip(),
-                model=engine.identity,
-                guided=settings.guided,
-                truncated=answer.truncated,
-                error=answer.error,
-            )
-            for (prompt, _), answer in zip(drawn, engine.generate(requests), strict=True)
-        ]
-        tally.given += len(some)
-        tally.sampled += len(responses)
-        scored = zip(responses, score_all(judge, responses), strict=True)
-        for of in portions(scored, samples):
-            sound = [(r, score) for r, score in of if _sound(r, score, tally)]
-            yield from _best(sound, refusals, settings.refusals, tally)
+    asked = (
+        (p, [_request(policy, p, sample, settings, seed) for sample in range(samples)])
+        for p in prompts
+    )
+    read, guided = str.strip, settings.guided
+    for _, scored in judged_samples(asked, engine, judge, samples, read, guided):
+        tally.given += 1
+        tally.sampled += len(scored)
+        sound = [(r, score) for r, score in scored if _sound(r, score, tally)]
+        yield from _best(sound, settings.refusals, tally)
     if not tally.kept:
         raise NothingKept(
             f"none of {tally.sampled} answers was good ({tally.reasons}). Try more "
@@ -127,7 +108,7 @@ def _request(
     policy: Policy, prompt: Prompt, sample: int, settings: GoodAnswerSettings, seed: int
 ) -> Request:
     return Request(
-        messages=policy.guided_prompt(prompt) if settings.guided else prompt.messages,
+        messages=policy.turns(prompt, settings.guided),
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         seed=derive_seed(seed, "good answer", prompt.messages, sample),
@@ -153,13 +134,14 @@ def _sound(response: Response, score: Score, tally: Tally) -> bool:
 
 
 def _best(
-    sound: Sequence[tuple[Response, Score]], refusals: Judge, may_refuse: bool, tally: Tally
+    sound: Sequence[tuple[Response, Score]], may_refuse: bool, tally: Tally
 ) -> Iterator[Response]:
     """The answer that the judge of mistakes is surest of, of those that do not refuse, if any.
 
     A judge that gives verdicts alone is equally sure of all: then it is the first.
     """
-    refuses = [bool(score.counted) for score in refusals.score([r for r, _ in sound])]
+    # What the judge of refusals says only orders those that are good.
+    refuses = [bool(score.counted) for score in RefusalJudge().score([r for r, _ in sound])]
     known = [
         (no, score.value or 0.0, at)
         for at, (no, (_, score)) in enumerate(zip(refuses, sound, strict=True))

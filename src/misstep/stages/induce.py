@@ -8,19 +8,19 @@ by the judge. The hint is not part of the mistake that is kept. Knows no file an
 
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import nsmallest
-from itertools import islice
 from typing import Annotated
 
 from pydantic import Field, model_validator
 
 from misstep.data.shelf import Names
 from misstep.data.sources import Source
+from misstep.documents import Settings
 from misstep.engines.base import Engine, Request
 from misstep.errors import NothingKept
 from misstep.judges.base import Judge
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, MistakeSource, Prompt, Response, Score
-from misstep.stages.base import Settings, Tally, derive_seed, kind_of, portions, score_all
+from misstep.stages.base import Tally, derive_seed, judged_samples, kind_of, portions
 
 UNSCORED = "unscored"
 NO_MISTAKE = "no mistake in the judge's eyes"
@@ -78,32 +78,12 @@ def induce(
         NothingKept: the judge could score no answer; at the end.
     """
     seen = Names()
-    for some in portions(prompts, max(1, engine.at_once // settings.samples)):
+    asked = ((prompt, _requests(policy, prompt, settings, seed)) for prompt in prompts)
+    for prompt, scored in judged_samples(asked, engine, judge, settings.samples):
+        tally.given += 1
         # An equal prompt is asked with the same dice: it has no answer of its own to keep.
-        new = [seen.add(prompt.id) for prompt in some]
-        tally.given += len(some)
-        draws = [_draws(policy, prompt, settings) for prompt in some]
-        drawn = [
-            (prompt, sample)
-            for prompt, count in zip(some, draws, strict=True)
-            for sample in range(count)
-        ]
-        requests = [_request(policy, p, sample, settings, seed) for p, sample in drawn]
-        answers = engine.generate(requests)
-        responses = [
-            Response(
-                prompt=prompt,
-                text=answer.text,
-                model=engine.identity,
-                truncated=answer.truncated,
-                error=answer.error,
-            )
-            for (prompt, _), answer in zip(drawn, answers, strict=True)
-        ]
-        scored = zip(responses, score_all(judge, responses), strict=True)
-        for first, count in zip(new, draws, strict=True):
-            most = settings.per_prompt if first else 0
-            yield from _kept(list(islice(scored, count)), most, tally)
+        most = settings.per_prompt if seen.add(prompt.id) else 0
+        yield from _kept(scored, most, tally)
     if not tally.kept and all(why.startswith(UNSCORED) for why in tally.refused):
         raise NothingKept(
             f"the judge could score none of {tally.sampled} answers ({tally.reasons}). "
@@ -164,22 +144,21 @@ def some_mistakes(mistakes: Sequence[Mistake], limit: int, seed: int) -> Iterato
     return (mistakes[place] for place in sorted(place for _, _, place in kept))
 
 
-def _draws(policy: Policy, prompt: Prompt, settings: InduceSettings) -> int:
-    """How often a prompt is asked: once, where it would be asked the same and answered so."""
+def _requests(
+    policy: Policy, prompt: Prompt, settings: InduceSettings, seed: int
+) -> list[Request]:
+    """A prompt is asked once, where it would be asked the same and answered so."""
     hinted = policy.induction is not None and not prompt.target
-    return settings.samples if settings.temperature or hinted else 1
-
-
-def _request(
-    policy: Policy, prompt: Prompt, sample: int, settings: InduceSettings, seed: int
-) -> Request:
-    draw = derive_seed(seed, prompt.id, sample)
-    return Request(
-        messages=_messages(policy, prompt, draw),
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        seed=draw,
-    )
+    draws = settings.samples if settings.temperature or hinted else 1
+    return [
+        Request(
+            messages=_messages(policy, prompt, draw),
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            seed=draw,
+        )
+        for draw in (derive_seed(seed, prompt.id, sample) for sample in range(draws))
+    ]
 
 
 def _messages(policy: Policy, prompt: Prompt, draw: int) -> tuple[Message, ...]:

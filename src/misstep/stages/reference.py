@@ -85,7 +85,7 @@ def _row(
 ) -> Row | None:
     """The prompt as the model was asked it, and its reference; None where it has no place."""
     prompt = answer.response.prompt
-    messages = ask(policy.guided_prompt(prompt) if answer.guided else prompt.messages)
+    messages = ask(policy.turns(prompt, answer.guided))
     written = write(prompt.reference) if prompt.reference else ""
     example = Example(messages=messages, completion=written, kind="reference")
     found = render_rows(renderer, [example], max_length)

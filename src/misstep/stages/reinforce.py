@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from misstep import __version__
+from misstep.documents import Settings
 from misstep.errors import TrainingError
 from misstep.machine import peak_memory_mb
 from misstep.models.locate import Model
@@ -29,7 +30,7 @@ from misstep.models.precision import fastest_dtype
 from misstep.models.rendering import Renderer
 from misstep.models.weights import free, load_weights
 from misstep.records import Pair, Prompt, digest, write_text
-from misstep.stages.base import Notify, Settings
+from misstep.stages.base import Notify
 from misstep.stages.reward import (
     RewardSettings,
     Setup,

@@ -4,27 +4,25 @@ The guide stands around the prompt's last user turn (paper, section 4.4: guided 
 record keeps the prompt as it was.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from misstep.documents import Settings, each_once
 from misstep.engines.base import Engine, Request
 from misstep.policy import Policy
 from misstep.records import Answer, Prompt, Response
 from misstep.stages.base import (
     Ask,
-    Settings,
+    Read,
     Tally,
     ask,
     derive_seed,
-    each_once,
     kind_of,
     no_answer,
+    response_of,
 )
-
-Read = Callable[[str], str]
-"""Takes from a model's text what a user gets to see."""
 
 
 class RespondSettings(Settings):
@@ -64,21 +62,14 @@ def respond(
     def request(each: Asked) -> Request:
         prompt, guided = each
         return Request(
-            messages=put(policy.guided_prompt(prompt) if guided else prompt.messages),
+            messages=put(policy.turns(prompt, guided)),
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             seed=derive_seed(seed, prompt.id),
         )
 
     for (prompt, guided), answer in ask(engine, asked, request):
-        yield Response(
-            prompt=prompt,
-            text="" if answer.error else read(answer.text),
-            model=engine.identity,
-            guided=guided,
-            truncated=answer.truncated,
-            error=answer.error,
-        )
+        yield response_of(engine, prompt, answer, read, guided)
 
 
 def whole_counted(answers: Iterable[Answer], tally: Tally) -> Iterator[Answer]:

@@ -9,10 +9,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from misstep.documents import Settings
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import Policy
 from misstep.records import Message, Mistake, Revision
-from misstep.stages.base import Settings, Tally, derive_seed, kind_of, no_answer, portions
+from misstep.stages.base import Tally, derive_seed, kind_of, no_answer, portions
 
 
 class ReviseSettings(Settings):

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
+from misstep.documents import Settings
 from misstep.errors import MissingExtra, TrainingError
 from misstep.models.locate import Model
 from misstep.models.precision import device, fastest_dtype, micro_tokens
 from misstep.models.rendering import Renderer
 from misstep.models.weights import free, load_weights
 from misstep.records import Pair, digest, write_text
-from misstep.stages.base import Notify, Settings
+from misstep.stages.base import Notify
 from misstep.stages.train import finished, usable_pairs
 from misstep.stages.train_settings import HOW, TrainSettings, naming
 from misstep.training.report import RewardReport

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from misstep.documents import Settings
 from misstep.errors import RecipeError
-from misstep.stages.base import Settings
 
 ASIDE = ("report_to", "max_dropped")
 """Settings of what is told and what is refused. A training is named as if they had their
