@@ -12,7 +12,6 @@ This module knows runs and their files; it trains and generates nothing itself.
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from itertools import combinations, product
 from pathlib import Path
@@ -45,6 +44,7 @@ from misstep.pipeline import Run
 from misstep.progress import Progress
 from misstep.records import Answer, Judgement, digest, read_jsonl, write_text
 from misstep.report.compared import write_comparison
+from misstep.report.reading import known_manifest
 from misstep.run_folder import (
     MANIFEST,
     RUN,
@@ -190,7 +190,7 @@ def _standing(
     folder: Path, cells: Sequence[Cell], inputs: Sequence[Inputs], progress: Progress
 ) -> int:
     """How many of these cells the results in the folder hold; those of others are set aside."""
-    data = _read_manifest(folder)
+    data = known_manifest(folder)
     if not data:
         return 0
     known = _recipe(as_now(data.get("recipe") or {}, RUN))
@@ -204,16 +204,9 @@ def _standing(
     return 0
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """A manifest that was written here; empty where there is none."""
-    with suppress(OSError, ValueError):
-        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    return {}
-
-
 def _changed(folder: Path, cell: Cell, inputs: Inputs) -> bool:
     """Whether a cell that was run reads something else now under the same names."""
-    before = _read_manifest(folder / CELLS / cell.folder)
+    before = known_manifest(folder / CELLS / cell.folder)
     return "recipe" in before and bool(changes(before, described_run(inputs), RUN))
 
 

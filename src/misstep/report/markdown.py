@@ -45,7 +45,7 @@ CORRECTED = (
 )
 
 
-def markdown_page(folder: Path) -> str:
+def run_markdown(folder: Path) -> str:
     """The page of a run directory.
 
     Raises:
@@ -53,8 +53,6 @@ def markdown_page(folder: Path) -> str:
     """
     results = read_results(folder / "results.json")
     manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-    if results.pooled and manifest is not None:
-        return _comparison_page(folder, results, manifest)
     parts = [
         f"# {named(folder, manifest)}: {results.policy} on {results.model}",
         *([made_by(manifest), *_overlaps(manifest)] if manifest else []),
@@ -108,7 +106,13 @@ def _agreements(results: Results) -> list[str]:
     return ["## Agreement of the judges", "\n".join(lines)]
 
 
-def _comparison_page(folder: Path, results: Results, manifest: dict[str, Any]) -> str:
+def comparison_markdown(folder: Path) -> str:
+    """The page of a comparison's directory.
+
+    Raises:
+        DataError: results.json or manifest.json is absent or unreadable.
+    """
+    results, manifest = read_results(folder / "results.json"), read_manifest(folder)
     spent = sum(s["seconds"] for c in manifest["cells"].values() for s in c["stages"].values())
     seeds = sorted({row.seed for row in results.rows})
     parts = [
