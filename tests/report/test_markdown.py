@@ -127,6 +127,19 @@ def test_the_page_of_judges_is_made_from_their_cards(cards: Path) -> None:
     )
 
 
+def test_a_folder_of_trained_judges_shows_the_card_of_each(tmp_path: Path) -> None:
+    judges = tmp_path / "judges"
+    judges.mkdir()
+    with pytest.raises(DataError, match="judges: expected cards of trained judges, found none"):
+        pages.markdown(judges)
+    for name in ("harm", "refusal"):
+        (judges / name).mkdir()
+        card = ROOT / f"docs/results/judges/{name}.json"
+        shutil.copy(card, judges / name / "card.json")
+    page = pages.markdown(judges)
+    assert re.findall("^## (.*)", page, re.MULTILINE) == ["harm", "refusal"]
+
+
 def test_the_table_of_aims_is_made_from_the_committed_files() -> None:
     readme = (ROOT / "docs/results/README.md").read_text(encoding="utf-8")
     aims = runpy.run_path(str(ROOT / "docs/results/aims.py"))
