@@ -194,7 +194,7 @@ def _standing(
     if not data:
         return 0
     known = _recipe(as_now(data.get("recipe") or {}, RUN))
-    same = known == _recipe(cells[0].config.model_dump(mode="json"))
+    same = known == _recipe(inputs[0].config.model_dump(mode="json"))
     # Other folders may be of a recipe before this one: they are in no results that stand.
     held = [pair for pair in zip(cells, inputs, strict=True) if pair[0].folder in data["cells"]]
     if same and not any(_changed(folder, *pair) for pair in held):
