@@ -26,6 +26,8 @@ from misstep.data.labelled import MISTAKES
 from misstep.documents import Places, check
 from misstep.errors import InputError, RecipeError
 from misstep.evidence.results import (
+    BASE,
+    GUIDED,
     Comparison,
     OfKind,
     Pooled,
@@ -275,7 +277,7 @@ def _collect(
     }
     pools = cell.config.evaluate.pools
     for item in judgements:
-        setting = Setting(item.method, item.guided, cell.title)
+        setting = Setting.of(item, cell.title)
         prompt = prompts[item.method, item.guided, item.test_set, item.score.response_id]
         for name in (item.test_set, *(p for p, of in pools.items() if item.test_set in of)):
             by_seed = values[setting, name, item.score.metric]
@@ -341,7 +343,7 @@ def _neighbours(cells: Sequence[Cell]) -> set[tuple[str, str]]:
 def _before(
     a: Setting, others: Sequence[Setting], neighbours: set[tuple[str, str]]
 ) -> Iterator[Setting]:
-    if a.method == "guided" and a._replace(method="vanilla") in others:
+    if a.method == "guided" and a._replace(method=BASE.method) in others:
         return
     for b in others:
         if b._replace(variant=a.variant) == a and (a.variant, b.variant) in neighbours:
@@ -349,7 +351,7 @@ def _before(
 
 
 def _against(a: Setting, others: Sequence[Setting]) -> Iterator[Setting]:
-    base, guide = (Setting("vanilla", guided, a.variant) for guided in (False, True))
+    base, guide = (of._replace(variant=a.variant) for of in (BASE, GUIDED))
     # The method `guided` gives the answers of the guided untrained model, which stand already.
     same = [
         other

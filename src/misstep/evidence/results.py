@@ -14,6 +14,8 @@ from pydantic import Field, FiniteFloat
 from misstep.errors import DataError
 from misstep.records import (
     KNOWN,
+    Answer,
+    Judgement,
     MistakeSource,
     Record,
     Response,
@@ -53,6 +55,30 @@ class Setting(NamedTuple):
         variant = f"[{self.variant}]" if self.variant else ""
         return f"{self.method}{variant}/{'guided' if self.guided else 'unguided'}"
 
+    @classmethod
+    def of(cls, record: "Row | Answer | Judgement", variant: str = "") -> "Setting":
+        """The setting that a record belongs to."""
+        return cls(record.method, record.guided, variant)
+
+    @classmethod
+    def parse(cls, name: str) -> "Setting":
+        """The setting of a name.
+
+        Raises:
+            DataError: it is none.
+        """
+        model, slash, way = name.rpartition("/")
+        if not slash or way not in ("guided", "unguided"):
+            raise DataError(
+                f"setting '{name}': expected METHOD/guided or METHOD/unguided, such as "
+                f"{BASE.name}."
+            )
+        method, _, variant = model.partition("[")
+        return cls(method, way == "guided", variant.removesuffix("]"))
+
+
+BASE, GUIDED = Setting("vanilla", False), Setting("vanilla", True)
+"""The model as it was, without the guide and with it."""
 
 BySeed = Mapping[int, Mapping[str, Score]]
 """Of one setting, test set and metric: training seed, prompt, score."""
@@ -147,8 +173,7 @@ class Comparison(Record):
     @property
     def between_variants(self) -> bool:
         """Whether the two differ in swept keys."""
-        a, b = (name.partition("[")[2].rpartition("]")[0] for name in (self.a, self.b))
-        return a != b
+        return Setting.parse(self.a).variant != Setting.parse(self.b).variant
 
 
 class Agreement(Record):

@@ -13,6 +13,8 @@ from misstep.data.labelled import MISTAKES
 from misstep.errors import RecipeError
 from misstep.evidence.check_results import Check, correction, length_pull
 from misstep.evidence.results import (
+    BASE,
+    GUIDED,
     LENGTH_BIAS,
     Agreement,
     Comparison,
@@ -37,7 +39,6 @@ Describe = Callable[[str], dict[str, str | None]]
 Correct = Callable[[Metric], Corrected | None]
 """From a judge's rate to the one that it stands for."""
 
-BASE, GUIDED = Setting("vanilla", False), Setting("vanilla", True)
 _Key = tuple[Setting, str]
 """A setting and a test set."""
 NO_TASK = "the prompt is an attack"
@@ -101,10 +102,11 @@ def answered(answers: Sequence[Answer], judgements: Iterable[Judgement]) -> Iter
     """
     said_of: dict[tuple[Hashable, ...], dict[str, Score]] = defaultdict(dict)
     for item in judgements:
-        said_of[(_setting(item), item.score.response_id)][item.score.metric] = item.score
+        said_of[(Setting.of(item), item.score.response_id)][item.score.metric] = item.score
     found: dict[str, list[Judgement]] = defaultdict(list)
     for answer in answers:
-        prompt, scores = answer.response.prompt, said_of[(_setting(answer), answer.response.id)]
+        prompt = answer.response.prompt
+        scores = said_of[(Setting.of(answer), answer.response.id)]
         if prompt.accept or is_attack(prompt) or MISTAKES not in scores:
             continue
         of_refusals = refusal_metric(prompt)
@@ -129,10 +131,10 @@ def stock_openings(
     harm nor a refusal, whatever was asked. Refusals, which open alike as well, are none. Of a
     setting that has few on a test set nothing is said.
     """
-    scores = {(_setting(j), j.test_set, j.score.response_id): j.score for j in found}
+    scores = {(Setting.of(j), j.test_set, j.score.response_id): j.score for j in found}
     groups: dict[_Key, list[tuple[Answer, Score]]] = defaultdict(list)
     for answer in answers:
-        key = _setting(answer), answer.test_set, answer.response.id
+        key = Setting.of(answer), answer.test_set, answer.response.id
         if key in scores:
             groups[key[:2]].append((answer, scores[key]))
     for of in groups.values():
@@ -182,8 +184,8 @@ def _compared(
     seat: Seat, judge: PairJudge, answers: Sequence[Answer]
 ) -> Iterator[tuple[Answer, Score]]:
     """Every answer against the base model's to the same prompt."""
-    base = {a.response.prompt.id: a.response for a in answers if _setting(a) == BASE}
-    against = [a for a in answers if _setting(a) != BASE and a.response.prompt.id in base]
+    base = {a.response.prompt.id: a.response for a in answers if Setting.of(a) == BASE}
+    against = [a for a in answers if Setting.of(a) != BASE and a.response.prompt.id in base]
     pairs = [(a.response, base[a.response.prompt.id]) for a in against]
     asked = [pair for pair in pairs if not any(response.error for response in pair)]
     came = iter(judge.compare(asked))
@@ -296,10 +298,6 @@ def _agreement(
     )
 
 
-def _setting(of: Answer | Judgement) -> Setting:
-    return Setting(of.method, of.guided)
-
-
 class Table:
     """The scores of one run, looked up by setting, test set and metric; pools are test sets."""
 
@@ -320,11 +318,11 @@ class Table:
         scores: dict[tuple[_Key, str], dict[str, Score]] = defaultdict(dict)
         for answer in answers:
             for test_set in belongs[answer.test_set]:
-                key = (Setting(answer.method, answer.guided), test_set)
+                key = (Setting.of(answer), test_set)
                 responses[key].setdefault(answer.response.id, answer.response)
         for item in judgements:
             for test_set in belongs[item.test_set]:
-                key = (Setting(item.method, item.guided), test_set)
+                key = (Setting.of(item), test_set)
                 said = scores[key, item.score.metric]
                 said.setdefault(item.score.response_id, item.score)
         self._responses = {key: [*of.values()] for key, of in responses.items()}
@@ -332,9 +330,7 @@ class Table:
         self.test_sets = list(
             dict.fromkeys(name for names in belongs.values() for name in names)
         )
-        self.settings: list[Setting] = list(
-            dict.fromkeys(Setting(a.method, a.guided) for a in answers)
-        )
+        self.settings = list(dict.fromkeys(map(Setting.of, answers)))
 
     def rows(self, describe: Describe) -> list[Row]:
         """One row a setting and test set."""
