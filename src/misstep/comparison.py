@@ -10,7 +10,7 @@ This module knows runs and their files; it trains and generates nothing itself.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from itertools import combinations, product
@@ -35,6 +35,7 @@ from misstep.evidence.results import (
     Setting,
     Values,
     adjusted,
+    collect,
     compare_pooled,
     pool,
     read_results,
@@ -242,17 +243,18 @@ def _run_cell(
 
 def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> None:
     """Write what all finished cells say together."""
-    values: Values = defaultdict(dict)
+    values: Values = {}
     of_cells, rows, answers, judgements = [], [], [], []
     for cell in cells:
         place = folder / CELLS / cell.folder
         found = read_results(place / "results.json")
         of_cells.append(found)
         rows += [row.model_copy(update={"variant": cell.title}) for row in found.rows]
-        answers += list(read_jsonl(place / "responses.jsonl", Answer))
+        given = list(read_jsonl(place / "responses.jsonl", Answer))
+        answers += given
         judged = list(read_jsonl(place / "scores.jsonl", Judgement))
         judgements += judged
-        _collect(values, answers, judged, cell)
+        collect(values, given, judged, cell.config.evaluate.pools, cell.seed, cell.title)
     config = cells[0].config
     results = Results(
         policy=", ".join(dict.fromkeys(found.policy for found in of_cells)),
@@ -266,22 +268,6 @@ def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> No
     write_results(folder / "results.json", results)
     _write_manifest(folder, cells)
     write_comparison(folder)
-
-
-def _collect(
-    values: Values, answers: Sequence[Answer], judgements: Sequence[Judgement], cell: Cell
-) -> None:
-    """Add a cell's scores: setting, test set, metric, seed, prompt."""
-    prompts = {
-        (a.method, a.guided, a.test_set, a.response.id): a.response.prompt.id for a in answers
-    }
-    pools = cell.config.evaluate.pools
-    for item in judgements:
-        setting = Setting.of(item, cell.title)
-        prompt = prompts[item.method, item.guided, item.test_set, item.score.response_id]
-        for name in (item.test_set, *(p for p, of in pools.items() if item.test_set in of)):
-            by_seed = values[setting, name, item.score.metric]
-            by_seed.setdefault(cell.seed, {})[prompt] = item.score
 
 
 def _pooled(values: Values, corrections: Corrections, seed: int) -> Iterator[Pooled]:

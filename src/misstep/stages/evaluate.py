@@ -20,11 +20,14 @@ from misstep.evidence.results import (
     Comparison,
     Corrected,
     Metric,
+    Pools,
     Row,
     Setting,
-    Side,
-    compare,
+    Values,
+    collect,
+    compare_pooled,
     metric_from_scores,
+    with_pools,
 )
 from misstep.judges.base import Judge, PairJudge, Preference
 from misstep.judges.refusal import is_attack, rates_of, refusal_metric
@@ -33,7 +36,6 @@ from misstep.judges.seats import Seat
 from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
 from misstep.stages.base import no_answer, score_all
 
-Pools = Mapping[str, Sequence[str]]
 Describe = Callable[[str], dict[str, str | None]]
 """Given a method's name, the sources of its mistakes and analyses."""
 Correct = Callable[[Metric], Corrected | None]
@@ -312,25 +314,12 @@ class Table:
         self.seed = seed
         self.corrections = corrections
         """For metrics whose judge was measured."""
-        belongs = _memberships(answers, pools)
-        # Of sets that share prompts a pool counts each answer once.
-        responses: dict[_Key, dict[str, Response]] = defaultdict(dict)
-        scores: dict[tuple[_Key, str], dict[str, Score]] = defaultdict(dict)
-        for answer in answers:
-            for test_set in belongs[answer.test_set]:
-                key = (Setting.of(answer), test_set)
-                responses[key].setdefault(answer.response.id, answer.response)
-        for item in judgements:
-            for test_set in belongs[item.test_set]:
-                key = (Setting.of(item), test_set)
-                said = scores[key, item.score.metric]
-                said.setdefault(item.score.response_id, item.score)
-        self._responses = {key: [*of.values()] for key, of in responses.items()}
-        self._scores = {key: [*of.values()] for key, of in scores.items()}
-        self.test_sets = list(
-            dict.fromkeys(name for names in belongs.values() for name in names)
-        )
+        self.values: Values = {}
+        collect(self.values, answers, judgements, pools, seed)
         self.settings = list(dict.fromkeys(map(Setting.of, answers)))
+        names = dict.fromkeys(answer.test_set for answer in answers)
+        of_all = chain.from_iterable(with_pools(name, pools) for name in names)
+        self.test_sets = list(dict.fromkeys(of_all))
 
     def rows(self, describe: Describe) -> list[Row]:
         """One row a setting and test set."""
@@ -360,34 +349,27 @@ class Table:
         ]
         pairs += [(a, b) for a in ours for b in others]
         found = (
-            compare(self._side(a, t, m), self._side(b, t, m), m, t, self.seed)
+            compare_pooled(a, b, test_set, metric, self.values, self.seed)
             for a, b in pairs
-            for t in self.test_sets
-            for m in self._metrics(a, t)
+            for test_set in self.test_sets
+            for metric in self._scores(a, test_set)
         )
         return [comparison for comparison in found if comparison is not None]
 
-    def _metrics(self, setting: Setting, test_set: str) -> dict[str, Metric]:
-        key = (setting, test_set)
+    def _scores(self, setting: Setting, test_set: str) -> dict[str, list[Score]]:
+        """By metric, in the order in which they came."""
         return {
-            metric: self._metric(metric, scores)
-            for (where, metric), scores in self._scores.items()
-            if where == key
+            metric: [*by_seed[self.seed].values()]
+            for (of, where, metric), by_seed in self.values.items()
+            if (of, where) == (setting, test_set)
         }
+
+    def _metrics(self, setting: Setting, test_set: str) -> dict[str, Metric]:
+        scores = self._scores(setting, test_set)
+        return {metric: self._metric(metric, of) for metric, of in scores.items()}
 
     def _metric(self, name: str, scores: Sequence[Score]) -> Metric:
         found = metric_from_scores(scores, self.seed)
         if name not in self.corrections:
             return found
         return found.model_copy(update={"corrected": self.corrections[name](found)})
-
-    def _side(self, setting: Setting, test_set: str, metric: str) -> Side:
-        key = (setting, test_set)
-        scores = self._scores.get((key, metric), [])
-        return Side(setting.name, self._responses.get(key, []), scores)
-
-
-def _memberships(answers: Iterable[Answer], pools: Pools) -> dict[str, list[str]]:
-    """Each test set with itself and the pools that it is part of."""
-    names = dict.fromkeys(answer.test_set for answer in answers)
-    return {n: [n, *(pool for pool, members in pools.items() if n in members)] for n in names}
