@@ -46,7 +46,7 @@ from misstep.methods.registry import method_of
 from misstep.pipeline import Run
 from misstep.progress import Progress
 from misstep.records import Answer, Judgement, digest, read_jsonl, write_text
-from misstep.report.compared import write_comparison
+from misstep.report.compared_page import write_comparison
 from misstep.report.reading import known_manifest
 from misstep.run_folder import (
     MANIFEST,

@@ -13,7 +13,7 @@ from misstep.evidence.results import Comparison, adjusted, read_results
 from misstep.evidence.study_results import read_study
 from misstep.report import pages
 from misstep.report.check_markdown import check_markdown
-from misstep.report.compared import write_comparison, write_picture
+from misstep.report.compared import write_picture
 from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import rows_table
 from misstep.report.study import write_study_picture
@@ -83,9 +83,9 @@ def test_settings_of_other_kinds_stand_in_one_table_and_bars_in_cells(tmp_path: 
     assert len({len(line) for line in cells}) == 1 and len(cells) > 3
     column = [line[cells[0].index(f" a\\|b ({first['n']}) ")].strip() for line in cells[2:]]
     assert column[0] == rate(first["value"]) and set(column[1:]) == {"–"}
-    html = write_comparison(tmp_path).read_text(encoding="utf-8")
+    html = pages.page(tmp_path).read_text(encoding="utf-8")
     assert "<h2>Mistakes by kind of prompt</h2>" in html
-    assert all(f"<th>{of['kind']} (" in html for of in data["kinds"])
+    assert all(f'<th scope="col">{of["kind"]} (' in html for of in data["kinds"])
 
 
 def test_a_copy_of_a_comparisons_files_is_shown_as_a_comparison(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from misstep.errors import InputError
 from misstep.report.check import write_check_report
 from misstep.report.check_markdown import check_markdown
-from misstep.report.compared import write_comparison, write_picture
+from misstep.report.compared import write_picture
+from misstep.report.compared_page import write_comparison
 from misstep.report.judges_markdown import cards_markdown, holds_cards
 from misstep.report.markdown import comparison_markdown, run_markdown
 from misstep.report.page import write_run_page

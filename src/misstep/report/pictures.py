@@ -100,15 +100,23 @@ def panels(view: View, of_mistakes: bool) -> list[Panel]:
         if (base_metric(about.metric) == MISTAKES) == of_mistakes
         and base_metric(about.metric) != "length_bias"
     ]
-    return [_panel(view, about) for about in drawn]
+    return [
+        panel(about, view.numbers[about], view.every(about.metric), view.role)
+        for about in drawn
+    ]
 
 
-def _panel(view: View, about: About) -> Panel:
-    axis = rate_scale(view.every(about.metric), about.metric)
-    numbers = view.numbers[about]
+def panel(
+    about: About,
+    numbers: Mapping[Setting, Metric],
+    every: Iterable[Metric],
+    role_of: Callable[[Setting], str],
+) -> Panel:
+    """A line for each setting, on the axis of every number of the metric."""
+    axis = rate_scale(every, about.metric)
     strips = []
     for setting, metric in numbers.items():
-        role = view.role(setting)
+        role = role_of(setting)
         text = rate(metric.value, about.metric) if metric.n else "unscored"
         strips.append(
             Strip(role, setting_title(setting), "", marks([(role, metric)], axis), text)

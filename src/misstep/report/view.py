@@ -63,8 +63,8 @@ class View:
         known = [*map(Setting.of, rows), *(Setting.of(answer) for answer, _ in run.answers)]
         self.settings = list(dict.fromkeys(known))
         self.before, self.after = ends(self.settings)
-        self.numbers = _numbers(rows)
-        self.tested = _tested(run.results.comparisons)
+        self.numbers = in_order(_numbers(rows))
+        self.tested = tested_of(run.results.comparisons)
         self.sources = {Setting.of(row): _sources(row) for row in rows}
         self.policy = run.results.policy
         self.agreements = run.results.agreements
@@ -134,19 +134,21 @@ def _numbers(rows: Iterable[Row]) -> dict[About, dict[Setting, Metric]]:
     for row in rows:
         for name, metric in row.metrics.items():
             found[About(name, row.test_set)][Setting.of(row)] = metric
-    return _in_order(found)
+    return found
 
 
-def _tested(comparisons: Sequence[Comparison]) -> dict[About, list[Tested]]:
+def tested_of(comparisons: Sequence[Comparison]) -> dict[About, list[Tested]]:
+    """Tested differences by what they are about, in the order of metrics."""
     found: dict[About, list[Tested]] = defaultdict(list)
     for comparison in adjusted(comparisons):
         assert comparison.p_adjusted is not None
         of = Tested(comparison, comparison.p_adjusted)
         found[About(comparison.metric, comparison.test_set)].append(of)
-    return _in_order(found)
+    return in_order(found)
 
 
-def _in_order(found: Mapping[About, T]) -> dict[About, T]:
+def in_order(found: Mapping[About, T]) -> dict[About, T]:
+    """The same in the order of metrics."""
     ordered = sorted(
         found, key=lambda about: [base_metric(about.metric) != metric for metric in BETTER]
     )

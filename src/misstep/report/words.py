@@ -92,7 +92,9 @@ def method_title(method: str) -> str:
 
 def setting_title(setting: Setting) -> str:
     """A setting in words."""
-    return f"{method_title(setting.method)}, {'guided' if setting.guided else 'unguided'}"
+    variant = f" [{setting.variant}]" if setting.variant else ""
+    way = "guided" if setting.guided else "unguided"
+    return f"{method_title(setting.method)}{variant}, {way}"
 
 
 def metric_title(metric: str) -> str:
