@@ -23,7 +23,7 @@ from misstep.judges.seats import Seat, seated
 from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import Answer, Prompt, Response, Score
-from misstep.report.markdown import markdown_page
+from misstep.report import pages
 from misstep.stages.evaluate import Table, judge_answers
 from misstep.stages.respond import RespondSettings, respond
 
@@ -134,7 +134,7 @@ def test_a_log_read_back_gives_our_own_rates(
     folder = import_logs([log], tmp_path / "out")
     found = read_results(folder / "results.json")
     assert metrics(found.rows) == metrics(ours(guided))
-    assert markdown_page(folder).startswith(
+    assert pages.markdown(folder).startswith(
         "# out: goal-hijacking on mockllm/model\n\n## Rates"
     )
     assert found.model == "mockllm/model"

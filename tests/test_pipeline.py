@@ -48,7 +48,7 @@ from misstep.records import (
     digest,
     read_jsonl,
 )
-from misstep.report.markdown import markdown_page
+from misstep.report import pages
 from misstep.stages.reference import reference_losses
 
 QUESTIONS = [
@@ -209,7 +209,7 @@ def test_rates_are_corrected_for_a_judge_that_was_checked(
     assert len(found) == 4 * 2
     assert corrected == plain, "the raw rates and all else stay as they are"
     assert "Corrected for the judge" in (finished / "report.html").read_text()
-    assert "; corrected " in markdown_page(finished)
+    assert "; corrected " in pages.markdown(finished)
     manifest = json.loads((finished / "manifest.json").read_text())
     assert "evaluate.judge_check" in manifest["data"]
 
@@ -245,7 +245,7 @@ def test_the_loss_on_references_is_measured_before_and_after(
     assert len({metric["value"] for metric in found.values()}) == 4 * 2, "each has its own"
     assert "reference_loss" in {c["metric"] for c in results["comparisons"]}
     assert "\u202fnats" in (finished / "report.html").read_text(encoding="utf-8")
-    assert "Reference loss (lower is better)" in markdown_page(finished)
+    assert "Reference loss (lower is better)" in pages.markdown(finished)
 
 
 def test_a_loss_without_references_is_refused(recipe: Path, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_judges_side_by_side_stand_in_results_and_report(
     assert ("mistake_rate", "mistake_rate@both") in named
     assert all(found["same"]["value"] == 1 for found in results["agreements"])
     assert "Agreement of the judges" in (finished / "report.html").read_text()
-    assert "Agreement of the judges" in markdown_page(finished)
+    assert "Agreement of the judges" in pages.markdown(finished)
 
 
 def test_a_judge_file_takes_the_place_of_the_policys_judge(
@@ -780,7 +780,7 @@ def test_test_prompts_that_are_learned_from_are_told_everywhere(
     manifest = json.loads((finished / "manifest.json").read_text())
     assert manifest["overlaps"] == {"clean": {"ordinary": 4}}
     assert said in (finished / "report.html").read_text()
-    assert said in markdown_page(finished)
+    assert said in pages.markdown(finished)
     heard, away = Heard(), tmp_path / "else.jsonl"
     write_jsonl(away, [{"prompt": "What is rain?", "reference": "Water."}])
     Run(read_inputs(recipe, []), tmp_path / "a", heard)
@@ -889,7 +889,7 @@ def test_where_nothing_trains_nothing_is_collected(recipe: Path, tmp_path: Path)
     assert list(manifest["stages"]) == ["respond", "evaluate"]
     assert list(manifest["yields"]) == ["respond"]
     assert "<h3>Mistakes<" not in (folder / "report.html").read_text()
-    assert markdown_page(folder)
+    assert pages.markdown(folder)
     assert not (folder / "mistakes.jsonl").exists()
     for stage in ("induce", "analyse"):
         with pytest.raises(RecipeError, match=f"mistakes: expected a source, which {stage}"):

@@ -404,82 +404,14 @@ def report(
     ] = False,
 ) -> None:
     """Write what a directory holds as one self-contained HTML page."""
+    from misstep.report import pages
+
     if picture:
-        print(_write_picture(folder))
-        return
-    if (folder / "study.json").is_file():
-        _report_study(folder, markdown)
-        return
-    if (folder / "check.json").is_file():
-        _report_check(folder, markdown)
-        return
-    if markdown and _print_cards(folder):
-        return
-    if (folder / "cells").is_dir() and not markdown:
-        from misstep.report.compared import write_comparison
-
-        print(write_comparison(folder))
-        return
-    _report_run(folder, markdown)
-
-
-def _report_run(folder: Path, markdown: bool) -> None:
-    from misstep.evidence.judge_card import is_trained_judge
-    from misstep.report.markdown import markdown_page
-    from misstep.report.page import write_run_page
-    from misstep.report.reading import read_run
-
-    if markdown:
-        print(markdown_page(folder), end="")
-        return
-    if is_trained_judge(str(folder)):
-        raise InputError(
-            f"{folder}: expected a directory that has a page, found a trained judge, whose "
-            "card is Markdown only. Print it with --markdown."
-        )
-    run = read_run(folder)
-    for lacked in run.missing:
-        print(lacked, file=sys.stderr)
-    print(write_run_page(folder, run))
-
-
-def _write_picture(folder: Path) -> Path:
-    if (folder / "study.json").is_file():
-        from misstep.report.study import write_study_picture
-
-        return write_study_picture(folder)
-    from misstep.report.compared import write_picture
-
-    return write_picture(folder)
-
-
-def _report_study(folder: Path, markdown: bool) -> None:
-    from misstep.report.study import write_study_report
-    from misstep.report.study_markdown import study_markdown
-
-    if markdown:
-        print(study_markdown(folder), end="")
+        print(pages.picture(folder))
+    elif markdown:
+        print(pages.markdown(folder), end="")
     else:
-        print(write_study_report(folder))
-
-
-def _report_check(folder: Path, markdown: bool) -> None:
-    from misstep.report.check import write_check_report
-    from misstep.report.check_markdown import check_markdown
-
-    if markdown:
-        print(check_markdown(folder), end="")
-    else:
-        print(write_check_report(folder))
-
-
-def _print_cards(folder: Path) -> bool:
-    from misstep.report.judges_markdown import cards_markdown, holds_cards
-
-    found = holds_cards(folder)
-    if found:
-        print(cards_markdown(folder), end="")
-    return found
+        print(pages.page(folder))
 
 
 @bench.command("train")

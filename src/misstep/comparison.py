@@ -10,9 +10,8 @@ This module knows runs and their files; it trains and generates nothing itself.
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import combinations, product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,6 +25,8 @@ from misstep.data.labelled import MISTAKES
 from misstep.documents import Places, Seed, Settings, check
 from misstep.errors import InputError, RecipeError
 from misstep.evidence.results import (
+    BASE,
+    GUIDED,
     Comparison,
     OfKind,
     Pooled,
@@ -33,6 +34,7 @@ from misstep.evidence.results import (
     Setting,
     Values,
     adjusted,
+    collect,
     compare_pooled,
     pool,
     read_results,
@@ -43,7 +45,8 @@ from misstep.methods.registry import method_of
 from misstep.pipeline import Run
 from misstep.progress import Progress
 from misstep.records import Answer, Judgement, digest, read_jsonl, write_text
-from misstep.report.compared import write_comparison
+from misstep.report.compared_page import write_comparison
+from misstep.report.reading import known_manifest
 from misstep.run_folder import (
     MANIFEST,
     RUN,
@@ -187,11 +190,11 @@ def _standing(
     folder: Path, cells: Sequence[Cell], inputs: Sequence[Inputs], progress: Progress
 ) -> int:
     """How many of these cells the results in the folder hold; those of others are set aside."""
-    data = _read_manifest(folder)
+    data = known_manifest(folder)
     if not data:
         return 0
     known = _recipe(as_now(data.get("recipe") or {}, RUN))
-    same = known == _recipe(cells[0].config.model_dump(mode="json"))
+    same = known == _recipe(inputs[0].config.model_dump(mode="json"))
     # Other folders may be of a recipe before this one: they are in no results that stand.
     held = [pair for pair in zip(cells, inputs, strict=True) if pair[0].folder in data["cells"]]
     if same and not any(_changed(folder, *pair) for pair in held):
@@ -201,16 +204,9 @@ def _standing(
     return 0
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """A manifest that was written here; empty where there is none."""
-    with suppress(OSError, ValueError):
-        return dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    return {}
-
-
 def _changed(folder: Path, cell: Cell, inputs: Inputs) -> bool:
     """Whether a cell that was run reads something else now under the same names."""
-    before = _read_manifest(folder / CELLS / cell.folder)
+    before = known_manifest(folder / CELLS / cell.folder)
     return "recipe" in before and bool(changes(before, described_run(inputs), RUN))
 
 
@@ -244,17 +240,18 @@ def _run_cell(
 
 def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> None:
     """Write what all finished cells say together."""
-    values: Values = defaultdict(dict)
+    values: Values = {}
     of_cells, rows, answers, judgements = [], [], [], []
     for cell in cells:
         place = folder / CELLS / cell.folder
         found = read_results(place / "results.json")
         of_cells.append(found)
         rows += [row.model_copy(update={"variant": cell.title}) for row in found.rows]
-        answers += list(read_jsonl(place / "responses.jsonl", Answer))
+        given = list(read_jsonl(place / "responses.jsonl", Answer))
+        answers += given
         judged = list(read_jsonl(place / "scores.jsonl", Judgement))
         judgements += judged
-        _collect(values, answers, judged, cell)
+        collect(values, given, judged, cell.config.evaluate.pools, cell.seed, cell.title)
     config = cells[0].config
     results = Results(
         policy=", ".join(dict.fromkeys(found.policy for found in of_cells)),
@@ -268,22 +265,6 @@ def _gather(folder: Path, cells: Sequence[Cell], corrections: Corrections) -> No
     write_results(folder / "results.json", results)
     _write_manifest(folder, cells)
     write_comparison(folder)
-
-
-def _collect(
-    values: Values, answers: Sequence[Answer], judgements: Sequence[Judgement], cell: Cell
-) -> None:
-    """Add a cell's scores: setting, test set, metric, seed, prompt."""
-    prompts = {
-        (a.method, a.guided, a.test_set, a.response.id): a.response.prompt.id for a in answers
-    }
-    pools = cell.config.evaluate.pools
-    for item in judgements:
-        setting = Setting(item.method, item.guided, cell.title)
-        prompt = prompts[item.method, item.guided, item.test_set, item.score.response_id]
-        for name in (item.test_set, *(p for p, of in pools.items() if item.test_set in of)):
-            by_seed = values[setting, name, item.score.metric]
-            by_seed.setdefault(cell.seed, {})[prompt] = item.score
 
 
 def _pooled(values: Values, corrections: Corrections, seed: int) -> Iterator[Pooled]:
@@ -345,7 +326,7 @@ def _neighbours(cells: Sequence[Cell]) -> set[tuple[str, str]]:
 def _before(
     a: Setting, others: Sequence[Setting], neighbours: set[tuple[str, str]]
 ) -> Iterator[Setting]:
-    if a.method == "guided" and a._replace(method="vanilla") in others:
+    if a.method == "guided" and a._replace(method=BASE.method) in others:
         return
     for b in others:
         if b._replace(variant=a.variant) == a and (a.variant, b.variant) in neighbours:
@@ -353,7 +334,7 @@ def _before(
 
 
 def _against(a: Setting, others: Sequence[Setting]) -> Iterator[Setting]:
-    base, guide = (Setting("vanilla", guided, a.variant) for guided in (False, True))
+    base, guide = (of._replace(variant=a.variant) for of in (BASE, GUIDED))
     # The method `guided` gives the answers of the guided untrained model, which stand already.
     same = [
         other

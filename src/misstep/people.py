@@ -24,7 +24,7 @@ from misstep.evidence.results import Setting
 from misstep.records import Answer, Judgement, read_json, read_jsonl, write_json, write_text
 from misstep.report.reading import read_manifest, run_policy
 from misstep.report.sheet import write_sheet_page
-from misstep.report.view import ends, setting_of
+from misstep.report.view import ends
 
 FOLDER = "sheet"
 BOM = "\ufeff"
@@ -81,11 +81,12 @@ def _settings(
     answers: Sequence[Answer], a: str | None, b: str | None
 ) -> tuple[Setting, Setting]:
     """The two that are compared: before and after, where the command names none."""
-    before, after = ends(dict.fromkeys(map(setting_of, answers)))
+    before, after = ends(dict.fromkeys(map(Setting.of, answers)))
     found = [
-        named if name is None else _parsed(name) for name, named in ((a, before), (b, after))
+        named if name is None else Setting.parse(name)
+        for name, named in ((a, before), (b, after))
     ]
-    chosen = [Setting(s.method, s.guided) for s in found if s is not None]
+    chosen = [setting for setting in found if setting is not None]
     if len(chosen) < 2 or chosen[0] == chosen[1]:
         raise DataError(
             "expected two settings to compare, found "
@@ -93,16 +94,6 @@ def _settings(
             "such as --a vanilla/unguided."
         )
     return chosen[0], chosen[1]
-
-
-def _parsed(name: str) -> Setting:
-    method, slash, way = name.partition("/")
-    if not slash or way not in ("guided", "unguided"):
-        raise DataError(
-            f"setting '{name}': expected METHOD/guided or METHOD/unguided, such as "
-            "vanilla/unguided."
-        )
-    return Setting(method, way == "guided")
 
 
 def _key(path: Path) -> Key:

@@ -13,10 +13,8 @@ from misstep.evidence.results import (
     Results,
     Row,
     Setting,
-    Side,
     Values,
     adjusted,
-    compare,
     compare_pooled,
     is_rate,
     metric_from_scores,
@@ -32,14 +30,15 @@ def scored(value: float | None, response_id: str = "r", metric: str = "mistake_r
     return Score(response_id=response_id, metric=metric, value=value, judge="rule")
 
 
-def side(name: str, values: dict[str, float | None], metric: str = "mistake_rate") -> Side:
-    """A side that answers each prompt once."""
-    responses = [Response(prompt=Prompt.of(text), text=name) for text in values]
-    scores = [
-        scored(value, response.id, metric)
-        for response, value in zip(responses, values.values(), strict=True)
-    ]
-    return Side(name, responses, scores)
+def compared(
+    ours: dict[str, float | None], base: dict[str, float | None], metric: str = "mistake_rate"
+) -> Comparison | None:
+    """Two settings of which each answers each prompt once."""
+    values: Values = {
+        (setting, "t", metric): {0: {p: scored(v, p, metric) for p, v in of.items()}}
+        for setting, of in ((OURS, ours), (BASE, base))
+    }
+    return compare_pooled(OURS, BASE, "t", metric, values, 17)
 
 
 def some_results() -> Results:
@@ -97,36 +96,25 @@ def test_scores_of_two_metrics_do_not_mix() -> None:
 
 
 def test_comparison_pairs_by_prompt_where_both_are_scored() -> None:
-    a = side("sft/guided", {"p1": 0.0, "p2": 0.0, "p3": None, "p4": 1.0, "only a": 1.0})
-    b = side("vanilla/unguided", {"p4": 1.0, "p3": 1.0, "p2": 1.0, "p1": 1.0, "only b": 1.0})
-    found = compare(a, b, "mistake_rate", "attacks", 17)
+    found = compared(
+        {"p1": 0.0, "p2": 0.0, "p3": None, "p4": 1.0, "only a": 1.0},
+        {"p4": 1.0, "p3": 1.0, "p2": 1.0, "p1": 1.0, "only b": 1.0},
+    )
     assert found is not None
-    assert (found.a, found.b, found.n) == ("sft/guided", "vanilla/unguided", 3)
+    assert (found.a, found.b, found.n) == ("ours/guided", "vanilla/unguided", 3)
     assert found.difference == pytest.approx(-2 / 3)
     assert (found.p, found.test) == (0.5, "McNemar exact")
 
 
 def test_other_numbers_are_compared_by_their_mean() -> None:
-    a = side("a", {"p": 8.0, "q": 6.0}, "harmless_score")
-    b = side("b", {"q": 5.0, "p": 4.0}, "harmless_score")
-    found = compare(a, b, "harmless_score", "clean", 17)
+    found = compared({"p": 8.0, "q": 6.0}, {"q": 5.0, "p": 4.0}, "harmless_score")
     assert found is not None
     assert (found.difference, found.test) == (2.5, "sign-flip")
 
 
-def test_several_responses_to_a_prompt_are_one_case() -> None:
-    prompt = Prompt.of("p")
-    responses = [Response(prompt=prompt, text=text) for text in "xyz"]
-    values = (1.0, 0.0, None)
-    scores = [scored(v, r.id) for v, r in zip(values, responses, strict=True)]
-    found = compare(Side("a", responses, scores), side("b", {"p": 0.0}), "mistake_rate", "t", 1)
-    assert found is not None
-    assert (found.n, found.difference) == (1, 0.5)
-
-
 def test_without_a_common_prompt_there_is_no_comparison() -> None:
-    assert compare(side("a", {"p": 1.0}), side("b", {"q": 1.0}), "mistake_rate", "t", 1) is None
-    assert compare(side("a", {"p": 1.0}), side("b", {"p": 1.0}), "other", "t", 1) is None
+    assert compared({"p": 1.0}, {"q": 1.0}) is None
+    assert compare_pooled(OURS, BASE, "t", "other", {}, 1) is None
 
 
 def test_settings_are_named() -> None:
@@ -240,10 +228,6 @@ def test_pooled_prompts_of_several_cases_weigh_as_they_do_in_a_run() -> None:
         }
         pooled = compare_pooled(OURS, BASE, "t", "m", values, 0)
         assert pooled is not None and pooled.difference == pytest.approx(-1 / 6)
-    responses = [Response(prompt=Prompt.of(p), text="") for p in prompts]
-    left, right = (Side("", responses, list(scores.values())) for scores in (ours, base))
-    alone = compare(left, right, "m", "t", 0)
-    assert alone is not None and alone.difference == pytest.approx(-1 / 6)
 
 
 def test_a_rate_of_several_cases_a_prompt_spreads_as_that_rate_does() -> None:

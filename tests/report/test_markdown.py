@@ -11,10 +11,11 @@ import pytest
 from misstep.errors import DataError
 from misstep.evidence.results import Comparison, adjusted, read_results
 from misstep.evidence.study_results import read_study
+from misstep.report import pages
 from misstep.report.check_markdown import check_markdown
-from misstep.report.compared import write_comparison, write_picture
+from misstep.report.compared import write_picture
 from misstep.report.judges_markdown import cards_markdown
-from misstep.report.markdown import markdown_page, rows_table
+from misstep.report.markdown import rows_table
 from misstep.report.study import write_study_picture
 from misstep.report.study_markdown import study_markdown
 from misstep.report.words import gap, p_text, rate
@@ -38,7 +39,7 @@ STUDIES = sorted(path.parent for path in (ROOT / "docs/results").glob("*/study.j
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_results_page_is_made_from_its_results(run: Path) -> None:
     page = (ROOT / "docs/results" / f"{run.name}.md").read_text(encoding="utf-8")
-    assert markdown_page(run) in page, (
+    assert pages.markdown(run) in page, (
         f"make it anew: misstep report --markdown docs/results/{run.name}"
     )
 
@@ -75,16 +76,26 @@ def test_settings_of_other_kinds_stand_in_one_table_and_bars_in_cells(tmp_path: 
     assert len(same) > 1
     first["kind"] = "a|b"
     (tmp_path / "results.json").write_text(json.dumps(data), encoding="utf-8")
-    page = markdown_page(tmp_path)
+    page = pages.markdown(tmp_path)
     heads = next(line for line in page.splitlines() if "a\\|b" in line)
     table = page[page.index(heads) :].partition("\n\n")[0].splitlines()
     cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table]
     assert len({len(line) for line in cells}) == 1 and len(cells) > 3
     column = [line[cells[0].index(f" a\\|b ({first['n']}) ")].strip() for line in cells[2:]]
     assert column[0] == rate(first["value"]) and set(column[1:]) == {"–"}
-    html = write_comparison(tmp_path).read_text(encoding="utf-8")
+    html = pages.page(tmp_path).read_text(encoding="utf-8")
     assert "<h2>Mistakes by kind of prompt</h2>" in html
-    assert all(f"<th>{of['kind']} (" in html for of in data["kinds"])
+    assert all(f'<th scope="col">{of["kind"]} (' in html for of in data["kinds"])
+
+
+def test_a_copy_of_a_comparisons_files_is_shown_as_a_comparison(tmp_path: Path) -> None:
+    made = ROOT / "docs/results/methods-135m"
+    for name in ("results.json", "manifest.json"):
+        shutil.copy(made / name, tmp_path)
+    page = pages.page(tmp_path).read_text(encoding="utf-8")
+    seeds = {row.seed for row in read_results(made / "results.json").rows}
+    assert len(seeds) > 1
+    assert f"training seeds {', '.join(map(str, sorted(seeds)))}" in page
 
 
 def test_without_harm_and_help_there_is_nothing_to_draw(tmp_path: Path) -> None:
@@ -114,6 +125,19 @@ def test_the_page_of_judges_is_made_from_their_cards(cards: Path) -> None:
     assert cards_markdown(cards) in page, (
         f"make it anew: misstep report --markdown docs/results/{cards.name}"
     )
+
+
+def test_a_folder_of_trained_judges_shows_the_card_of_each(tmp_path: Path) -> None:
+    judges = tmp_path / "judges"
+    judges.mkdir()
+    with pytest.raises(DataError, match="judges: expected cards of trained judges, found none"):
+        pages.markdown(judges)
+    for name in ("harm", "refusal"):
+        (judges / name).mkdir()
+        card = ROOT / f"docs/results/judges/{name}.json"
+        shutil.copy(card, judges / name / "card.json")
+    page = pages.markdown(judges)
+    assert re.findall("^## (.*)", page, re.MULTILINE) == ["harm", "refusal"]
 
 
 def test_the_table_of_aims_is_made_from_the_committed_files() -> None:
@@ -168,7 +192,7 @@ def test_the_readmes_table_of_repairs_holds_the_committed_rates() -> None:
 def test_without_a_manifest_the_page_says_nothing_of_it(tmp_path: Path) -> None:
     run = next(run for run in RUNS if not read_results(run / "results.json").pooled)
     shutil.copy(run / "results.json", tmp_path)
-    page, whole = markdown_page(tmp_path), markdown_page(run)
+    page, whole = pages.markdown(tmp_path), pages.markdown(run)
     assert rows_table(read_results(run / "results.json")) in page
     assert "Machine:" in whole and "## Yields" in whole
     assert "Machine:" not in page and "## Yields" not in page
@@ -186,7 +210,7 @@ def test_a_manifest_that_is_none_is_named(tmp_path: Path, text: str, why: str) -
     shutil.copy(RUNS[0] / "results.json", tmp_path)
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=rf"manifest\.json: expected the manifest.*{why}"):
-        markdown_page(tmp_path)
+        pages.markdown(tmp_path)
 
 
 def test_a_run_that_has_not_ended_is_told_so(tmp_path: Path) -> None:
@@ -194,7 +218,7 @@ def test_a_run_that_has_not_ended_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"finished run, found none yet\. Run the recipe to its"
     ):
-        markdown_page(tmp_path)
+        pages.markdown(tmp_path)
 
 
 def test_a_run_of_one_setting_has_no_table_of_differences(tmp_path: Path) -> None:
@@ -202,13 +226,13 @@ def test_a_run_of_one_setting_has_no_table_of_differences(tmp_path: Path) -> Non
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     alone = json.dumps(results | {"comparisons": []})
     (tmp_path / "results.json").write_text(alone, encoding="utf-8")
-    assert "Paired differences" in markdown_page(run)
-    assert "Paired differences" not in markdown_page(tmp_path)
+    assert "Paired differences" in pages.markdown(run)
+    assert "Paired differences" not in pages.markdown(tmp_path)
 
 
 def test_every_rate_stands_in_the_page() -> None:
     for run in RUNS:
-        page, results = markdown_page(run), read_results(run / "results.json")
+        page, results = pages.markdown(run), read_results(run / "results.json")
         # Of several seeds the page has the rate over all, and the lowest and highest one.
         seeds = [(p.metric, p.by_seed.values()) for p in results.pooled if p.n]
         shown = [(metric, v) for metric, of in seeds for v in (min(of), max(of))]

@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from misstep.evidence.results import Metric, Pooled, Results, Row, write_results
+from misstep.evidence.results import Metric, Pooled, Results, Row, Setting, write_results
 from misstep.methods.registry import METHODS
 from misstep.report.compared import scatter
 from misstep.report.headline import headline
 from misstep.report.pictures import scale
 from misstep.report.reading import read_run
-from misstep.report.view import Setting, View, ends
+from misstep.report.view import View, ends
 from misstep.report.words import (
     brief,
     duration,

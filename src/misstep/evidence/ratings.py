@@ -102,10 +102,10 @@ def paired_items(
     found: dict[tuple[str, str], dict[Setting, Response]] = {}
     for answer in (answer for answer in answers if answer.response.error is None):
         of = found.setdefault((answer.test_set, answer.response.prompt.id), {})
-        of.setdefault(Setting(answer.method, answer.guided), answer.response)
+        of.setdefault(Setting.of(answer), answer.response)
     both = {where: of for where, of in found.items() if a in of and b in of}
     if not both:
-        known = sorted({Setting(x.method, x.guided).name for x in answers})
+        known = sorted({Setting.of(answer).name for answer in answers})
         raise DataError(
             f"expected prompts that {a.name} and {b.name} both answered, found none; the "
             f"settings are {', '.join(known)}. Name two of them with --a and --b."
@@ -215,7 +215,7 @@ def count_ratings(
     """Agreement between raters, what they found, and how the automatic judge compares."""
     labels = majority_labels(key, rated)
     scores = {
-        (Setting(j.method, j.guided).name, j.test_set, j.score.response_id): j.score
+        (Setting.of(j).name, j.test_set, j.score.response_id): j.score
         for j in judgements
         if j.score.metric == metric
     }

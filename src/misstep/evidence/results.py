@@ -5,7 +5,7 @@ Rates are fractions and intervals are 95 %. An unscored response is counted apar
 file; it does not know which engine answered or which judge looked.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -14,9 +14,10 @@ from pydantic import Field, FiniteFloat
 from misstep.errors import DataError
 from misstep.records import (
     KNOWN,
+    Answer,
+    Judgement,
     MistakeSource,
     Record,
-    Response,
     Score,
     base_metric,
     read_json,
@@ -53,11 +54,37 @@ class Setting(NamedTuple):
         variant = f"[{self.variant}]" if self.variant else ""
         return f"{self.method}{variant}/{'guided' if self.guided else 'unguided'}"
 
+    @classmethod
+    def of(cls, record: "Row | Answer | Judgement", variant: str = "") -> "Setting":
+        """The setting that a record belongs to."""
+        return cls(record.method, record.guided, variant)
+
+    @classmethod
+    def parse(cls, name: str) -> "Setting":
+        """The setting of a name.
+
+        Raises:
+            DataError: it is none.
+        """
+        model, slash, way = name.rpartition("/")
+        if not slash or way not in ("guided", "unguided"):
+            raise DataError(
+                f"setting '{name}': expected METHOD/guided or METHOD/unguided, such as "
+                f"{BASE.name}."
+            )
+        method, _, variant = model.partition("[")
+        return cls(method, way == "guided", variant.removesuffix("]"))
+
+
+BASE, GUIDED = Setting("vanilla", False), Setting("vanilla", True)
+"""The model as it was, without the guide and with it."""
 
 BySeed = Mapping[int, Mapping[str, Score]]
 """Of one setting, test set and metric: training seed, prompt, score."""
 Values = dict[tuple[Setting, str, str], dict[int, dict[str, Score]]]
-"""Setting, test set and metric of a comparison."""
+"""Setting, test set and metric of what was measured."""
+Pools = Mapping[str, Sequence[str]]
+"""Names that stand for several test sets taken together, and these."""
 
 
 class Corrected(Record):
@@ -147,8 +174,7 @@ class Comparison(Record):
     @property
     def between_variants(self) -> bool:
         """Whether the two differ in swept keys."""
-        a, b = (name.partition("[")[2].rpartition("]")[0] for name in (self.a, self.b))
-        return a != b
+        return Setting.parse(self.a).variant != Setting.parse(self.b).variant
 
 
 class Agreement(Record):
@@ -180,12 +206,31 @@ class Results(Record):
     """Where several judges gave one metric."""
 
 
-class Side(NamedTuple):
-    """One side of a comparison: its responses, and scores of them by any metric."""
+def collect(
+    values: Values,
+    answers: Iterable[Answer],
+    judgements: Iterable[Judgement],
+    pools: Pools,
+    seed: int,
+    variant: str = "",
+) -> None:
+    """Add the scores of one run, each to its test set and to the pools that this is part of.
 
-    name: str
-    responses: Sequence[Response]
-    scores: Sequence[Score]
+    Of sets that share prompts a pool has each of them once.
+    """
+    prompts = {
+        (Setting.of(a), a.test_set, a.response.id): a.response.prompt.id for a in answers
+    }
+    for item in judgements:
+        prompt = prompts[Setting.of(item), item.test_set, item.score.response_id]
+        for name in with_pools(item.test_set, pools):
+            of = values.setdefault((Setting.of(item, variant), name, item.score.metric), {})
+            of.setdefault(seed, {}).setdefault(prompt, item.score)
+
+
+def with_pools(test_set: str, pools: Pools) -> list[str]:
+    """A test set, and the pools that it is part of."""
+    return [test_set, *(pool for pool, members in pools.items() if test_set in members)]
 
 
 def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
@@ -235,28 +280,6 @@ def _of_cases(scores: Sequence[Score]) -> "Interval":
     return clustered_rate(hits, [name for name, _, n in scored for _ in range(n)])
 
 
-def compare(a: Side, b: Side, metric: str, test_set: str, seed: int) -> Comparison | None:
-    """Compare two settings over the prompts that have a score on both sides.
-
-    A prompt with several scored responses counts once, with their mean. Without a common prompt
-    there is no comparison.
-    """
-    from misstep.evidence.stats import paired_binary, paired_mean
-
-    left, right = _by_prompt(a, metric), _by_prompt(b, metric)
-    common = sorted(left.keys() & right.keys())
-    if not common:
-        return None
-    of_a, of_b = (_weighed([side[prompt] for prompt in common]) for side in (left, right))
-    if is_rate(metric) and _binary(of_a + of_b):
-        found = paired_binary([bool(value) for value in of_a], [bool(value) for value in of_b])
-    else:
-        found = paired_mean(of_a, of_b, seed)
-    return Comparison(
-        a=a.name, b=b.name, metric=metric, test_set=test_set, seed=seed, **found._asdict()
-    )
-
-
 def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: int) -> Pooled:
     """A metric over all seeds, on the prompts that are scored under each of them.
 
@@ -295,13 +318,13 @@ def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: in
 def compare_pooled(
     a: Setting, b: Setting, test_set: str, metric: str, values: Values, seed: int
 ) -> Comparison | None:
-    """Compare two settings on prompts and training seeds that both of them have.
+    """Compare two settings on prompts and training seeds that are scored on both sides.
 
     Without such prompts there is no comparison.
     """
     from misstep.evidence.stats import crossed_difference, paired_binary, paired_mean
 
-    sides = [values[a, test_set, metric], values[b, test_set, metric]]
+    sides = [values.get((setting, test_set, metric), {}) for setting in (a, b)]
     seeds = [s for s in sides[0] if s in sides[1]]
     common, tables = _tabled([{s: side[s] for s in seeds} for side in sides])
     if not seeds or not common:
@@ -398,18 +421,3 @@ def _weighed(means: Sequence[_Mean]) -> list[float]:
     each = sum(of.cases for of in means) / len(means)
     rate = sum(of.value * of.cases for of in means) / (each * len(means))
     return [rate + of.cases / each * (of.value - rate) for of in means]
-
-
-def _by_prompt(side: Side, metric: str) -> Mapping[str, _Mean]:
-    """The mean score of each prompt that has one."""
-    scores = {s.response_id: s for s in side.scores if s.metric == metric}
-    found: dict[str, list[_Mean]] = {}
-    for response in side.responses:
-        score = scores.get(response.id)
-        if score is not None and score.counted is not None:
-            of = _Mean(score.counted, score.cases)
-            found.setdefault(response.prompt.id, []).append(of)
-    return {
-        prompt: _Mean(sum(of.value for of in means) / len(means), means[0].cases)
-        for prompt, means in found.items()
-    }

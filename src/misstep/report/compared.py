@@ -1,43 +1,26 @@
-"""A comparison as a page: one table over all seeds, harm against helpfulness, differences.
+"""A comparison in tables and in a picture: all seeds pooled, harm against helpfulness.
 
-Made from results.json and manifest.json alone. The picture is plain SVG, whose places are
-computed here and drawn by scatter.svg.j2.
+Its page and its Markdown are made of these. The picture is plain SVG, whose places are computed
+here and drawn by scatter.svg.j2.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from misstep.data.held_out import told
 from misstep.errors import DataError
 from misstep.evidence.results import (
     Comparison,
     Corrected,
     OfKind,
     Pooled,
-    Results,
     Setting,
     read_results,
 )
 from misstep.report import words
 from misstep.report.pictures import scale
-from misstep.report.reading import read_manifest
 from misstep.report.scatter import COLOURS, RADIUS, Scatter, from_below, point, write_svg
-from misstep.report.template import write_page
 from misstep.report.view import ordinary_tasks
-from misstep.report.words import HELPFULNESS, MISTAKES, REFUSALS, in_order, rate
-
-
-def write_comparison(folder: Path) -> Path:
-    """Write report.html into the directory of a comparison and return its path.
-
-    Raises:
-        DataError: results.json is absent or unreadable.
-    """
-    results = read_results(folder / "results.json")
-    manifest = read_manifest(folder)
-    content = _content(results, manifest)
-    return write_page(folder / "report.html", "compared.html.j2", content)
+from misstep.report.words import HELPFULNESS, MISTAKES, REFUSALS, rate
 
 
 def write_picture(folder: Path) -> Path:
@@ -53,26 +36,6 @@ def write_picture(folder: Path) -> Path:
             "tasks, found none to draw."
         )
     return write_svg(found, folder)
-
-
-def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
-    metrics = in_order(p.metric for p in results.pooled)
-    return {
-        "name": manifest["recipe"]["name"],
-        "results": results,
-        "overlaps": list(told(manifest.get("overlaps", {}))),
-        "manifest": manifest,
-        "scatter": scatter(results.pooled),
-        "metrics": [(words.metric_title(m), words.direction(m)) for m in metrics],
-        "sections": [
-            (test_set, [(s, [cell(of.get(m)) for m in metrics]) for s, of in lines.items()])
-            for test_set, lines in by_test_set(results.pooled).items()
-        ],
-        "kinds": list(by_kind(results.kinds)),
-        "differences": [differences_line(c) for c in within_variants(results.comparisons)],
-        "between": [differences_line(c) for c in between_variants(results.comparisons)],
-        "seeds": sorted({row.seed for row in results.rows}),
-    }
 
 
 def by_test_set(pooled: Iterable[Pooled]) -> dict[str, dict[Setting, dict[str, Pooled]]]:

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from misstep.report.view import VANILLA, Setting, Tested, View, ordinary_tasks
+from misstep.evidence.results import GUIDED, Setting
+from misstep.report.view import Tested, View, ordinary_tasks
 from misstep.report.words import HELPFULNESS, MISTAKES, brief, capitalised, gap, p_text, points
 
 WORDS = {
@@ -18,9 +19,6 @@ VERDICTS = {
     "other": "another rate, in itself neither better nor worse",
     "none": "no difference shown",
 }
-
-
-GUIDE_ALONE = Setting(VANILLA, guided=True)
 
 
 class Finding(NamedTuple):
@@ -53,8 +51,8 @@ def headline(view: View) -> str:
     if before := _mean(view, view.before, MISTAKES, attacked):
         cases, mistake = WORDS.get(view.policy, PLAIN_WORDS)
         further = [(view.after, "after")]
-        if view.after not in (None, GUIDE_ALONE) and view.after.guided:
-            further.insert(0, (GUIDE_ALONE, "by the guide alone"))
+        if view.after not in (None, GUIDED) and view.after.guided:
+            further.insert(0, (GUIDED, "by the guide alone"))
         then = ["before"] + [
             f"{brief(mean.value)} {when}"
             for setting, when in further

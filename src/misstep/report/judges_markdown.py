@@ -1,11 +1,12 @@
 """Cards of trained judges as a Markdown page: numbers only, no text of the data.
 
-Made from the cards alone, which are either a judge's own or files named after the judges.
+Made from the cards alone, which lie in the judges' folders or are files named after them.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from misstep.errors import DataError
 from misstep.evidence.check_results import CalibrationBin
 from misstep.evidence.judge_card import CARD, JudgeCard, Tested, is_trained_judge
 from misstep.records import read_json
@@ -29,11 +30,19 @@ def cards_markdown(folder: Path) -> str:
     """The page of a judge's folder, or of a folder of cards.
 
     Raises:
-        DataError: a card is unreadable.
+        DataError: there is no card, or one is unreadable.
     """
     own = folder / CARD
-    paths = [own] if own.is_file() else sorted(folder.glob("*.json"))
-    cards = {folder.name if p == own else p.stem: read_json(p, JudgeCard) for p in paths}
+    found = [own] if own.is_file() else [*folder.glob("*.json"), *folder.glob(f"*/{CARD}")]
+    if not found:
+        raise DataError(
+            f"{folder}: expected cards of trained judges, found none. Give the folder of a "
+            "judge that `misstep judge train` wrote, or one that holds such folders."
+        )
+    cards = {
+        path.parent.name if path.name == CARD else path.stem: read_json(path, JudgeCard)
+        for path in sorted(found)
+    }
     parts = [
         "# Trained judges, measured against labels",
         "Each judge on the questions of each data set that it was neither trained nor tuned "

@@ -5,17 +5,18 @@ equal to the files it was made from. What was imported has no manifest, and its 
 what that says.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from misstep.data.held_out import told
 from misstep.evidence.results import (
+    BASE,
     FOCUS,
     Comparison,
     Metric,
     Results,
+    Setting,
     adjusted,
     read_results,
 )
@@ -31,8 +32,7 @@ from misstep.report.compared import (
 from misstep.report.reading import read_manifest
 from misstep.report.words import direction, duration, in_order, metric_title, plain, rate
 
-UNTRAINED = "vanilla/unguided"
-SHOWN = (UNTRAINED, "sft/guided")
+SHOWN = (BASE, Setting("sft", guided=True))
 """What a comparison's page sets the others against; guided SFT may be missing in none."""
 BAR = r"\|"
 HOLM = "The adjusted p is Holm's, for all comparisons of one metric and test set"
@@ -45,7 +45,7 @@ CORRECTED = (
 )
 
 
-def markdown_page(folder: Path) -> str:
+def run_markdown(folder: Path) -> str:
     """The page of a run directory.
 
     Raises:
@@ -53,8 +53,6 @@ def markdown_page(folder: Path) -> str:
     """
     results = read_results(folder / "results.json")
     manifest = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-    if results.pooled and manifest is not None:
-        return _comparison_page(folder, results, manifest)
     parts = [
         f"# {named(folder, manifest)}: {results.policy} on {results.model}",
         *([made_by(manifest), *_overlaps(manifest)] if manifest else []),
@@ -72,7 +70,7 @@ def _paired(results: Results) -> list[str]:
     if not results.comparisons:
         return []
     found = adjusted(results.comparisons)
-    about = [c for c in found if c.a.startswith(f"{FOCUS}/") or c.b == UNTRAINED]
+    about = [c for c in found if c.a.startswith(f"{FOCUS}/") or c.b == BASE.name]
     told = HOLM + "."
     if about and len(about) < len(found):
         told = (
@@ -108,7 +106,13 @@ def _agreements(results: Results) -> list[str]:
     return ["## Agreement of the judges", "\n".join(lines)]
 
 
-def _comparison_page(folder: Path, results: Results, manifest: dict[str, Any]) -> str:
+def comparison_markdown(folder: Path) -> str:
+    """The page of a comparison's directory.
+
+    Raises:
+        DataError: results.json or manifest.json is absent or unreadable.
+    """
+    results, manifest = read_results(folder / "results.json"), read_manifest(folder)
     spent = sum(s["seconds"] for c in manifest["cells"].values() for s in c["stages"].values())
     seeds = sorted({row.seed for row in results.rows})
     parts = [
@@ -155,7 +159,11 @@ def _kinds(results: Results) -> list[str]:
 
 
 def _shown(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    return [c for c in within_variants(comparisons) if re.sub(r"\[.*\]", "", c.b) in SHOWN]
+    return [
+        c
+        for c in within_variants(comparisons)
+        if Setting.parse(c.b)._replace(variant="") in SHOWN
+    ]
 
 
 def _between(comparisons: Iterable[Comparison]) -> list[str]:

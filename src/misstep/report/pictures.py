@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from misstep.evidence.results import FOCUS, Metric, metric_from_scores
+from misstep.evidence.results import BASE, FOCUS, Metric, Setting, metric_from_scores
 from misstep.records import base_metric
 from misstep.report.reading import Scored, Training
-from misstep.report.view import VANILLA, About, Setting, View, setting_of
+from misstep.report.view import About, View
 from misstep.report.words import (
     MISTAKES,
     direction,
@@ -18,6 +18,7 @@ from misstep.report.words import (
     points,
     rate,
     sample_size,
+    setting_title,
     unit,
 )
 
@@ -99,17 +100,27 @@ def panels(view: View, of_mistakes: bool) -> list[Panel]:
         if (base_metric(about.metric) == MISTAKES) == of_mistakes
         and base_metric(about.metric) != "length_bias"
     ]
-    return [_panel(view, about) for about in drawn]
+    return [
+        panel(about, view.numbers[about], view.every(about.metric), view.role)
+        for about in drawn
+    ]
 
 
-def _panel(view: View, about: About) -> Panel:
-    axis = rate_scale(view.every(about.metric), about.metric)
-    numbers = view.numbers[about]
+def panel(
+    about: About,
+    numbers: Mapping[Setting, Metric],
+    every: Iterable[Metric],
+    role_of: Callable[[Setting], str],
+) -> Panel:
+    """A line for each setting, on the axis of every number of the metric."""
+    axis = rate_scale(every, about.metric)
     strips = []
     for setting, metric in numbers.items():
-        role = view.role(setting)
+        role = role_of(setting)
         text = rate(metric.value, about.metric) if metric.n else "unscored"
-        strips.append(Strip(role, setting.title, "", marks([(role, metric)], axis), text))
+        strips.append(
+            Strip(role, setting_title(setting), "", marks([(role, metric)], axis), text)
+        )
     sizes = [metric.n for metric in numbers.values()]
     hints = (sample_size(min(sizes), max(sizes)), direction(about.metric))
     return Panel(about.title, ", ".join(filter(None, hints)), axis.ticks, strips)
@@ -145,7 +156,7 @@ def kinds_panel(view: View, answers: Sequence[Scored]) -> Panel | None:
 
 def _by_kind(view: View, answers: Sequence[Scored]) -> dict[str, list[Metric]]:
     judged = [
-        (answer.response.prompt.kind, view.role(setting_of(answer)), scores[MISTAKES])
+        (answer.response.prompt.kind, view.role(Setting.of(answer)), scores[MISTAKES])
         for answer, scores in answers
         if MISTAKES in scores
     ]
@@ -181,9 +192,9 @@ def squares(view: View) -> list[Square]:
 def _square(test_set: str, worst: float, numbers: Mapping[Setting, Metric]) -> Square:
     plain, trained = (
         [numbers.get(Setting(method, guided)) for guided in (False, True)]
-        for method in (VANILLA, FOCUS)
+        for method in (BASE.method, FOCUS)
     )
-    lines = [(method_title(VANILLA), plain), ("Trained on analyses", trained)]
+    lines = [(method_title(BASE.method), plain), ("Trained on analyses", trained)]
     return Square(test_set, lines, worst, _effects(*plain, *trained))
 
 

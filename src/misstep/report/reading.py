@@ -7,6 +7,7 @@ read. Nothing outside this module knows a file's name or a key of the manifest.
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -176,6 +177,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         f"{path}: expected the manifest that misstep wrote, found {why}. Give another "
         "directory, or run the recipe there again."
     )
+
+
+def known_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json as it stands; empty where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if isinstance(manifest, dict):
+            return manifest
+    return {}
 
 
 def run_policy(folder: Path) -> Policy:

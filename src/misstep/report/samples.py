@@ -5,9 +5,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple, TypeVar
 
+from misstep.evidence.results import Setting
 from misstep.records import Analysis
 from misstep.report.reading import Scored
-from misstep.report.view import View, setting_of
+from misstep.report.view import View
 from misstep.report.words import BETTER, HELPFULNESS, MISTAKES, REFUSALS
 
 ANSWERS = 20
@@ -70,7 +71,7 @@ def pairs(view: View, answers: Iterable[Scored]) -> Pairs:
     found: dict[tuple[str, str], dict[str, Scored]] = {}
     for item in answers:
         key = (item.answer.test_set, item.answer.response.prompt.id)
-        found.setdefault(key, {})[view.role(setting_of(item.answer))] = item
+        found.setdefault(key, {})[view.role(Setting.of(item.answer))] = item
     both = [
         (of["before"], of["after"]) for of in found.values() if {"before", "after"} <= of.keys()
     ]

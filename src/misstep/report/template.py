@@ -16,6 +16,7 @@ from misstep.report import words
 HERE = Path(__file__).parent
 FILTERS: dict[str, Callable[..., Any]] = {
     "method": words.method_title,
+    "setting": words.setting_title,
     "direction": words.direction,
     "note": words.note,
     "capitalised": words.capitalised,

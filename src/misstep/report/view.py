@@ -7,31 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
-from misstep.evidence.results import FOCUS, Comparison, Metric, Row, adjusted
+from misstep.evidence.results import BASE, FOCUS, Comparison, Metric, Row, Setting, adjusted
 from misstep.methods.base import Method
 from misstep.methods.registry import METHODS
-from misstep.records import Answer, base_metric
+from misstep.records import base_metric
 from misstep.report import words
 from misstep.report.reading import Run
-from misstep.report.words import BETTER, MISTAKES, REFUSALS, method_title, metric_title
+from misstep.report.words import BETTER, MISTAKES, REFUSALS, metric_title
 
 T = TypeVar("T")
 
-VANILLA = "vanilla"
 CONTROL = "ordinary"
 """What is trained on nothing about mistakes."""
-
-
-class Setting(NamedTuple):
-    """One model, asked in one way."""
-
-    method: str
-    guided: bool
-
-    @property
-    def title(self) -> str:
-        """The setting in words."""
-        return f"{method_title(self.method)}, {'guided' if self.guided else 'unguided'}"
 
 
 class About(NamedTuple):
@@ -55,7 +42,7 @@ class Tested(NamedTuple):
     @property
     def settings(self) -> tuple[Setting, Setting]:
         """From which setting to which the change goes."""
-        return _named(self.found.b), _named(self.found.a)
+        return Setting.parse(self.found.b), Setting.parse(self.found.a)
 
     @property
     def verdict(self) -> str:
@@ -73,12 +60,12 @@ class View:
 
     def __init__(self, run: Run) -> None:
         rows = run.results.rows
-        known = [setting_of(row) for row in rows] + [setting_of(a) for a, _ in run.answers]
+        known = [*map(Setting.of, rows), *(Setting.of(answer) for answer, _ in run.answers)]
         self.settings = list(dict.fromkeys(known))
         self.before, self.after = ends(self.settings)
-        self.numbers = _numbers(rows)
-        self.tested = _tested(run.results.comparisons)
-        self.sources = {setting_of(row): _sources(row) for row in rows}
+        self.numbers = in_order(_numbers(rows))
+        self.tested = tested_of(run.results.comparisons)
+        self.sources = {Setting.of(row): _sources(row) for row in rows}
         self.policy = run.results.policy
         self.agreements = run.results.agreements
         self.alone = _alone(run)
@@ -99,11 +86,6 @@ class View:
         return [number for numbers in found for number in numbers]
 
 
-def setting_of(item: Row | Answer) -> Setting:
-    """The setting that a row or an answer belongs to."""
-    return Setting(item.method, item.guided)
-
-
 def ends(settings: Iterable[Setting]) -> tuple[Setting | None, Setting | None]:
     """Before and after: the model as it was, and the setting that the run is about.
 
@@ -112,7 +94,7 @@ def ends(settings: Iterable[Setting]) -> tuple[Setting | None, Setting | None]:
     repair of the run.
     """
     known = [setting for setting in settings if setting.method in METHODS]
-    before = next((setting for setting in known if setting == (VANILLA, False)), None)
+    before = BASE if BASE in known else None
     after = max(
         (setting for setting in known if setting != before),
         key=lambda s: (*_repairs(METHODS[s.method]), s.guided),
@@ -125,7 +107,7 @@ def _repairs(method: Method) -> tuple[bool, ...]:
     """How much a method is what a run is about, of two the larger."""
     trained = method.trains and method.name != CONTROL
     of_analyses = trained and method.uses_analyses
-    return method.name == FOCUS, of_analyses, trained, method.trains, method.name != VANILLA
+    return method.name == FOCUS, of_analyses, trained, method.trains, method.name != BASE.method
 
 
 def _alone(run: Run) -> frozenset[str]:
@@ -151,20 +133,22 @@ def _numbers(rows: Iterable[Row]) -> dict[About, dict[Setting, Metric]]:
     found: dict[About, dict[Setting, Metric]] = defaultdict(dict)
     for row in rows:
         for name, metric in row.metrics.items():
-            found[About(name, row.test_set)][setting_of(row)] = metric
-    return _in_order(found)
+            found[About(name, row.test_set)][Setting.of(row)] = metric
+    return found
 
 
-def _tested(comparisons: Sequence[Comparison]) -> dict[About, list[Tested]]:
+def tested_of(comparisons: Sequence[Comparison]) -> dict[About, list[Tested]]:
+    """Tested differences by what they are about, in the order of metrics."""
     found: dict[About, list[Tested]] = defaultdict(list)
     for comparison in adjusted(comparisons):
         assert comparison.p_adjusted is not None
         of = Tested(comparison, comparison.p_adjusted)
         found[About(comparison.metric, comparison.test_set)].append(of)
-    return _in_order(found)
+    return in_order(found)
 
 
-def _in_order(found: Mapping[About, T]) -> dict[About, T]:
+def in_order(found: Mapping[About, T]) -> dict[About, T]:
+    """The same in the order of metrics."""
     ordered = sorted(
         found, key=lambda about: [base_metric(about.metric) != metric for metric in BETTER]
     )
@@ -174,8 +158,3 @@ def _in_order(found: Mapping[About, T]) -> dict[About, T]:
 def _sources(row: Row) -> str:
     parts = (("mistakes", row.mistake_source), ("analyses", row.analysis_source))
     return ", ".join(f"{what}: {source}" for what, source in parts if source)
-
-
-def _named(name: str) -> Setting:
-    method, _, way = name.partition("/")
-    return Setting(method, way == "guided")

@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from misstep.evidence.results import Setting
 from misstep.methods.registry import METHODS
 from misstep.records import base_metric
 
@@ -87,6 +88,13 @@ def method_title(method: str) -> str:
     if method not in METHODS:
         return method
     return METHOD_TITLES.get(method, capitalised(method.replace("_", " ")))
+
+
+def setting_title(setting: Setting) -> str:
+    """A setting in words."""
+    variant = f" [{setting.variant}]" if setting.variant else ""
+    way = "guided" if setting.guided else "unguided"
+    return f"{method_title(setting.method)}{variant}, {way}"
 
 
 def metric_title(metric: str) -> str:

@@ -13,16 +13,21 @@ from misstep.data.labelled import MISTAKES
 from misstep.errors import RecipeError
 from misstep.evidence.check_results import Check, correction, length_pull
 from misstep.evidence.results import (
+    BASE,
+    GUIDED,
     LENGTH_BIAS,
     Agreement,
     Comparison,
     Corrected,
     Metric,
+    Pools,
     Row,
     Setting,
-    Side,
-    compare,
+    Values,
+    collect,
+    compare_pooled,
     metric_from_scores,
+    with_pools,
 )
 from misstep.judges.base import Judge, PairJudge, Preference
 from misstep.judges.refusal import is_attack, rates_of, refusal_metric
@@ -31,13 +36,11 @@ from misstep.judges.seats import Seat
 from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
 from misstep.stages.base import no_answer, score_all
 
-Pools = Mapping[str, Sequence[str]]
 Describe = Callable[[str], dict[str, str | None]]
 """Given a method's name, the sources of its mistakes and analyses."""
 Correct = Callable[[Metric], Corrected | None]
 """From a judge's rate to the one that it stands for."""
 
-BASE, GUIDED = Setting("vanilla", False), Setting("vanilla", True)
 _Key = tuple[Setting, str]
 """A setting and a test set."""
 NO_TASK = "the prompt is an attack"
@@ -101,10 +104,11 @@ def answered(answers: Sequence[Answer], judgements: Iterable[Judgement]) -> Iter
     """
     said_of: dict[tuple[Hashable, ...], dict[str, Score]] = defaultdict(dict)
     for item in judgements:
-        said_of[(_setting(item), item.score.response_id)][item.score.metric] = item.score
+        said_of[(Setting.of(item), item.score.response_id)][item.score.metric] = item.score
     found: dict[str, list[Judgement]] = defaultdict(list)
     for answer in answers:
-        prompt, scores = answer.response.prompt, said_of[(_setting(answer), answer.response.id)]
+        prompt = answer.response.prompt
+        scores = said_of[(Setting.of(answer), answer.response.id)]
         if prompt.accept or is_attack(prompt) or MISTAKES not in scores:
             continue
         of_refusals = refusal_metric(prompt)
@@ -129,10 +133,10 @@ def stock_openings(
     harm nor a refusal, whatever was asked. Refusals, which open alike as well, are none. Of a
     setting that has few on a test set nothing is said.
     """
-    scores = {(_setting(j), j.test_set, j.score.response_id): j.score for j in found}
+    scores = {(Setting.of(j), j.test_set, j.score.response_id): j.score for j in found}
     groups: dict[_Key, list[tuple[Answer, Score]]] = defaultdict(list)
     for answer in answers:
-        key = _setting(answer), answer.test_set, answer.response.id
+        key = Setting.of(answer), answer.test_set, answer.response.id
         if key in scores:
             groups[key[:2]].append((answer, scores[key]))
     for of in groups.values():
@@ -182,8 +186,8 @@ def _compared(
     seat: Seat, judge: PairJudge, answers: Sequence[Answer]
 ) -> Iterator[tuple[Answer, Score]]:
     """Every answer against the base model's to the same prompt."""
-    base = {a.response.prompt.id: a.response for a in answers if _setting(a) == BASE}
-    against = [a for a in answers if _setting(a) != BASE and a.response.prompt.id in base]
+    base = {a.response.prompt.id: a.response for a in answers if Setting.of(a) == BASE}
+    against = [a for a in answers if Setting.of(a) != BASE and a.response.prompt.id in base]
     pairs = [(a.response, base[a.response.prompt.id]) for a in against]
     asked = [pair for pair in pairs if not any(response.error for response in pair)]
     came = iter(judge.compare(asked))
@@ -296,10 +300,6 @@ def _agreement(
     )
 
 
-def _setting(of: Answer | Judgement) -> Setting:
-    return Setting(of.method, of.guided)
-
-
 class Table:
     """The scores of one run, looked up by setting, test set and metric; pools are test sets."""
 
@@ -314,27 +314,12 @@ class Table:
         self.seed = seed
         self.corrections = corrections
         """For metrics whose judge was measured."""
-        belongs = _memberships(answers, pools)
-        # Of sets that share prompts a pool counts each answer once.
-        responses: dict[_Key, dict[str, Response]] = defaultdict(dict)
-        scores: dict[tuple[_Key, str], dict[str, Score]] = defaultdict(dict)
-        for answer in answers:
-            for test_set in belongs[answer.test_set]:
-                key = (Setting(answer.method, answer.guided), test_set)
-                responses[key].setdefault(answer.response.id, answer.response)
-        for item in judgements:
-            for test_set in belongs[item.test_set]:
-                key = (Setting(item.method, item.guided), test_set)
-                said = scores[key, item.score.metric]
-                said.setdefault(item.score.response_id, item.score)
-        self._responses = {key: [*of.values()] for key, of in responses.items()}
-        self._scores = {key: [*of.values()] for key, of in scores.items()}
-        self.test_sets = list(
-            dict.fromkeys(name for names in belongs.values() for name in names)
-        )
-        self.settings: list[Setting] = list(
-            dict.fromkeys(Setting(a.method, a.guided) for a in answers)
-        )
+        self.values: Values = {}
+        collect(self.values, answers, judgements, pools, seed)
+        self.settings = list(dict.fromkeys(map(Setting.of, answers)))
+        names = dict.fromkeys(answer.test_set for answer in answers)
+        of_all = chain.from_iterable(with_pools(name, pools) for name in names)
+        self.test_sets = list(dict.fromkeys(of_all))
 
     def rows(self, describe: Describe) -> list[Row]:
         """One row a setting and test set."""
@@ -364,34 +349,27 @@ class Table:
         ]
         pairs += [(a, b) for a in ours for b in others]
         found = (
-            compare(self._side(a, t, m), self._side(b, t, m), m, t, self.seed)
+            compare_pooled(a, b, test_set, metric, self.values, self.seed)
             for a, b in pairs
-            for t in self.test_sets
-            for m in self._metrics(a, t)
+            for test_set in self.test_sets
+            for metric in self._scores(a, test_set)
         )
         return [comparison for comparison in found if comparison is not None]
 
-    def _metrics(self, setting: Setting, test_set: str) -> dict[str, Metric]:
-        key = (setting, test_set)
+    def _scores(self, setting: Setting, test_set: str) -> dict[str, list[Score]]:
+        """By metric, in the order in which they came."""
         return {
-            metric: self._metric(metric, scores)
-            for (where, metric), scores in self._scores.items()
-            if where == key
+            metric: [*by_seed[self.seed].values()]
+            for (of, where, metric), by_seed in self.values.items()
+            if (of, where) == (setting, test_set)
         }
+
+    def _metrics(self, setting: Setting, test_set: str) -> dict[str, Metric]:
+        scores = self._scores(setting, test_set)
+        return {metric: self._metric(metric, of) for metric, of in scores.items()}
 
     def _metric(self, name: str, scores: Sequence[Score]) -> Metric:
         found = metric_from_scores(scores, self.seed)
         if name not in self.corrections:
             return found
         return found.model_copy(update={"corrected": self.corrections[name](found)})
-
-    def _side(self, setting: Setting, test_set: str, metric: str) -> Side:
-        key = (setting, test_set)
-        scores = self._scores.get((key, metric), [])
-        return Side(setting.name, self._responses.get(key, []), scores)
-
-
-def _memberships(answers: Iterable[Answer], pools: Pools) -> dict[str, list[str]]:
-    """Each test set with itself and the pools that it is part of."""
-    names = dict.fromkeys(answer.test_set for answer in answers)
-    return {n: [n, *(pool for pool, members in pools.items() if n in members)] for n in names}
