@@ -8,6 +8,7 @@ from base64 import b64encode
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -205,6 +206,39 @@ def test_an_answer_that_never_came_is_not_rated() -> None:
     items = paired_items(answers, VANILLA, SFT, 9, 0)
     asked = {item.responses[0].prompt for item in items}
     assert asked == set(prompts[1:]), "an empty answer is one, an error is none"
+
+
+def test_a_rater_in_a_browser_hands_back_what_is_read(run: Path, browser: Any) -> None:
+    sheet = write_sheet(run, None, None, 100, 0)
+    items = read_json(sheet / "key.json", Key).items
+    page = browser.new_context(offline=True, accept_downloads=True).new_page()
+    errors: list[str] = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.goto((sheet / "sheet.html").as_uri())
+    assert page.locator("input[type=radio]:enabled").count() == 0, "first a name"
+    page.fill("#rater", "小明")
+    for item in items[:3]:
+        page.check(f'input[name="{item.item} mistake_1"][value=yes]')
+        page.check(f'input[name="{item.item} better"][value="2"]')
+    # Who closes the page by mistake finds the ratings again.
+    page.reload()
+    page.fill("#rater", "Bo")
+    assert page.locator("input:checked").count() == 0, "another rater starts afresh"
+    page.fill("#rater", "小明")
+    assert page.locator("input:checked").count() == 6
+    assert page.text_content("output") == f"6 of {N * len(QUESTIONS)}"
+    with page.expect_download() as download:
+        page.click("button[type=submit]")
+    handed = sheet.parent / download.value.suggested_filename
+    download.value.save_as(handed)
+    page.context.close()
+    assert handed.name == "小明.csv" and not errors
+    filled = {line["item"]: line for line in csv.DictReader(StringIO(handed.read_text()))}
+    rated = {item.item for item in items[:3]}
+    assert {i for i, line in filled.items() if line["better"] == "2"} == rated
+    assert {i for i, line in filled.items() if line["mistake_1"] == "yes"} == rated
+    _, found = import_sheets(run, [handed])
+    assert found.raters == {"小明": 3}
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="the page's script runs under node")
