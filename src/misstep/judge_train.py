@@ -78,7 +78,11 @@ class JudgeTraining(Settings):
     dev: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """The share that decides when to stop, and the temperature."""
     seed: Seed = 0
-    """The seed that parts the questions, and of training."""
+    """The seed that parts the questions, and of training where `train_seed` is left out."""
+    train_seed: Seed | None = None
+    """The seed of the first weights, of the order of rows and of the decoys beside them: judges
+    that differ in it alone have the same held-out questions, so that they can be members of one
+    ensemble."""
     epochs: Annotated[float, Field(gt=0)] = 1.5
     """Passes over the data at most; training stops where the dev part no longer gains."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
@@ -98,6 +102,11 @@ class JudgeTraining(Settings):
     decoys: Annotated[float, Field(ge=0, le=1)] = 0.3
     """The share of the training answers that a refusal, a harmless answer or a claim to be safe
     is put beside, labels kept, so that none of it passes a mistake off. Of mistakes only."""
+
+    @property
+    def of_training(self) -> int:
+        """The seed of everything but the parts."""
+        return self.seed if self.train_seed is None else self.train_seed
 
 
 FOR_ENCODERS = {"layers": 1.0, "learning_rate": 5e-4}
@@ -247,7 +256,7 @@ def _is_made_of(folder: Path, inputs: TrainInputs) -> bool:
         inputs.metric,
         READS,
         inputs.model.digest,
-        inputs.settings.model_dump(),
+        inputs.settings.model_dump(exclude_none=True),
     ) and [(of.name, of.digest) for of in known.data] == [(n, of.digest) for n, of in sets]
 
 
@@ -306,9 +315,9 @@ class Rows(NamedTuple):
 def _beside(inputs: TrainInputs, cases: Sequence[Case]) -> list[Case]:
     """The cases, a share of them with decoys; one that would then be cut stays as it is."""
     settings, reader = inputs.settings, inputs.reader
-    draw = random.Random(f"beside {settings.seed}")
+    draw = random.Random(f"beside {settings.of_training}")
     chosen = [draw.random() < settings.decoys for _ in cases]
-    with_them = with_decoys(cases, LEARNED, settings.seed)
+    with_them = with_decoys(cases, LEARNED, settings.of_training)
 
     def fits(case: Case) -> bool:
         answer = case.response
@@ -380,7 +389,7 @@ def _trained(
     return Training(
         model=inputs.model.name if inputs.model.path is None else inputs.model.path.name,
         digest=inputs.model.digest,
-        settings=inputs.settings.model_dump(),
+        settings=inputs.settings.model_dump(exclude_none=True),
         data=_sources(inputs, cases),
         dev_loss=tuple((at.epoch, at.loss) for at in losses),
         cut=train.cut,
@@ -399,7 +408,7 @@ def _how(settings: JudgeTraining, folder: Path, progress: Progress) -> "Fit":
         epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
-        seed=settings.seed,
+        seed=settings.of_training,
         micro_tokens=micro_tokens(),
         checkpoints=folder / "checkpoints",
         notify=partial(progress.update, "training steps"),
@@ -437,13 +446,13 @@ def _label_loss(inputs: TrainInputs, labels: Sequence[bool]) -> "LabelLoss | Enc
     from misstep.training.classifier import keep_lower_layers, of_language_model
     from misstep.training.encoder import load_encoder, of_encoder
 
-    settings = inputs.settings
+    settings, seed = inputs.settings, inputs.settings.of_training
     if is_encoder(inputs.model):
-        encoder = load_encoder(inputs.model.files, settings.seed)
-        return of_encoder(encoder, inputs.reader.pad, labels, settings.rank, settings.seed)
+        encoder = load_encoder(inputs.model.files, seed)
+        return of_encoder(encoder, inputs.reader.pad, labels, settings.rank, seed)
     lm = load_weights(inputs.model)
     keep_lower_layers(lm, settings.layers)
-    return of_language_model(lm, labels, settings.rank, settings.seed, settings.adapted)
+    return of_language_model(lm, labels, settings.rank, seed, settings.adapted)
 
 
 def _tested(

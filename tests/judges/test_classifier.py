@@ -316,6 +316,22 @@ def test_a_judge_of_other_inputs_is_kept_beside_the_new_one(
     ]
 
 
+def test_judges_of_other_training_seeds_differ_and_have_seen_the_same_questions(
+    trained: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    data, made = labelled(tmp_path), [trained]
+    for settings in (["train_seed=0"], ["train_seed=1"]):
+        inputs = read_train_inputs(
+            [data], str(tiny_model), "mistake_rate", [], [*SETTINGS, *settings]
+        )
+        made.append(train_judge(inputs, tmp_path / settings[0], Silent()))
+    same, other = (read_card(folder) for folder in made[1:])
+    # The seed of the parts is that of training, where nothing else is said.
+    assert same.judge == read_card(trained).judge != other.judge
+    assert "train_seed" not in read_card(trained).training.settings
+    assert len({(folder / "seen.txt").read_bytes() for folder in made}) == 1
+
+
 def test_a_judge_is_never_written_over_something_else(tmp_path: Path, tiny_model: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     before = {file: file.read_bytes() for file in model.iterdir()}
