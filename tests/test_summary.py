@@ -13,7 +13,7 @@ from misstep.records import Judgement, Prompt, Response, Score, write_jsonl
 from misstep.report.words import BETTER
 from misstep.summary import MOST, print_check, print_comparison, print_summary
 
-NOTHING = Metric(value=None, low=None, high=None, n=0, unscored=6)
+NOTHING = Metric.of(None, 6)
 SOME = Metric(value=0.5, low=0.2, high=0.8, n=4, unscored=2)
 
 

@@ -344,7 +344,7 @@ def test_a_run_of_the_plain_model_alone_has_no_after(tmp_path: Path) -> None:
 
 def test_unscored_rows_have_no_number_and_no_dot(tmp_path: Path) -> None:
     results = write_run(tmp_path)
-    nothing = Metric(value=None, low=None, high=None, n=0, unscored=10)
+    nothing = Metric.of(None, 10)
     rows = tuple(
         row.model_copy(update={"metrics": dict.fromkeys(row.metrics, nothing)})
         for row in results.rows

@@ -241,9 +241,9 @@ def _metrics(
         found |= {"false_safe": share(True, False), "false_unsafe": share(False, False)}
     unscored = {"false_safe": (True,), "false_unsafe": (False,)}
     return {
-        name: Metric(
-            **interval._asdict(),
-            unscored=sum(
+        name: Metric.of(
+            interval,
+            sum(
                 case.value is None and case.label in unscored.get(name, (True, False))
                 for case in cases
             ),
@@ -275,7 +275,7 @@ def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
     if pulls:
         signs, prompts = zip(*pulls, strict=True)
         found[LENGTH_BIAS] = clustered_balance(signs, prompts)
-    return {name: Metric(**interval._asdict()) for name, interval in found.items()}
+    return {name: Metric.of(interval) for name, interval in found.items()}
 
 
 def _pull(case: JudgedCase) -> float | None:
