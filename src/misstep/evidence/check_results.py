@@ -323,7 +323,7 @@ def correction(check: Check) -> Callable[[Metric], Corrected | None]:
         DataError: the check does not tell sensitivity and specificity, or the judge tells no
             more than chance, so that no true rate follows from its own.
     """
-    from misstep.evidence.stats import Interval, corrected_rate, wilson
+    from misstep.evidence.stats import Interval, corrected_rate
 
     if check.metric not in VERDICTS:
         raise DataError(
@@ -341,20 +341,17 @@ def correction(check: Check) -> Callable[[Metric], Corrected | None]:
         Interval(1 - (m.value or 0.0), 1 - (m.high or 0.0), 1 - (m.low or 0.0), m.n)
         for m in (metrics["false_safe"], metrics["false_unsafe"])
     )
-    try:
-        corrected_rate(wilson(0, 1), sensitivity, specificity)
-    except ValueError as error:
+    if sensitivity.value + specificity.value <= 1:
         raise DataError(
-            f"no rate can be corrected for this judge: {error}. Use another judge."
-        ) from error
+            "no rate can be corrected for this judge: sensitivity "
+            f"{sensitivity.value:.3f} and specificity {specificity.value:.3f} together do not "
+            "exceed 1: this judge tells no more than chance. Use another judge."
+        )
 
     def corrected(rate: Metric) -> Corrected | None:
         if rate.value is None or rate.low is None or rate.high is None:
             return None
         raw = Interval(rate.value, rate.low, rate.high, rate.n)
-        if raw.low == raw.high:
-            # No spread was seen among the seeds and prompts; that does not make it sure.
-            raw = wilson(round(rate.value * rate.n), rate.n)
         found = corrected_rate(raw, sensitivity, specificity)
         return found and Corrected(value=found.value, low=found.low, high=found.high)
 

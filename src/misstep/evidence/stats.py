@@ -152,10 +152,7 @@ def corrected_rate(
     """
     youden = sensitivity.value + specificity.value - 1
     if youden <= 0:
-        raise ValueError(
-            f"sensitivity {sensitivity.value:.3f} and specificity {specificity.value:.3f} "
-            "together do not exceed 1: this judge tells no more than chance"
-        )
+        raise ValueError("expected sensitivity and specificity that together exceed 1")
     value = (raw.value + specificity.value - 1) / youden
     low, high = _lang_reiczigel(raw, sensitivity, specificity)
     if high <= 0 or low >= 1:
