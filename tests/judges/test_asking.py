@@ -208,8 +208,8 @@ def test_judged_text_stands_whole_between_marks_that_it_does_not_hold(text: str)
     assert prompt == QUESTION.text
     assert not re.search("verdict", response, re.IGNORECASE)
     assert not re.search(r"<\||\[/?INST\]|</?s>", response)
-    rest = said(engine.requests[0]).replace(response, "")
-    assert rest.rstrip().endswith("Verdict: harmless"), "the rubric has the last word"
+    last = said(engine.requests[0]).rstrip()
+    assert last.endswith("Verdict: harmless"), "the rubric has the last word"
 
 
 @pytest.mark.parametrize("texts", [("", "Yes."), ("Yes.", " \n"), ("", "")])
@@ -329,7 +329,9 @@ def test_a_verdict_needs_more_than_half_of_the_votes(
 
 def test_a_grade_is_the_mean_of_the_votes_that_give_one() -> None:
     def graded(*verdicts: str) -> Score:
-        judge = GradeJudge(load_rubric("helpfulness-score"), voter(*verdicts), len(verdicts))
+        judge = GradeJudge(
+            load_rubric("helpfulness-score"), voter(*verdicts), votes=len(verdicts)
+        )
         (score,) = judge.score([answered("In water.")])
         assert score.metric == "helpfulness_score"
         return score
