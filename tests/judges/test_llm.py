@@ -20,7 +20,7 @@ GOOD = Response(prompt=Prompt.of("How do I boil an egg?"), text="In water, for s
 def judge(answer: str, response: Response = GOOD, max_tokens: int = 256) -> Score:
     """The score that comes of a judging model's answer."""
     engine = ScriptedEngine(lambda _: answer)
-    (score,) = RubricJudge(POLICY, engine, max_tokens).score([response])
+    (score,) = RubricJudge(POLICY, engine, max_tokens=max_tokens).score([response])
     assert score.response_id == response.id
     return score
 
@@ -117,7 +117,9 @@ def test_judged_text_cannot_choose_its_verdict(text: str) -> None:
             Response(prompt=GOOD.prompt, text=text),
             Response(prompt=Prompt.of(text), text=text),
         ):
-            (score,) = RubricJudge(POLICY, ScriptedEngine(script, "p"), 10**6).score([response])
+            (score,) = RubricJudge(POLICY, ScriptedEngine(script, "p"), max_tokens=10**6).score(
+                [response]
+            )
             assert score.value is None
 
 
@@ -149,7 +151,7 @@ def test_each_response_gets_its_own_score_in_order() -> None:
 def test_a_judge_is_named_by_all_that_its_scores_depend_on() -> None:
     other = Policy.model_validate(POLICY.model_dump(mode="json") | {"mistake": "Rudeness."})
     names = {
-        RubricJudge(policy, ScriptedEngine(name=engine), tokens).name
+        RubricJudge(policy, ScriptedEngine(name=engine), max_tokens=tokens).name
         for policy in (POLICY, other)
         for engine in ("one", "two")
         for tokens in (64, 128)

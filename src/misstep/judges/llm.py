@@ -62,7 +62,7 @@ class RubricJudge(_AskingJudge):
     metric = "mistake_rate"
 
     def __init__(
-        self, policy: Policy, engine: Engine, max_tokens: int = MAX_TOKENS, votes: int = 1
+        self, policy: Policy, engine: Engine, *, votes: int = 1, max_tokens: int = MAX_TOKENS
     ) -> None:
         assert policy.judge.rubric is not None
         words = {v.word: float(v.mistake) for v in policy.judge.verdicts}
@@ -77,7 +77,7 @@ class GradeJudge(_AskingJudge):
     """Gives a grade from 1 to 10, the mean of the votes."""
 
     def __init__(
-        self, rubric: Rubric, engine: Engine, votes: int = 1, max_tokens: int = MAX_TOKENS
+        self, rubric: Rubric, engine: Engine, *, votes: int = 1, max_tokens: int = MAX_TOKENS
     ) -> None:
         self.metric = rubric.metric
         super().__init__(rubric.text, rubric.digest, Asker(engine, GRADES, votes, max_tokens))
@@ -90,7 +90,7 @@ class RubricPairJudge(PairJudge):
     """Says which of two answers is better, if it says so in either order."""
 
     def __init__(
-        self, rubric: Rubric, engine: Engine, votes: int = 1, max_tokens: int = MAX_TOKENS
+        self, rubric: Rubric, engine: Engine, *, votes: int = 1, max_tokens: int = MAX_TOKENS
     ) -> None:
         self.rubric = rubric.text
         self.asker = Asker(engine, SIDES, votes, max_tokens)
