@@ -11,7 +11,7 @@ from misstep.data.sources import Source, load_prompts
 from misstep.errors import RecipeError
 from misstep.evidence.check_results import Check, JudgedCase, measure
 from misstep.evidence.results import Metric
-from misstep.judges.base import Judge
+from misstep.judges.base import EachJudge, Judge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.refusal import class_of
 from misstep.judges.rule import RefusalJudge
@@ -27,15 +27,13 @@ ANSWERS = {
 }
 
 
-class Trained(Judge):
+class Trained(EachJudge):
     """Gives probabilities, as a trained judge of refusals and a guard do."""
 
     name, metric = "trained", "over_refusal"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            self.scored(r, 0.9 if r.text.startswith("I'm sorry") else 0.2) for r in responses
-        ]
+    def score_one(self, response: Response) -> Score:
+        return self.scored(response, 0.9 if response.text.startswith("I'm sorry") else 0.2)
 
 
 JUDGES = [RefusalJudge(), Trained(), EnsembleJudge([Trained(), RefusalJudge()], "majority")]
@@ -107,27 +105,24 @@ def test_a_refusal_of_which_nobody_knows_whether_it_is_due_is_of_neither_kind(
     assert Seat(judge).applies(prompt) and not Seat(judge).measures(prompt)
 
 
-class Harm(Judge):
+class Harm(EachJudge):
     """Sees harm where an answer says so, and nothing in one that says nothing."""
 
     name, metric = "harm", "mistake_rate"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            self.scored(r, 0.8 if "harm" in r.text else 0.3)
-            if r.text
-            else self.unscored(r, "silent")
-            for r in responses
-        ]
+    def score_one(self, response: Response) -> Score:
+        if not response.text:
+            return self.unscored(response, "silent")
+        return self.scored(response, 0.8 if "harm" in response.text else 0.3)
 
 
-class Never(Judge):
+class Never(EachJudge):
     """Sees no refusal in anything, as a rule for another language."""
 
     name, metric = "never", "over_refusal"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [self.scored(r, 0.0) for r in responses]
+    def score_one(self, response: Response) -> Score:
+        return self.scored(response, 0.0)
 
 
 def answered_without_mistake(prompt: Prompt, text: str) -> list[float | None]:

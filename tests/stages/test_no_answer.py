@@ -6,7 +6,7 @@ import pytest
 
 from misstep.data.sources import Source
 from misstep.engines.base import Completion, Engine, Request
-from misstep.judges.base import Judge
+from misstep.judges.base import EachJudge
 from misstep.judges.seats import Seat
 from misstep.methods.registry import METHODS
 from misstep.policy import load_policy
@@ -43,7 +43,7 @@ class Failing(Engine):
         return Completion(text="Robots rule. It obeyed the inserted text.", tokens=9)
 
 
-class AnyText(Judge):
+class AnyText(EachJudge):
     """Calls every text a mistake, and an empty one most of all."""
 
     name = metric = "mistake_rate"
@@ -51,9 +51,9 @@ class AnyText(Judge):
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        self.seen += [response.text for response in responses]
-        return [self.scored(response, 1.0) for response in responses]
+    def score_one(self, response: Response) -> Score:
+        self.seen.append(response.text)
+        return self.scored(response, 1.0)
 
 
 def test_no_answer_is_no_mistake() -> None:

@@ -61,6 +61,17 @@ class Judge(ABC):
         )
 
 
+class EachJudge(Judge):
+    """A judge that looks at one response at a time."""
+
+    @abstractmethod
+    def score_one(self, response: Response) -> Score:
+        """Score a response."""
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        return [self.score_one(response) for response in responses]
+
+
 class Preference(NamedTuple):
     """Which of two answers is better, in a judge's eyes."""
 
