@@ -22,8 +22,8 @@ from misstep.evidence.judge_card import SEEN, is_trained_judge, read_card, write
 from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge, names_judge
 from misstep.judge_train import TOGETHER, read_train_inputs, train_judge
+from misstep.judges.base import EMPTY
 from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
-from misstep.judges.refusal import EMPTY
 from misstep.judges.seats import Seat, seated
 from misstep.judging import opened, read_judge
 from misstep.models.locate import locate

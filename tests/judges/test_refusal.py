@@ -11,7 +11,7 @@ from misstep.data.sources import Source, load_prompts
 from misstep.errors import RecipeError
 from misstep.evidence.check_results import Check, JudgedCase, measure
 from misstep.evidence.results import Metric
-from misstep.judges.base import EachJudge, Judge
+from misstep.judges.base import EMPTY, EachJudge, Judge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.refusal import class_of
 from misstep.judges.rule import RefusalJudge
@@ -33,6 +33,8 @@ class Trained(EachJudge):
     name, metric = "trained", "over_refusal"
 
     def score_one(self, response: Response) -> Score:
+        if not response.text.strip():
+            return self.unscored(response, EMPTY)
         return self.scored(response, 0.9 if response.text.startswith("I'm sorry") else 0.2)
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from misstep.records import Prompt, Response, Score
 
 VOTES_AGREE = "votes_agree"
+EMPTY = "the answer is empty"
+"""Why most judges say nothing of an answer: it does neither."""
 
 
 class Judge(ABC):

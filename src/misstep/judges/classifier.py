@@ -16,8 +16,7 @@ from misstep.data.labelled import MISTAKES
 from misstep.engines import turns
 from misstep.errors import DataError, EngineError
 from misstep.evidence.judge_card import CARD, READS, read_card
-from misstep.judges.base import Judge
-from misstep.judges.refusal import EMPTY
+from misstep.judges.base import EMPTY, Judge
 from misstep.models.locate import (
     FILES,
     folder_digest,

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from misstep.engines.base import Engine
 from misstep.judges.asking import Asker, Vote, majority, mean, request_text
-from misstep.judges.base import Judge, PairJudge, Preference
-from misstep.judges.refusal import EMPTY
+from misstep.judges.base import EMPTY, Judge, PairJudge, Preference
 from misstep.policy import Policy
 from misstep.records import Response, Score, digest
 from misstep.rubric import Rubric

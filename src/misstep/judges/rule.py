@@ -12,8 +12,7 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 
 from misstep.data.labelled import REFUSALS
-from misstep.judges.base import EachJudge
-from misstep.judges.refusal import EMPTY
+from misstep.judges.base import EMPTY, EachJudge
 from misstep.policy import matches
 from misstep.records import Prompt, Response, Score, digest
 

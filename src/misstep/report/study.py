@@ -257,7 +257,7 @@ def _samples(folder: Path) -> Iterator[Sample]:
     if not all(file.is_file() for file in files):
         return
     mistakes = {
-        (item.model, item.score.response_id): item.score.value
+        (item.model, item.score.response_id): item.score.counted
         for item in read_jsonl(files[1], StudyScore)
     }
     found: dict[str, dict[str, dict[bool, Discrimination]]] = defaultdict(dict)
