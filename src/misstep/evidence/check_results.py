@@ -31,6 +31,8 @@ from misstep.records import (
 
 GRADES = 9.0
 """Points from the lowest grade, 1, to the highest."""
+VOTES_AGREE = "votes_agree"
+"""Of several votes on each answer: how often all of them say the same."""
 SAME = "both answers have the same score"
 """Why a judge of single answers prefers neither of two."""
 MOST_CATEGORIES = 100
@@ -261,10 +263,7 @@ def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
     ordered = [case for case in cases if case.swayed is not None]
     pulls = [(pull, case.asked) for case in cases if (pull := _pull(case)) is not None]
     shares = {
-        "votes_agree": (
-            [agree(c.votes) for c in voted],
-            voted,
-        ),
+        VOTES_AGREE: ([agree(c.votes) for c in voted], voted),
         "position_bias": ([bool(c.swayed) for c in ordered], ordered),
     }
     found = {
