@@ -211,6 +211,12 @@ class Results(Record):
     agreements: tuple[Agreement, ...] = ()
     """Where several judges gave one metric."""
 
+    @property
+    def corrected(self) -> bool:
+        """Whether rates were corrected for their judge."""
+        of_rows = (metric for row in self.rows for metric in row.metrics.values())
+        return any(metric.corrected for metric in self.pooled or of_rows)
+
 
 def collect(
     values: Values,

@@ -19,11 +19,6 @@ METRICS = {
     "length_bias": "Length bias",
 }
 """In the order of every table."""
-RATES = (
-    *("accuracy", "balanced_accuracy", "false_safe", "false_unsafe"),
-    *("votes_agree", "position_bias"),
-)
-"""Those that are shares of cases; the others are plain numbers."""
 
 
 class Sides(NamedTuple):

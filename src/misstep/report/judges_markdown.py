@@ -10,8 +10,7 @@ from misstep.errors import DataError
 from misstep.evidence.check_results import CalibrationBin
 from misstep.evidence.judge_card import CARD, JudgeCard, Tested, is_trained_judge
 from misstep.records import read_json
-from misstep.report.check import number
-from misstep.report.check_markdown import plain
+from misstep.report.check_markdown import number_cell, plain
 from misstep.report.check_words import METRICS, caution
 from misstep.report.markdown import line, table
 from misstep.report.words import duration
@@ -85,8 +84,7 @@ def _tested(data: Mapping[str, Tested]) -> Iterator[str]:
     yield from table(["data", "n", "unscored", "left out", *SHOWN.values()])
     for name, found in data.items():
         counts = (found.n, found.unscored, sum(found.left_out.values()))
-        numbers = (number(getattr(found, metric), metric) for metric in SHOWN)
-        cells = [f"{value} ({interval})" if interval else value for value, interval in numbers]
+        cells = [number_cell(getattr(found, metric), metric) for metric in SHOWN]
         yield line([plain(name), *map(str, counts), *cells])
 
 
