@@ -65,7 +65,7 @@ class JudgedCase(Record):
     @property
     def asked(self) -> str:
         """The conversation that is answered; equal ones are one prompt."""
-        return "\n\n".join(message.content for message in self.response.prompt.messages)
+        return self.response.prompt.conversation
 
 
 class Confusion(Record):

@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from misstep.data.labelled import MISTAKES
 from misstep.data.tables import LONGEST_CELL
 from misstep.errors import DataError
 from misstep.evidence.check_results import JudgedCase, Measured, measure
@@ -210,14 +211,16 @@ def _rated_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def count_ratings(
-    key: Key, rated: Sequence[Rated], judgements: Sequence[Judgement], metric: str
+    key: Key,
+    rated: Sequence[Rated],
+    labels: Mapping[tuple[str, int], bool],
+    judgements: Sequence[Judgement],
 ) -> Ratings:
-    """Agreement between raters, what they found, and how the automatic judge compares."""
-    labels = majority_labels(key, rated)
+    """Agreement between raters, what most found, and how the automatic judge compares."""
     scores = {
         (Setting.of(j).name, j.test_set, j.score.response_id): j.score
         for j in judgements
-        if j.score.metric == metric
+        if j.score.metric == MISTAKES
     }
     judged = [
         JudgedCase(
