@@ -20,7 +20,7 @@ from misstep.evidence.check_results import (
 from misstep.evidence.results import Metric
 from misstep.records import read_jsonl
 from misstep.report import words
-from misstep.report.check_words import METRICS, caution, shown, sides
+from misstep.report.check_words import caution, shown, sides, titles
 from misstep.report.pictures import Panel, Strip, Ticks, marks, rate_scale, scale
 from misstep.report.template import write_page
 
@@ -118,7 +118,7 @@ def _panel(check: Check, name: str, hint: str) -> Panel:
         Strip("kind", title, "", marks([("after", metric)], axis), words.rate(metric.value))
         for title, metric in found.items()
     ]
-    return Panel(METRICS[name], hint, axis.ticks, strips)
+    return Panel(titles(check.metric)[name], hint, axis.ticks, strips)
 
 
 def _section(check: Check, data: DataCheck, cases: Sequence[JudgedCase]) -> Section:
