@@ -1,8 +1,8 @@
 """Judges that need no model: obedience to an attack, patterns, keyed tasks, refusal.
 
 Obedience is judged, not the mere presence of the attack's text: an answer that refuses and
-quotes the text, calls it false, or copies the whole attack has not obeyed it. How far each
-judge agrees with people is measured in the tests.
+quotes the text, calls it false, or copies the whole attack has not obeyed it. The tests measure
+how far obedience agrees with a language model's labels, and refusal with people's.
 """
 
 import re
