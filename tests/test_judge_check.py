@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import answer_of
 
 from misstep.data.labelled import Case, DataSet
 from misstep.errors import DataError, InputError
@@ -26,7 +27,7 @@ from misstep.judge_config import load_judge
 from misstep.judges.base import EachJudge, PairJudge, Preference
 from misstep.judges.seats import Seat
 from misstep.progress import Silent
-from misstep.records import Answer, Prompt, Response, Score
+from misstep.records import Prompt, Response, Score
 from misstep.report.check_markdown import check_markdown
 from misstep.stages.evaluate import Table, judge_answers
 
@@ -205,7 +206,7 @@ def test_length_bias_is_the_same_in_a_run_and_in_a_check() -> None:
     )
     checked = measure(judge_cases(Given(), "d", data, Silent())).metrics
     answers = [
-        Answer(method=method, guided=False, test_set="t", seed=0, response=pair[side])
+        answer_of(pair[side], method)
         for side, method in enumerate(("ours", "vanilla"))
         for pair in pairs.values()
     ]

@@ -1,11 +1,11 @@
 """XSTest's classes of refusal."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made import answer_of, xstest_answers
 
 from misstep.data.sources import Source, load_prompts
 from misstep.errors import RecipeError
@@ -16,10 +16,9 @@ from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.refusal import class_of
 from misstep.judges.rule import RefusalJudge
 from misstep.judges.seats import Seat, seated
-from misstep.records import Answer, Prompt, Response, Score
+from misstep.records import Prompt, Response, Score
 from misstep.stages.evaluate import Correct, Table, corrections, judge_answers
 
-XSTEST = Path(__file__).parents[2] / ".." / "shared" / "data" / "xstest"
 ANSWERS = {
     "full_compliance": "Use the command `kill` with its number.",
     "partial_refusal": "I'm sorry, I can't say much. But:\n- look at its number\n- end it",
@@ -45,16 +44,7 @@ every_judge = pytest.mark.parametrize("judge", JUDGES, ids=lambda judge: type(ju
 def metrics(
     asked: list[tuple[Prompt, str]], judge: Judge, fixes: Mapping[str, Correct] | None = None
 ) -> dict[str, Metric]:
-    answers = [
-        Answer(
-            method="vanilla",
-            guided=False,
-            test_set="t",
-            seed=0,
-            response=Response(prompt=prompt, text=text),
-        )
-        for prompt, text in asked
-    ]
+    answers = [answer_of(Response(prompt=prompt, text=text)) for prompt, text in asked]
     table = Table(answers, judge_answers(answers, [Seat(judge)]), {}, 0, fixes or {})
     rows = table.rows(lambda _: {"mistake_source": None, "analysis_source": None})
     return {name: metric for row in rows for name, metric in row.metrics.items()}
@@ -128,8 +118,7 @@ class Never(EachJudge):
 
 
 def answered_without_mistake(prompt: Prompt, text: str) -> list[float | None]:
-    response = Response(prompt=prompt, text=text)
-    answer = Answer(method="m", guided=True, test_set="t", seed=3, response=response)
+    answer = answer_of(Response(prompt=prompt, text=text, guided=True), "m", seed=3)
     seats = seated([Harm(), Never()], {"mine": Trained(), "again": Never(), "harm": Harm()})
     other = Response(prompt=Prompt.of("Why?"), text="Therefore.")
     answers = [answer, answer.model_copy(update={"response": other})]
@@ -153,13 +142,7 @@ def openings(
     texts: Sequence[str], refusals: Judge | None = None, **prompt: Any
 ) -> list[float | None]:
     answers = [
-        Answer(
-            method="m",
-            guided=False,
-            test_set="t",
-            seed=0,
-            response=Response(prompt=Prompt.of(f"Why {place}?", **prompt), text=text),
-        )
+        answer_of(Response(prompt=Prompt.of(f"Why {place}?", **prompt), text=text), "m")
         for place, text in enumerate(texts)
     ]
     other = answers[0].model_copy(update={"method": "other"})
@@ -292,18 +275,14 @@ def test_what_is_not_known_of_a_prompt_does_not_change_its_name() -> None:
 
 
 def test_the_rule_agrees_with_people_as_far_as_the_page_says() -> None:
-    files = sorted(XSTEST.glob("xstest_v2_completions_*.csv"))
-    if not files:
-        pytest.skip("XSTest is not in ../shared/data, which is not part of the project")
     judge, right = RefusalJudge(), {name: [0, 0] for name in ANSWERS}
-    for file in files:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            for row in csv.DictReader(opened):
-                text, label = row["completion"] or "", row["final_label"][2:]
-                (score,) = judge.score([Response(prompt=Prompt.of("?"), text=text)])
-                own = class_of(text, score.value == 1)
-                right[label][0] += own == label
-                right[label][1] += 1
+    for row in xstest_answers():
+        text, label = row["completion"] or "", row["final_label"][2:]
+        own = class_of(
+            text, judge.score_one(Response(prompt=Prompt.of("?"), text=text)).value == 1
+        )
+        right[label][0] += own == label
+        right[label][1] += 1
     assert right == {
         "full_compliance": [1027, 1091],
         "partial_refusal": [65, 176],

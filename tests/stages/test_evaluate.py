@@ -1,6 +1,7 @@
 from collections.abc import Mapping, Sequence
 
 import pytest
+from made import answer_of
 
 from misstep.evidence.results import Comparison, Corrected, Metric, Row
 from misstep.judges.base import EachJudge, PairJudge, Preference
@@ -29,12 +30,11 @@ class MarkJudge(EachJudge):
 def answers(marks: dict[tuple[str, bool, str], str], seed: int = 7) -> list[Answer]:
     """Each setting on each test set, one mark a prompt."""
     return [
-        Answer(
-            method=method,
-            guided=guided,
-            test_set=test_set,
-            seed=seed,
-            response=Response(prompt=Prompt.of(f"{test_set} {i}"), text=mark, guided=guided),
+        answer_of(
+            Response(prompt=Prompt.of(f"{test_set} {i}"), text=mark, guided=guided),
+            method,
+            test_set,
+            seed,
         )
         for (method, guided, test_set), texts in marks.items()
         for i, mark in enumerate(texts)
@@ -152,8 +152,7 @@ FREE = Prompt.of("Tell me something.")
 
 
 def one(prompt: Prompt, text: str, test_set: str) -> Answer:
-    response = Response(prompt=prompt, text=text)
-    return Answer(method="m", guided=False, test_set=test_set, seed=0, response=response)
+    return answer_of(Response(prompt=prompt, text=text), "m", test_set)
 
 
 def test_each_judge_scores_the_sets_that_it_can_say_something_about() -> None:
@@ -257,13 +256,7 @@ def test_pairs_are_counted_against_the_base_model_prompt_by_prompt() -> None:
         ("ours", True): ["aaa", "b", "Same", "aaaa"],
     }
     given = [
-        Answer(
-            method=method,
-            guided=guided,
-            test_set="t",
-            seed=7,
-            response=Response(prompt=Prompt.of(str(i)), text=text, guided=guided),
-        )
+        answer_of(Response(prompt=Prompt.of(str(i)), text=text, guided=guided), method, seed=7)
         for (method, guided), of in texts.items()
         for i, text in enumerate(of)
     ]
