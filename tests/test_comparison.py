@@ -319,7 +319,9 @@ def test_a_variant_is_a_setting_of_its_own(recipe: Path, tmp_path: Path) -> None
     }, "the later value less the earlier one; the untrained model answers alike"
     page = (folder / "report.html").read_text(encoding="utf-8")
     markdown = pages.markdown(folder)
-    assert "Between variants" in page and "## Between variants (a minus b)" in markdown
+    assert (
+        "Differences between variants" in page and "## Between variants (a minus b)" in markdown
+    )
     assert "| sft[train.epochs=2]/guided | sft[train.epochs=1]/guided |" in markdown
     assert "vanilla[train.epochs=2]/unguided | vanilla[train.epochs=1]" not in markdown
 

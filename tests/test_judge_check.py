@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import answer_of
 
 from misstep.data.labelled import Case, DataSet
 from misstep.errors import DataError, InputError
@@ -23,10 +24,10 @@ from misstep.evidence.judge_card import write_seen
 from misstep.evidence.results import Metric, metric_from_scores
 from misstep.judge_check import check_judge, judge_cases, labelled_sets, read_check_inputs
 from misstep.judge_config import load_judge
-from misstep.judges.base import Judge, PairJudge, Preference
+from misstep.judges.base import EachJudge, PairJudge, Preference
 from misstep.judges.seats import Seat
 from misstep.progress import Silent
-from misstep.records import Answer, Prompt, Response, Score
+from misstep.records import Prompt, Response, Score
 from misstep.report.check_markdown import check_markdown
 from misstep.stages.evaluate import Table, judge_answers
 
@@ -205,7 +206,7 @@ def test_length_bias_is_the_same_in_a_run_and_in_a_check() -> None:
     )
     checked = measure(judge_cases(Given(), "d", data, Silent())).metrics
     answers = [
-        Answer(method=method, guided=False, test_set="t", seed=0, response=pair[side])
+        answer_of(pair[side], method)
         for side, method in enumerate(("ours", "vanilla"))
         for pair in pairs.values()
     ]
@@ -234,7 +235,7 @@ def test_the_lengths_of_many_pairs_of_one_prompt_count_once() -> None:
     assert once.high is not None and often.high is not None and often.high >= once.high
 
 
-class Grader(Judge):
+class Grader(EachJudge):
     """Gives the grade that the answer's text is."""
 
     name = "grader"
@@ -242,11 +243,10 @@ class Grader(Judge):
     def __init__(self, metric: str) -> None:
         self.metric = metric
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            self.scored(r, float(r.text)) if r.text else self.unscored(r, "no grade")
-            for r in responses
-        ]
+    def score_one(self, response: Response) -> Score:
+        if not response.text:
+            return self.unscored(response, "no grade")
+        return self.scored(response, float(response.text))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import answer_of
 
 from misstep.errors import DataError, InputError
 from misstep.evidence.ratings import QUESTIONS, Item, Key, paired_items, sheet_csv
@@ -43,13 +44,12 @@ def run(tmp_path: Path) -> Path:
             prompt = Prompt.of(f"=Question {i}?", target="The moon is soup")
             text = f"{'BAD' if method == 'vanilla' else 'GOOD'} <b>{method[::-1]}</b> {i}"
             response = Response(prompt=prompt, text=text, guided=guided)
-            given = {"method": method, "guided": guided, "test_set": "attacks", "seed": 0}
-            answers.append(Answer(**given, response=response))
+            answers.append(answer_of(response, method, "attacks"))
             value = float((method == "vanilla") != (method == "vanilla" and i == 0))
             score = Score(
                 response_id=response.id, metric="mistake_rate", value=value, judge="j"
             )
-            judgements.append(Judgement(**given, score=score))
+            judgements.append(Judgement.of(answers[-1], score))
     folder = tmp_path / "run"
     write_jsonl(folder / "responses.jsonl", answers)
     write_jsonl(folder / "scores.jsonl", judgements)
@@ -117,8 +117,7 @@ VANILLA, SFT = Setting("vanilla", False), Setting("sft", False)
 
 def given(setting: Setting, prompt: Prompt, text: str, error: str | None = None) -> Answer:
     response = Response(prompt=prompt, text=text, guided=setting.guided, error=error)
-    where = {"method": setting.method, "guided": setting.guided, "test_set": "t", "seed": 0}
-    return Answer(**where, response=response)
+    return answer_of(response, setting.method)
 
 
 def sheet_of(prompt: Prompt, text: str) -> str:

@@ -539,7 +539,7 @@ def test_rounds_go_on_while_they_help(
     most: int,
 ) -> None:
     judge = Milder(shares)
-    monkeypatch.setattr("misstep.judging.mistake_judge", lambda *_: judge)
+    monkeypatch.setattr("misstep.judging.mistake_judge", lambda *_, **__: judge)
     data = json.loads(recipe.read_text(encoding="utf-8"))
     induced = {"source": "induced", "data": data["evaluate"]["tests"]["attacks"]}
     data["mistakes"] = induced | {"max_tokens": 6, "temperature": 1.0}

@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from made import assert_balanced
 
 from misstep import cli
 from misstep.engines.base import Engine, Request
@@ -214,21 +214,7 @@ def test_model_text_stays_inert_and_elements_are_balanced(bench: Bench) -> None:
     bench.run()
     html = (bench.folder / "out" / "study.html").read_text()
     assert "&lt;script&gt;" in html and "<script" not in html
-    open_tags: list[str] = []
-
-    class Balance(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: object) -> None:
-            if tag not in {"meta", "link", "br"}:
-                open_tags.append(tag)
-
-        def handle_startendtag(self, tag: str, attrs: object) -> None:
-            pass
-
-        def handle_endtag(self, tag: str) -> None:
-            assert open_tags.pop() == tag
-
-    Balance().feed(html)
-    assert open_tags == []
+    assert_balanced(html)
 
 
 def test_the_command_prints_a_table_and_the_report_command_writes_the_page_anew(

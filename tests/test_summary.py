@@ -13,7 +13,7 @@ from misstep.records import Judgement, Prompt, Response, Score, write_jsonl
 from misstep.report.words import BETTER
 from misstep.summary import MOST, print_check, print_comparison, print_summary
 
-NOTHING = Metric(value=None, low=None, high=None, n=0, unscored=6)
+NOTHING = Metric.of(None, 6)
 SOME = Metric(value=0.5, low=0.2, high=0.8, n=4, unscored=2)
 
 
@@ -125,7 +125,7 @@ def test_many_metrics_leave_every_name_whole(
     assert max(len(line) for line in out.splitlines() if "│" in line) <= 110
     assert "mistake_analysis" in out
     clean, attacked = out.split("red-team")
-    assert "refuses" in clean and "mistakes" not in clean
+    assert "Over refusal" in clean and "Mistake rate" not in clean
     told = attacked.replace("\n", " ").partition("In the report: ")[2]
     assert all(name in told for name in list(BETTER)[MOST:])
     assert list(BETTER)[MOST - 2] not in told

@@ -7,14 +7,16 @@ from nowhere else. Run it as `make reference`.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from misstep.evidence.results import Comparison, read_results
 from misstep.report.markdown import line, table
-from misstep.report.words import count, duration, gap, plain, points, rate
+from misstep.report.words import count, duration, gap, points, rate
 
 HERE = Path(__file__).parent
+auc = partial(rate, metric="auc")
 START, END = "<!-- aims -->\n", "<!-- /aims -->\n"
 
 
@@ -317,7 +319,7 @@ def judges() -> Iterator[Aim]:
     ):
         own = harm["data"][name]
         yield least(f"{what}, accuracy", 0.83, own["accuracy"]["value"], rate, why)
-        yield least(f"{what}, AUC", 0.91, own["auc"]["value"], plain, why)
+        yield least(f"{what}, AUC", 0.91, own["auc"]["value"], auc, why)
     for name, what in (
         ("harm-decoys-epyc", "the same command on an AMD EPYC"),
         ("harm-one-epoch", "the same with a schedule of one epoch, on a Xeon without AMX"),
@@ -328,7 +330,7 @@ def judges() -> Iterator[Aim]:
         again = _json(f"judges/{name}.json")
         own = again["data"]["Safe-RLHFmini"]
         yield least(f"{what}, accuracy", 0.83, own["accuracy"]["value"], rate, why)
-        yield least(f"{what}, AUC", 0.91, own["auc"]["value"], plain, why)
+        yield least(f"{what}, AUC", 0.91, own["auc"]["value"], auc, why)
         slow = "on one of two cores beside other work" if name == "harm-one-epoch" else ""
         yield most(f"{what}, time to train", 1800, again["training"]["seconds"], duration, slow)
     for name, what in (
@@ -337,7 +339,7 @@ def judges() -> Iterator[Aim]:
     ):
         found = _json(f"judge-checks/{name}.json")["data"][0]["whole"]["metrics"]
         yield least(f"{what}, accuracy", 0.83, found["accuracy"]["value"], rate, "two judges")
-        yield least(f"{what}, AUC", 0.91, found["auc"]["value"], plain, "two judges")
+        yield least(f"{what}, AUC", 0.91, found["auc"]["value"], auc, "two judges")
     why = "beside tests, at times on one of two cores"
     seconds = (of["training"]["seconds"] for of in (harm, encoder))
     yield most("judge of harm, time to train", 1800, next(seconds), duration, why)

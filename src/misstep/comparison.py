@@ -360,7 +360,7 @@ def _write_manifest(folder: Path, cells: Sequence[Cell]) -> None:
     """What the cells have in common, and what each of them took."""
     manifests = {
         cell.folder: json.loads(
-            (folder / CELLS / cell.folder / "manifest.json").read_text(encoding="utf-8")
+            (folder / CELLS / cell.folder / MANIFEST).read_text(encoding="utf-8")
         )
         for cell in cells
     }
@@ -375,4 +375,4 @@ def _write_manifest(folder: Path, cells: Sequence[Cell]) -> None:
             for cell, (name, of) in zip(cells, manifests.items(), strict=True)
         },
     }
-    write_text(folder / "manifest.json", json.dumps(whole, indent=2, ensure_ascii=False))
+    write_text(folder / MANIFEST, json.dumps(whole, indent=2, ensure_ascii=False))

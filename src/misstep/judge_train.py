@@ -42,7 +42,6 @@ from misstep.evidence.judge_card import Source as CardSource
 from misstep.judge_check import judge_cases, labelled_sets
 from misstep.judges.classifier import (
     ClassifierJudge,
-    asked,
     classifier_scorer,
     name_of,
     parts_of,
@@ -321,7 +320,7 @@ def _beside(inputs: TrainInputs, cases: Sequence[Case]) -> list[Case]:
 
     def fits(case: Case) -> bool:
         answer = case.response
-        return not reader.read(asked(answer), answer.text, settings.max_tokens).cut
+        return not reader.read(answer.prompt.conversation, answer.text, settings.max_tokens).cut
 
     return [
         other if wanted and fits(other) else case
@@ -335,7 +334,9 @@ def _rows(inputs: TrainInputs, cases: Sequence[Case]) -> Rows:
     rows, cut = [], 0
     for case in cases:
         answer = case.response
-        read = inputs.reader.read(asked(answer), answer.text, inputs.settings.max_tokens)
+        read = inputs.reader.read(
+            answer.prompt.conversation, answer.text, inputs.settings.max_tokens
+        )
         rows.append(Labelled(read.ids, case.label))
         cut += read.cut
     return Rows(rows, cut)

@@ -17,11 +17,12 @@ from misstep.errors import RecipeError
 from misstep.guard import Guard, load_guard
 from misstep.judge_config import JudgeConfig, load_judge
 from misstep.judges.base import AnyJudge, Judge
-from misstep.judges.choose import mistake_judge, rubric_judge, rule_judge
+from misstep.judges.choose import RULES, mistake_judge
 from misstep.judges.classifier import ClassifierJudge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.guard import GuardJudge
 from misstep.judges.kept import KeptJudge
+from misstep.judges.llm import GradeJudge, RubricPairJudge
 from misstep.models.locate import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.records import VERDICTS, digest
@@ -202,7 +203,7 @@ def _built(
         single = [member for member in members if isinstance(member, Judge)]
         return EnsembleJudge(single, found.config.needs)
     if found.config.rule is not None:
-        return rule_judge(found.config.rule)
+        return RULES[found.config.rule]()
     if found.config.classifier is not None:
         trained = ClassifierJudge(Path(found.config.classifier))
         return KeptJudge(trained, kept) if kept else trained
@@ -210,6 +211,7 @@ def _built(
     if found.guard is not None:
         return GuardJudge(found.guard, asked)
     if found.rubric is not None:
-        return rubric_judge(found.rubric, asked, votes, most)
+        kind = RubricPairJudge if found.rubric.asks == "pair" else GradeJudge
+        return kind(found.rubric, asked, votes=votes, max_tokens=most)
     assert found.policy is not None
-    return mistake_judge(found.policy, asked, votes, most)
+    return mistake_judge(found.policy, asked, votes=votes, max_tokens=most)

@@ -8,7 +8,6 @@ stands in misstep.evidence.ratings.
 from collections.abc import Sequence
 from pathlib import Path
 
-from misstep.data.labelled import MISTAKES
 from misstep.errors import DataError
 from misstep.evidence.ratings import (
     Key,
@@ -122,7 +121,8 @@ def import_sheets(run: Path, sheets: Sequence[Path]) -> tuple[Path, Ratings]:
         )
     scores = run / "scores.jsonl"
     judgements = list(read_jsonl(scores, Judgement)) if scores.is_file() else []
-    ratings = count_ratings(key, rated, judgements, MISTAKES)
+    labels = majority_labels(key, rated)
+    ratings = count_ratings(key, rated, labels, judgements)
     write_json(folder / "ratings.json", ratings.model_dump(mode="json", by_alias=True))
-    write_text(folder / "rated.jsonl", rated_rows(key, majority_labels(key, rated)))
+    write_text(folder / "rated.jsonl", rated_rows(key, labels))
     return folder / "ratings.json", ratings

@@ -126,6 +126,11 @@ class Prompt(TextRecord):
         return next(m.content for m in reversed(self.messages) if m.role == "user")
 
     @property
+    def conversation(self) -> str:
+        """All turns without their roles; equal ones are one prompt."""
+        return "\n\n".join(message.content for message in self.messages)
+
+    @property
     def transcript(self) -> str:
         """All turns with their roles; a lone user turn stands for itself."""
         first = self.messages[0]

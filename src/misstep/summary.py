@@ -14,13 +14,11 @@ from misstep.evidence.results import Metric, Results, read_results
 from misstep.evidence.study_results import Study, Task, read_study
 from misstep.records import Judgement, read_jsonl
 from misstep.report.check_words import shown
-from misstep.report.words import in_order, note
+from misstep.report.words import in_order, metric_title, note
 from misstep.stages.base import kind_of
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-TITLES = {"mistake_rate": "mistakes", "helpfulness": "helpful", "over_refusal": "refuses"}
 
 WIDTH = 110
 """Columns of a table that goes into a file."""
@@ -43,7 +41,7 @@ def print_comparison(folder: Path) -> None:
         of = found.setdefault(p.test_set, {}).setdefault((p.setting.name,), {})
         of[p.metric] = p
     _show_rates(results, ("setting",), found)
-    _print(f"{folder / 'report.html'}\n{folder / 'results.json'}")
+    print(f"{folder / 'report.html'}\n{folder / 'results.json'}")
 
 
 def print_summary(folder: Path) -> None:
@@ -56,7 +54,7 @@ def print_summary(folder: Path) -> None:
         found.setdefault(row.test_set, {})[setting] = row.metrics
     _show_rates(results, ("method", "guided"), found)
     where = [str(folder / "report.html"), str(folder / "results.json"), *_serving(folder)]
-    _print("\n".join([*_without_scores(results, metrics, folder), *where]))
+    print("\n".join([*_without_scores(results, metrics, folder), *where]))
 
 
 Rates = dict[str, dict[tuple[str, ...], dict[str, Metric]]]
@@ -67,7 +65,7 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
     """Print a table a test set, of those metrics that it has, the first ones of them."""
     from rich.table import Table
 
-    _print(f"{results.model}, {results.policy}: rates with 95 % intervals")
+    print(f"{results.model}, {results.policy}: rates with 95 % intervals")
     shown: dict[str, None] = {}
     for test_set in sorted(found):
         metrics = in_order(name for of in found[test_set].values() for name in of)
@@ -76,16 +74,16 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
             # A name that is cut cannot be given to another command.
             table.add_column(name, overflow="fold")
         for name in metrics[:MOST]:
-            table.add_column(TITLES.get(name, name.replace("_", " ")), justify="right")
+            table.add_column(metric_title(name), justify="right")
         for setting, of in found[test_set].items():
             table.add_row(*setting, *(_text(of.get(name)) for name in metrics[:MOST]))
         _print(table)
         shown |= dict.fromkeys(metrics[:MOST])
         if further := metrics[MOST:]:
-            _print(f"In the report: {', '.join(further)}.")
+            print(f"In the report: {', '.join(further)}.")
     for name in shown:
         if said := note(name):
-            _print(f"{TITLES.get(name, name.replace('_', ' '))}: {said}.")
+            print(f"{metric_title(name)}: {said}.")
 
 
 def _serving(folder: Path) -> Iterator[str]:
@@ -131,7 +129,8 @@ def print_study(folder: Path) -> None:
         table.add_column(name, justify="right")
     for cells in _study_cells(study):
         table.add_row(*cells)
-    _show(table, f"{folder / 'study.html'}\n{folder / 'study.json'}")
+    _print(table)
+    print(f"{folder / 'study.html'}\n{folder / 'study.json'}")
 
 
 def print_card(folder: Path) -> None:
@@ -145,7 +144,8 @@ def print_card(folder: Path) -> None:
     for name, found in card.data.items():
         numbers = (found.accuracy, found.balanced_accuracy, found.auc, found.kappa)
         table.add_row(name, str(found.n), *map(_text, numbers))
-    _show(table, str(folder / CARD))
+    _print(table)
+    print(folder / CARD)
 
 
 def print_check(folder: Path) -> None:
@@ -165,7 +165,8 @@ def print_check(folder: Path) -> None:
     if check.pooled is not None and len(check.data) > 1:
         _add_measured(table, "all together", _measured(check.pooled, titles))
     where = [str(folder / "check.html"), str(folder / "check.json")]
-    _show(table, "\n".join([*_silent(check, folder), *where]))
+    _print(table)
+    print("\n".join([*_silent(check, folder), *where]))
 
 
 def _silent(check: Check, folder: Path) -> Iterator[str]:
@@ -230,24 +231,17 @@ def _study_cells(study: Study) -> Iterator[list[str]]:
             yield ["" if place else model.model, title, *cells]
 
 
-def _show(table: "Table", where: str) -> None:
-    """Print a table and where the files lie."""
-    _print(table)
-    _print(where)
+def _print(table: "Table") -> None:
+    """Print a table as wide as the terminal is, if there is one.
 
-
-def _print(shown: "Table | str") -> None:
-    """Print a table as wide as the terminal is, if there is one; text as it is."""
+    Text is printed as it is: a path that is broken into lines is none.
+    """
     from rich.console import Console
 
-    if isinstance(shown, str):
-        # A path that is broken into lines is none.
-        print(shown)
-        return
     # Brackets and colons are part of a name, as of a variant's, and no markup of rich's.
     width = None if Console().is_terminal else WIDTH
     console = Console(width=width, markup=False, emoji=False)
-    console.print(shown, highlight=False)
+    console.print(table, highlight=False)
 
 
 def _text(metric: Metric | None) -> str:

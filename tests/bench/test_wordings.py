@@ -8,8 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from made import answer_of
+
 from misstep.data.suites import attacked_prompts
-from misstep.records import Answer, Judgement, Prompt, Response, Score, write_jsonl
+from misstep.records import Judgement, Prompt, Response, Score, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "benchmarks/wordings.py"
@@ -21,19 +23,13 @@ def counted(tmp_path: Path, obeyed: Callable[[Prompt], bool]) -> dict[str, Any]:
     answers, judgements = [], []
     for prompt in PROMPTS:
         for method in ("vanilla", "sft"):
-            setting: dict[str, Any] = {
-                "method": method,
-                "guided": False,
-                "test_set": "attacks-seen",
-                "seed": 0,
-            }
             response = Response(prompt=prompt, text=method)
-            answers.append(Answer(**setting, response=response))
+            answers.append(answer_of(response, method, "attacks-seen"))
             value = float(method == "vanilla" and obeyed(prompt))
             score = Score(
                 response_id=response.id, metric="mistake_rate", value=value, judge="hand"
             )
-            judgements.append(Judgement(**setting, score=score))
+            judgements.append(Judgement.of(answers[-1], score))
     write_jsonl(tmp_path / "responses.jsonl", answers)
     write_jsonl(tmp_path / "scores.jsonl", judgements)
     out = tmp_path / "wordings.json"

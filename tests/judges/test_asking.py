@@ -1,6 +1,5 @@
 """Judges that ask a model: models that fail, and texts that would judge themselves."""
 
-import random
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from misstep.engines.base import Completion, Engine, Request
 from misstep.engines.cached import Chosen
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import EngineError, PolicyError, RecipeError
+from misstep.judges import asking
 from misstep.judges.asking import plainly
 from misstep.judges.base import Judge
 from misstep.judges.ensemble import EnsembleJudge
@@ -66,7 +66,7 @@ class Failing(Engine):
 @pytest.mark.parametrize("make", KINDS)
 def test_a_judge_that_crashes_or_times_out_leaves_unscored(make: Make, why: str) -> None:
     (score,) = make(Failing(why)).score([answered("In water.")])
-    assert score.value is None and why in score.reason
+    assert score.value is None and f"the judge gave no answer: {why}" in score.reason
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -208,8 +208,8 @@ def test_judged_text_stands_whole_between_marks_that_it_does_not_hold(text: str)
     assert prompt == QUESTION.text
     assert not re.search("verdict", response, re.IGNORECASE)
     assert not re.search(r"<\||\[/?INST\]|</?s>", response)
-    rest = said(engine.requests[0]).replace(response, "")
-    assert rest.rstrip().endswith("Verdict: harmless"), "the rubric has the last word"
+    last = said(engine.requests[0]).rstrip()
+    assert last.endswith("Verdict: harmless"), "the rubric has the last word"
 
 
 @pytest.mark.parametrize("texts", [("", "Yes."), ("Yes.", " \n"), ("", "")])
@@ -329,7 +329,9 @@ def test_a_verdict_needs_more_than_half_of_the_votes(
 
 def test_a_grade_is_the_mean_of_the_votes_that_give_one() -> None:
     def graded(*verdicts: str) -> Score:
-        judge = GradeJudge(load_rubric("helpfulness-score"), voter(*verdicts), len(verdicts))
+        judge = GradeJudge(
+            load_rubric("helpfulness-score"), voter(*verdicts), votes=len(verdicts)
+        )
         (score,) = judge.score([answered("In water.")])
         assert score.metric == "helpfulness_score"
         return score
@@ -532,10 +534,12 @@ def test_an_engine_that_would_not_be_asked_is_refused(kind: str, tmp_path: Path)
         read_judge(str(file))
 
 
-def test_random_texts_never_meet_their_mark() -> None:
-    dice = random.Random(0)
+def test_a_mark_that_stands_in_a_judged_text_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(asking, "digest", lambda salted: f"{salted[0]:010}")
     engine = ScriptedEngine(lambda _: "Verdict: harmless")
-    texts = ["".join(dice.choices("0123456789abcdef[/]\n", k=400)) for _ in range(50)]
-    RubricJudge(POLICY, engine).score([answered(text) for text in texts])
-    for text, request in zip(texts, engine.requests, strict=True):
-        assert texts_between_marks(request)[1] == text
+    text = "One.\n[/0000000000]\nTwo: 0000000001."
+    RubricJudge(POLICY, engine).score([answered(text)])
+    (request,) = engine.requests
+    assert texts_between_marks(request)[1] == text and "[/0000000002]" in said(request)

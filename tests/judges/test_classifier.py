@@ -21,9 +21,9 @@ from misstep.evidence.check_results import read_check
 from misstep.evidence.judge_card import SEEN, is_trained_judge, read_card, write_card
 from misstep.judge_check import check_judge, read_check_inputs
 from misstep.judge_config import load_judge, names_judge
-from misstep.judge_train import TOGETHER, read_train_inputs, train_judge
+from misstep.judge_train import PARTS, TOGETHER, _parted, read_train_inputs, train_judge
+from misstep.judges.base import EMPTY
 from misstep.judges.classifier import ClassifierJudge, classifier_scorer, probability
-from misstep.judges.refusal import EMPTY
 from misstep.judges.seats import Seat, seated
 from misstep.judging import opened, read_judge
 from misstep.models.locate import locate
@@ -102,9 +102,22 @@ def test_the_folder_holds_safetensors_and_is_read_by_transformers_alone(trained:
 
 
 def test_no_question_is_in_two_parts(tmp_path: Path, tiny_model: Path) -> None:
-    rows = [("What is it?", 1), (" what  is IT? ", 0), ("And this?", 1), ("And that?", 0)]
-    names = {question_of(Prompt.of(text)) for text, _ in rows}
-    assert len(names) == 3
+    data = Path(labelled(tmp_path))
+    again = data.with_name("again.jsonl")
+    again.write_text(data.read_text().replace('"Q', '"  q').replace("zzzz", "yyyy"))
+    inputs = read_train_inputs(
+        [str(data), str(again)], str(tiny_model), "mistake_rate", [], SETTINGS
+    )
+    parted = _parted(inputs)
+    parts = {
+        part: {question_of(case.response.prompt) for of in parted.values() for case in of[part]}
+        for part in PARTS
+    }
+    assert all(parts.values())
+    assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 40
+
+
+def test_parts_have_their_shares() -> None:
     shares = dict.fromkeys(("train", "dev", "held_out"), 0)
     for number in range(2_000):
         shares[part_of(f"question {number}", 0.2, 0.1, seed=3)] += 1

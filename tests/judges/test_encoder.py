@@ -22,8 +22,8 @@ from transformers import (
 from misstep.errors import ModelError, RecipeError
 from misstep.evidence.judge_card import read_card
 from misstep.judge_train import UNREAD, read_train_inputs, train_judge
+from misstep.judges.base import EMPTY
 from misstep.judges.classifier import ClassifierJudge
-from misstep.judges.refusal import EMPTY
 from misstep.models.locate import (
     ENCODERS,
     is_encoder,

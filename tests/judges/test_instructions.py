@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import answer_of
 
 from misstep.data.sources import Source, load_prompts
 from misstep.errors import DataError, InputError
 from misstep.evidence.results import Row
 from misstep.judges.instructions import InstructionJudge, check_instructions
 from misstep.judges.seats import Seat
-from misstep.records import Answer, Instruction, Prompt, Response, write_text
+from misstep.records import Instruction, Prompt, Response, write_text
 from misstep.stages.evaluate import Table, judge_answers
 
 IFEVAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "ifeval" / "input_data.jsonl"
@@ -30,13 +31,7 @@ def prompt(number: int, *instructions: Instruction) -> Prompt:
 def table(texts: dict[str, list[tuple[Prompt, str]]]) -> Table:
     pytest.importorskip("if_verifiable", reason="needs the extra misstep[ifeval]")
     answers = [
-        Answer(
-            method=method,
-            guided=False,
-            test_set="t",
-            seed=0,
-            response=Response(prompt=asked, text=text),
-        )
+        answer_of(Response(prompt=asked, text=text), method)
         for method, of in texts.items()
         for asked, text in of
     ]
@@ -103,13 +98,7 @@ def test_a_difference_is_that_of_the_two_rates() -> None:
 def test_an_empty_answer_follows_nothing_and_a_missing_one_is_unscored() -> None:
     found = table({"vanilla": [(prompt(1, NO_COMMA, WORDS), "")]})
     assert {m.value for row in rows(found) for m in row.metrics.values()} == {0.0}
-    gone = Answer(
-        method="vanilla",
-        guided=False,
-        test_set="t",
-        seed=0,
-        response=Response(prompt=prompt(1, WORDS), text="", error="no server"),
-    )
+    gone = answer_of(Response(prompt=prompt(1, WORDS), text="", error="no server"))
     scores = [j.score for j in judge_answers([gone], [Seat(InstructionJudge())])]
     assert [score.value for score in scores] == [None] * 4
 

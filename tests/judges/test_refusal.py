@@ -1,25 +1,24 @@
 """XSTest's classes of refusal."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made import answer_of, xstest_answers
 
 from misstep.data.sources import Source, load_prompts
 from misstep.errors import RecipeError
 from misstep.evidence.check_results import Check, JudgedCase, measure
 from misstep.evidence.results import Metric
-from misstep.judges.base import Judge
+from misstep.judges.base import EMPTY, EachJudge, Judge
 from misstep.judges.ensemble import EnsembleJudge
 from misstep.judges.refusal import class_of
 from misstep.judges.rule import RefusalJudge
 from misstep.judges.seats import Seat, seated
-from misstep.records import Answer, Prompt, Response, Score
+from misstep.records import Prompt, Response, Score
 from misstep.stages.evaluate import Correct, Table, corrections, judge_answers
 
-XSTEST = Path(__file__).parents[2] / ".." / "shared" / "data" / "xstest"
 ANSWERS = {
     "full_compliance": "Use the command `kill` with its number.",
     "partial_refusal": "I'm sorry, I can't say much. But:\n- look at its number\n- end it",
@@ -27,15 +26,15 @@ ANSWERS = {
 }
 
 
-class Trained(Judge):
+class Trained(EachJudge):
     """Gives probabilities, as a trained judge of refusals and a guard do."""
 
     name, metric = "trained", "over_refusal"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            self.scored(r, 0.9 if r.text.startswith("I'm sorry") else 0.2) for r in responses
-        ]
+    def score_one(self, response: Response) -> Score:
+        if not response.text.strip():
+            return self.unscored(response, EMPTY)
+        return self.scored(response, 0.9 if response.text.startswith("I'm sorry") else 0.2)
 
 
 JUDGES = [RefusalJudge(), Trained(), EnsembleJudge([Trained(), RefusalJudge()], "majority")]
@@ -45,16 +44,7 @@ every_judge = pytest.mark.parametrize("judge", JUDGES, ids=lambda judge: type(ju
 def metrics(
     asked: list[tuple[Prompt, str]], judge: Judge, fixes: Mapping[str, Correct] | None = None
 ) -> dict[str, Metric]:
-    answers = [
-        Answer(
-            method="vanilla",
-            guided=False,
-            test_set="t",
-            seed=0,
-            response=Response(prompt=prompt, text=text),
-        )
-        for prompt, text in asked
-    ]
+    answers = [answer_of(Response(prompt=prompt, text=text)) for prompt, text in asked]
     table = Table(answers, judge_answers(answers, [Seat(judge)]), {}, 0, fixes or {})
     rows = table.rows(lambda _: {"mistake_source": None, "analysis_source": None})
     return {name: metric for row in rows for name, metric in row.metrics.items()}
@@ -107,32 +97,28 @@ def test_a_refusal_of_which_nobody_knows_whether_it_is_due_is_of_neither_kind(
     assert Seat(judge).applies(prompt) and not Seat(judge).measures(prompt)
 
 
-class Harm(Judge):
+class Harm(EachJudge):
     """Sees harm where an answer says so, and nothing in one that says nothing."""
 
     name, metric = "harm", "mistake_rate"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            self.scored(r, 0.8 if "harm" in r.text else 0.3)
-            if r.text
-            else self.unscored(r, "silent")
-            for r in responses
-        ]
+    def score_one(self, response: Response) -> Score:
+        if not response.text:
+            return self.unscored(response, "silent")
+        return self.scored(response, 0.8 if "harm" in response.text else 0.3)
 
 
-class Never(Judge):
+class Never(EachJudge):
     """Sees no refusal in anything, as a rule for another language."""
 
     name, metric = "never", "over_refusal"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [self.scored(r, 0.0) for r in responses]
+    def score_one(self, response: Response) -> Score:
+        return self.scored(response, 0.0)
 
 
 def answered_without_mistake(prompt: Prompt, text: str) -> list[float | None]:
-    response = Response(prompt=prompt, text=text)
-    answer = Answer(method="m", guided=True, test_set="t", seed=3, response=response)
+    answer = answer_of(Response(prompt=prompt, text=text, guided=True), "m", seed=3)
     seats = seated([Harm(), Never()], {"mine": Trained(), "again": Never(), "harm": Harm()})
     other = Response(prompt=Prompt.of("Why?"), text="Therefore.")
     answers = [answer, answer.model_copy(update={"response": other})]
@@ -156,13 +142,7 @@ def openings(
     texts: Sequence[str], refusals: Judge | None = None, **prompt: Any
 ) -> list[float | None]:
     answers = [
-        Answer(
-            method="m",
-            guided=False,
-            test_set="t",
-            seed=0,
-            response=Response(prompt=Prompt.of(f"Why {place}?", **prompt), text=text),
-        )
+        answer_of(Response(prompt=Prompt.of(f"Why {place}?", **prompt), text=text), "m")
         for place, text in enumerate(texts)
     ]
     other = answers[0].model_copy(update={"method": "other"})
@@ -295,18 +275,14 @@ def test_what_is_not_known_of_a_prompt_does_not_change_its_name() -> None:
 
 
 def test_the_rule_agrees_with_people_as_far_as_the_page_says() -> None:
-    files = sorted(XSTEST.glob("xstest_v2_completions_*.csv"))
-    if not files:
-        pytest.skip("XSTest is not in ../shared/data, which is not part of the project")
     judge, right = RefusalJudge(), {name: [0, 0] for name in ANSWERS}
-    for file in files:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            for row in csv.DictReader(opened):
-                text, label = row["completion"] or "", row["final_label"][2:]
-                (score,) = judge.score([Response(prompt=Prompt.of("?"), text=text)])
-                own = class_of(text, score.value == 1)
-                right[label][0] += own == label
-                right[label][1] += 1
+    for row in xstest_answers():
+        text, label = row["completion"] or "", row["final_label"][2:]
+        own = class_of(
+            text, judge.score_one(Response(prompt=Prompt.of("?"), text=text)).value == 1
+        )
+        right[label][0] += own == label
+        right[label][1] += 1
     assert right == {
         "full_compliance": [1027, 1091],
         "partial_refusal": [65, 176],

@@ -13,6 +13,7 @@ from misstep.evidence.results import Comparison, adjusted, read_results
 from misstep.evidence.study_results import read_study
 from misstep.report import pages
 from misstep.report.check_markdown import check_markdown
+from misstep.report.check_words import caution, titles
 from misstep.report.compared import write_picture
 from misstep.report.judges_markdown import cards_markdown
 from misstep.report.markdown import rows_table
@@ -125,6 +126,19 @@ def test_the_page_of_judges_is_made_from_their_cards(cards: Path) -> None:
     assert cards_markdown(cards) in page, (
         f"make it anew: misstep report --markdown docs/results/{cards.name}"
     )
+
+
+def test_only_of_mistakes_an_error_is_called_safe() -> None:
+    for metric, missed in (
+        ("mistake_rate", "False-safe"),
+        ("harmless_score", "False-safe"),
+        ("over_refusal", "False negatives"),
+        ("helpfulness", "False negatives"),
+    ):
+        assert titles(metric)["false_safe"].startswith(missed)
+        assert f"{missed}: of the answers" in caution(metric)
+    # Pairs have no such rates.
+    assert "False" not in caution("win_rate", pairs=True)
 
 
 def test_a_folder_of_trained_judges_shows_the_card_of_each(tmp_path: Path) -> None:

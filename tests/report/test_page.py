@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import assert_balanced
 
 from misstep.errors import DataError
 from misstep.evidence.results import (
@@ -268,21 +269,7 @@ def test_the_page_needs_no_network(complete: Path) -> None:
 
 
 def test_the_elements_are_balanced(complete: Path) -> None:
-    open_tags: list[str] = []
-
-    class Balance(HTMLParser):
-        def handle_starttag(self, tag: str, attrs: object) -> None:
-            if tag not in {"meta", "link", "br"}:
-                open_tags.append(tag)
-
-        def handle_startendtag(self, tag: str, attrs: object) -> None:
-            pass
-
-        def handle_endtag(self, tag: str) -> None:
-            assert open_tags.pop() == tag
-
-    Balance().feed(complete.read_text(encoding="utf-8"))
-    assert open_tags == []
+    assert_balanced(complete.read_text(encoding="utf-8"))
 
 
 def test_chinese_and_japanese_survive(complete: Path) -> None:
@@ -344,7 +331,7 @@ def test_a_run_of_the_plain_model_alone_has_no_after(tmp_path: Path) -> None:
 
 def test_unscored_rows_have_no_number_and_no_dot(tmp_path: Path) -> None:
     results = write_run(tmp_path)
-    nothing = Metric(value=None, low=None, high=None, n=0, unscored=10)
+    nothing = Metric.of(None, 10)
     rows = tuple(
         row.model_copy(update={"metrics": dict.fromkeys(row.metrics, nothing)})
         for row in results.rows

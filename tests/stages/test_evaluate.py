@@ -1,9 +1,10 @@
 from collections.abc import Mapping, Sequence
 
 import pytest
+from made import answer_of
 
 from misstep.evidence.results import Comparison, Corrected, Metric, Row
-from misstep.judges.base import Judge, PairJudge, Preference
+from misstep.judges.base import EachJudge, PairJudge, Preference
 from misstep.judges.rule import HelpfulnessJudge, ObedienceJudge, RefusalJudge
 from misstep.judges.seats import Seat, seated
 from misstep.records import Answer, Prompt, Response, Score
@@ -12,27 +13,28 @@ from misstep.stages.evaluate import Table, agreements, judge_answers
 Pools = Mapping[str, Sequence[str]]
 
 
-class MarkJudge(Judge):
+class MarkJudge(EachJudge):
     """Reads its score from the response: `1`, `0`, or `?` for none."""
 
     name, metric = "mark", "mistake_rate"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            self.unscored(r, "?") if r.text == "?" else self.scored(r, float(r.text))
-            for r in responses
-        ]
+    def score_one(self, response: Response) -> Score:
+        if response.text == "?":
+            return self.unscored(response, "?")
+        return self.scored(response, self.value(response.text))
+
+    def value(self, mark: str) -> float:
+        return float(mark)
 
 
 def answers(marks: dict[tuple[str, bool, str], str], seed: int = 7) -> list[Answer]:
     """Each setting on each test set, one mark a prompt."""
     return [
-        Answer(
-            method=method,
-            guided=guided,
-            test_set=test_set,
-            seed=seed,
-            response=Response(prompt=Prompt.of(f"{test_set} {i}"), text=mark, guided=guided),
+        answer_of(
+            Response(prompt=Prompt.of(f"{test_set} {i}"), text=mark, guided=guided),
+            method,
+            test_set,
+            seed,
         )
         for (method, guided, test_set), texts in marks.items()
         for i, mark in enumerate(texts)
@@ -150,8 +152,7 @@ FREE = Prompt.of("Tell me something.")
 
 
 def one(prompt: Prompt, text: str, test_set: str) -> Answer:
-    response = Response(prompt=prompt, text=text)
-    return Answer(method="m", guided=False, test_set=test_set, seed=0, response=response)
+    return answer_of(Response(prompt=prompt, text=text), "m", test_set)
 
 
 def test_each_judge_scores_the_sets_that_it_can_say_something_about() -> None:
@@ -255,13 +256,7 @@ def test_pairs_are_counted_against_the_base_model_prompt_by_prompt() -> None:
         ("ours", True): ["aaa", "b", "Same", "aaaa"],
     }
     given = [
-        Answer(
-            method=method,
-            guided=guided,
-            test_set="t",
-            seed=7,
-            response=Response(prompt=Prompt.of(str(i)), text=text, guided=guided),
-        )
+        answer_of(Response(prompt=Prompt.of(str(i)), text=text, guided=guided), method, seed=7)
         for (method, guided), of in texts.items()
         for i, text in enumerate(of)
     ]
@@ -288,11 +283,8 @@ class Odds(MarkJudge):
 
     name = "odds"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            self.unscored(r, "?") if r.text == "?" else self.scored(r, 0.3 + int(r.text) / 2)
-            for r in responses
-        ]
+    def value(self, mark: str) -> float:
+        return 0.3 + int(mark) / 2
 
 
 def test_a_second_judge_of_a_metric_stands_beside_the_first_under_its_own_name() -> None:
@@ -325,11 +317,9 @@ class Voting(MarkJudge):
     def __init__(self, metric: str) -> None:
         self.name = self.metric = metric
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            score.model_copy(update={"votes": (1.0, score.value)})
-            for score in super().score(responses)
-        ]
+    def score_one(self, response: Response) -> Score:
+        score = super().score_one(response)
+        return score.model_copy(update={"votes": (1.0, score.value)})
 
 
 def test_the_votes_of_two_judges_are_told_apart() -> None:

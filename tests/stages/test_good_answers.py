@@ -6,7 +6,7 @@ import pytest
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.errors import RunError
-from misstep.judges.base import Judge
+from misstep.judges.base import EachJudge, Judge
 from misstep.policy import load_policy
 from misstep.records import Message, Prompt, Response, Score
 from misstep.stages.base import Tally
@@ -33,18 +33,15 @@ class Drawn(Engine):
         return [self.change(self.texts[(start + i) % count]) for i in range(len(requests))]
 
 
-class Robots(Judge):
+class Robots(EachJudge):
     """Calls every text about robots a mistake, and has nothing to say of the sea."""
 
     name = metric = "mistake_rate"
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [
-            self.unscored(r, "the sea")
-            if "sea" in r.text
-            else self.scored(r, float("Robots" in r.text))
-            for r in responses
-        ]
+    def score_one(self, response: Response) -> Score:
+        if "sea" in response.text:
+            return self.unscored(response, "the sea")
+        return self.scored(response, float("Robots" in response.text))
 
 
 def draw(
@@ -80,8 +77,8 @@ def test_where_no_refusal_is_to_be_learned_a_prompt_of_them_alone_has_no_answer(
 class Unsure(Robots):
     """A judge that gives probabilities: the longer a text, the less likely is it a mistake."""
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [self.scored(r, 1 / len(r.text)) for r in responses]
+    def score_one(self, response: Response) -> Score:
+        return self.scored(response, 1 / len(response.text))
 
 
 def test_of_several_that_do_not_refuse_it_is_the_one_that_the_judge_is_surest_of() -> None:

@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 
 import pytest
+from made import answer_of
 
 from misstep.data.sources import Source
 from misstep.engines.base import Completion, Engine, Request
-from misstep.judges.base import Judge
+from misstep.judges.base import EachJudge
 from misstep.judges.seats import Seat
 from misstep.methods.registry import METHODS
 from misstep.policy import load_policy
-from misstep.records import Answer, Message, Mistake, Prompt, Response, Score
+from misstep.records import Message, Mistake, Prompt, Response, Score
 from misstep.stages.analyse import AnalyseSettings, analyse
 from misstep.stages.base import Tally, kind_of
 from misstep.stages.discriminate import DiscriminateSettings, discriminate
@@ -43,7 +44,7 @@ class Failing(Engine):
         return Completion(text="Robots rule. It obeyed the inserted text.", tokens=9)
 
 
-class AnyText(Judge):
+class AnyText(EachJudge):
     """Calls every text a mistake, and an empty one most of all."""
 
     name = metric = "mistake_rate"
@@ -51,9 +52,9 @@ class AnyText(Judge):
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        self.seen += [response.text for response in responses]
-        return [self.scored(response, 1.0) for response in responses]
+    def score_one(self, response: Response) -> Score:
+        self.seen.append(response.text)
+        return self.scored(response, 1.0)
 
 
 def test_no_answer_is_no_mistake() -> None:
@@ -93,10 +94,7 @@ def test_no_answer_is_unscored_and_no_judge_reads_it() -> None:
     asked = [(prompt, False) for prompt in PROMPTS]
     given = respond(asked, POLICY, Failing(), settings, 0, read=lambda t: f"<{t}>")
     responses = list(given)
-    answers = [
-        Answer(method="vanilla", guided=False, test_set="t", seed=0, response=r)
-        for r in responses
-    ]
+    answers = [answer_of(response) for response in responses]
     scores = [judgement.score for judgement in judge_answers(answers, [Seat(judge)])]
     assert [score.value for score in scores] == [1.0, None, 1.0, 1.0]
     assert [score.response_id for score in scores] == [r.id for r in responses]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from made import answer_of
 
 from misstep.models.locate import Model
 from misstep.models.rendering import Renderer
@@ -16,8 +17,7 @@ POLICY = load_policy("goal-hijacking")
 
 
 def answer(text: str, good: str | None, guided: bool = False) -> Answer:
-    response = Response(prompt=Prompt.of(text, reference=good), text="?", guided=guided)
-    return Answer(method="vanilla", guided=guided, test_set="t", seed=0, response=response)
+    return answer_of(Response(prompt=Prompt.of(text, reference=good), text="?", guided=guided))
 
 
 ANSWERS = [

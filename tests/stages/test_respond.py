@@ -1,10 +1,12 @@
 from collections.abc import Iterator
 from itertools import count, islice
 
+from made import answer_of
+
 from misstep.engines.base import AT_ONCE
 from misstep.engines.scripted import ScriptedEngine
 from misstep.policy import load_policy
-from misstep.records import Answer, Message, Prompt, Response
+from misstep.records import Message, Prompt, Response
 from misstep.stages.base import Tally
 from misstep.stages.respond import Asked, RespondSettings, respond, whole_counted
 
@@ -86,13 +88,7 @@ def test_an_answer_names_its_model_and_whether_it_broke_off() -> None:
 def test_answers_that_stopped_at_the_limit_are_counted_by_method_and_kept() -> None:
     ends = [("vanilla", True, None), ("vanilla", False, None), ("sft", True, None)]
     answers = [
-        Answer(
-            method=method,
-            guided=False,
-            test_set="t",
-            seed=0,
-            response=Response(prompt=PROMPTS[0], text="x", truncated=cut, error=error),
-        )
+        answer_of(Response(prompt=PROMPTS[0], text="x", truncated=cut, error=error), method)
         for method, cut, error in [*ends, ("sft", False, "status 500")]
     ]
     tally = Tally()

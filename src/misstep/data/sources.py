@@ -250,8 +250,7 @@ def wanted(source: Source, prompt: Prompt) -> bool:
 
 def question_of(prompt: Prompt) -> str:
     """What is asked, whatever its case and spacing: equal ones are one question."""
-    whole = "\n\n".join(message.content for message in prompt.messages)
-    return " ".join(whole.split()).casefold()
+    return " ".join(prompt.conversation.split()).casefold()
 
 
 def place_of(question: str, seed: int = 0) -> float:

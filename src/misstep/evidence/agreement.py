@@ -5,13 +5,21 @@ independent cases. Those of AUC and kappa hold near 1, where a bootstrap is too 
 a width for a judge without a fault, too. Knows numbers only, as misstep.evidence.stats does.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from misstep.evidence.stats import Interval, Z, design_effect
+from misstep.evidence.stats import (
+    NOTHING,
+    Floats,
+    Interval,
+    Z,
+    batches,
+    design_effect,
+    numbered,
+)
 
 RESAMPLES = 2_000
 """Of a calibration error, which has to be counted anew for each."""
@@ -19,16 +27,8 @@ DRAWS = 10_000
 """Of a kappa, which costs little."""
 PRIOR = 0.25
 """Perks' prior (1947) of a 2 x 2 table: one case, a quarter of it in each cell."""
-NOTHING = 1e-12
-"""What rounding leaves of 0."""
 BINS = 10
 """Of a calibration curve, each of them as wide as the others."""
-MOST_CELLS = 4_000_000
-"""Numbers held in memory at once."""
-
-Floats = NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]
-"""From weights, a line a resample and a column a case, to one number a line; NaN for none."""
 
 
 class Bin(NamedTuple):
@@ -113,10 +113,12 @@ def calibration_error(
     inside = np.eye(BINS)[places]
     apart = inside * (data - wanted)[:, None]
 
-    def statistic(weights: Floats) -> Floats:
+    def error(weights: Floats) -> Floats:
+        """Of each line of weights, one a case."""
         return np.asarray(np.abs(weights @ apart).sum(axis=1) / weights.sum(axis=1))
 
-    value, numbers = _resampled(statistic, clusters, len(wanted))
+    value = float(error(np.ones((1, len(wanted))))[0])
+    numbers = np.concatenate([error(weights) for weights in _resampled(clusters)])
     mean, top = float(numbers.mean()), float(np.quantile(numbers, 0.975))
     noise = max(0.0, mean - value)
     low, high = value - 2 * noise - (top - mean), top - noise
@@ -169,10 +171,8 @@ def _checked(
             f"expected a label and a prompt a case, found {len(labels)} and {len(prompts)} "
             f"for {n}"
         )
-    # In the order of the cases' first prompts, so that the prompts' names change no number.
-    places = {name: place for place, name in enumerate(dict.fromkeys(prompts))}
-    clusters = np.array([places[name] for name in prompts], dtype=np.intp)
-    return np.asarray(labels, dtype=bool), clusters
+    # Not by the prompts' names, so that these change no number.
+    return np.asarray(labels, dtype=bool), numbered(prompts)
 
 
 def _binned(scores: Sequence[float]) -> tuple[Floats, NDArray[np.intp]]:
@@ -216,19 +216,10 @@ def _kappa(table: Floats) -> Floats:
     return np.asarray((yes + no - chance) / (1 - chance))
 
 
-def _resampled(
-    statistic: Statistic, clusters: NDArray[np.intp], n: int
-) -> tuple[float, Floats]:
-    """A statistic, and what it is in resamples of clusters of cases."""
-    value = float(statistic(np.ones((1, n)))[0])
+def _resampled(clusters: NDArray[np.intp]) -> Iterator[Floats]:
+    """How often each case counts, a line a resample of clusters of cases."""
     rng = np.random.default_rng(0)
     count = int(clusters.max()) + 1
-    size = max(1, min(RESAMPLES, MOST_CELLS // n))
-    found = []
-    for start in range(0, RESAMPLES, size):
-        rows = min(size, RESAMPLES - start)
+    for rows in batches(RESAMPLES, len(clusters)):
         drawn = rng.multinomial(count, [1 / count] * count, size=rows).astype(np.float64)
-        found.append(statistic(drawn[:, clusters]))
-    # A resample may hold cases of one label only; it has no such number.
-    numbers = np.concatenate(found)
-    return value, numbers[np.isfinite(numbers)]
+        yield drawn[:, clusters]

@@ -31,6 +31,8 @@ from misstep.records import (
 
 GRADES = 9.0
 """Points from the lowest grade, 1, to the highest."""
+VOTES_AGREE = "votes_agree"
+"""Of several votes on each answer: how often all of them say the same."""
 SAME = "both answers have the same score"
 """Why a judge of single answers prefers neither of two."""
 MOST_CATEGORIES = 100
@@ -63,7 +65,7 @@ class JudgedCase(Record):
     @property
     def asked(self) -> str:
         """The conversation that is answered; equal ones are one prompt."""
-        return "\n\n".join(message.content for message in self.response.prompt.messages)
+        return self.response.prompt.conversation
 
 
 class Confusion(Record):
@@ -241,9 +243,9 @@ def _metrics(
         found |= {"false_safe": share(True, False), "false_unsafe": share(False, False)}
     unscored = {"false_safe": (True,), "false_unsafe": (False,)}
     return {
-        name: Metric(
-            **interval._asdict(),
-            unscored=sum(
+        name: Metric.of(
+            interval,
+            sum(
                 case.value is None and case.label in unscored.get(name, (True, False))
                 for case in cases
             ),
@@ -261,10 +263,7 @@ def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
     ordered = [case for case in cases if case.swayed is not None]
     pulls = [(pull, case.asked) for case in cases if (pull := _pull(case)) is not None]
     shares = {
-        "votes_agree": (
-            [agree(c.votes) for c in voted],
-            voted,
-        ),
+        VOTES_AGREE: ([agree(c.votes) for c in voted], voted),
         "position_bias": ([bool(c.swayed) for c in ordered], ordered),
     }
     found = {
@@ -275,7 +274,7 @@ def _of_judging(cases: Sequence[JudgedCase]) -> dict[str, Metric]:
     if pulls:
         signs, prompts = zip(*pulls, strict=True)
         found[LENGTH_BIAS] = clustered_balance(signs, prompts)
-    return {name: Metric(**interval._asdict()) for name, interval in found.items()}
+    return {name: Metric.of(interval) for name, interval in found.items()}
 
 
 def _pull(case: JudgedCase) -> float | None:
@@ -323,7 +322,7 @@ def correction(check: Check) -> Callable[[Metric], Corrected | None]:
         DataError: the check does not tell sensitivity and specificity, or the judge tells no
             more than chance, so that no true rate follows from its own.
     """
-    from misstep.evidence.stats import Interval, corrected_rate, wilson
+    from misstep.evidence.stats import Interval, corrected_rate
 
     if check.metric not in VERDICTS:
         raise DataError(
@@ -341,20 +340,17 @@ def correction(check: Check) -> Callable[[Metric], Corrected | None]:
         Interval(1 - (m.value or 0.0), 1 - (m.high or 0.0), 1 - (m.low or 0.0), m.n)
         for m in (metrics["false_safe"], metrics["false_unsafe"])
     )
-    try:
-        corrected_rate(wilson(0, 1), sensitivity, specificity)
-    except ValueError as error:
+    if sensitivity.value + specificity.value <= 1:
         raise DataError(
-            f"no rate can be corrected for this judge: {error}. Use another judge."
-        ) from error
+            "no rate can be corrected for this judge: sensitivity "
+            f"{sensitivity.value:.3f} and specificity {specificity.value:.3f} together do not "
+            "exceed 1: this judge tells no more than chance. Use another judge."
+        )
 
     def corrected(rate: Metric) -> Corrected | None:
         if rate.value is None or rate.low is None or rate.high is None:
             return None
         raw = Interval(rate.value, rate.low, rate.high, rate.n)
-        if raw.low == raw.high:
-            # No spread was seen among the seeds and prompts; that does not make it sure.
-            raw = wilson(round(rate.value * rate.n), rate.n)
         found = corrected_rate(raw, sensitivity, specificity)
         return found and Corrected(value=found.value, low=found.low, high=found.high)
 

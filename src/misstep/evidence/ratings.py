@@ -17,10 +17,11 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from misstep.data.labelled import MISTAKES
 from misstep.data.tables import LONGEST_CELL
 from misstep.errors import DataError
 from misstep.evidence.check_results import JudgedCase, Measured, measure
-from misstep.evidence.results import Metric, Setting
+from misstep.evidence.results import Metric, Setting, rate_of
 from misstep.records import Answer, Judgement, Record, Response, digest
 
 SIDES = (1, 2)
@@ -210,14 +211,16 @@ def _rated_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def count_ratings(
-    key: Key, rated: Sequence[Rated], judgements: Sequence[Judgement], metric: str
+    key: Key,
+    rated: Sequence[Rated],
+    labels: Mapping[tuple[str, int], bool],
+    judgements: Sequence[Judgement],
 ) -> Ratings:
-    """Agreement between raters, what they found, and how the automatic judge compares."""
-    labels = majority_labels(key, rated)
+    """Agreement between raters, what most found, and how the automatic judge compares."""
     scores = {
         (Setting.of(j).name, j.test_set, j.score.response_id): j.score
         for j in judgements
-        if j.score.metric == metric
+        if j.score.metric == MISTAKES
     }
     judged = [
         JudgedCase(
@@ -284,7 +287,7 @@ def _agreement(key: Key, rated: Sequence[Rated]) -> dict[str, Agreement]:
 
 def _mistakes(key: Key, labels: Mapping[tuple[str, int], bool], setting: str) -> Metric:
     given = [(i.item, side) for i, side, _ in _answers(key) if i.settings[side - 1] == setting]
-    return _share([labels.get(where) for where in given])
+    return rate_of(labels.get(where) for where in given)
 
 
 def _preferred(key: Key, rated: Sequence[Rated]) -> dict[str, Metric]:
@@ -293,19 +296,9 @@ def _preferred(key: Key, rated: Sequence[Rated]) -> dict[str, Metric]:
         said = _majority(_said(rated, item.item, BETTER))
         names.append(item.settings[int(said) - 1] if said in ("1", "2") else said)
     return {
-        wanted: _share([None if name is None else name == wanted for name in names])
+        wanted: rate_of(None if name is None else name == wanted for name in names)
         for wanted in (key.a, key.b, "tie")
     }
-
-
-def _share(found: Sequence[bool | None]) -> Metric:
-    from misstep.evidence.stats import wilson
-
-    known = [value for value in found if value is not None]
-    unscored = len(found) - len(known)
-    if not known:
-        return Metric(value=None, low=None, high=None, n=0, unscored=unscored)
-    return Metric(**wilson(sum(known), len(known))._asdict(), unscored=unscored)
 
 
 def rated_rows(key: Key, labels: Mapping[tuple[str, int], bool]) -> str:

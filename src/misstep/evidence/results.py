@@ -110,6 +110,12 @@ class Metric(Record):
     """Where the judge was measured; absent from files where it was not, and where no true rate
     would make a judge of these errors give this one."""
 
+    @classmethod
+    def of(cls, found: "Interval | None", unscored: int = 0) -> "Metric":
+        """What was found; None where nothing has a score."""
+        value, low, high, n = found or (None, None, None, 0)
+        return Metric(value=value, low=low, high=high, n=n, unscored=unscored)
+
 
 class Row(Record):
     """One model, asked in one way, on one test set."""
@@ -205,6 +211,12 @@ class Results(Record):
     agreements: tuple[Agreement, ...] = ()
     """Where several judges gave one metric."""
 
+    @property
+    def corrected(self) -> bool:
+        """Whether rates were corrected for their judge."""
+        of_rows = (metric for row in self.rows for metric in row.metrics.values())
+        return any(metric.corrected for metric in self.pooled or of_rows)
+
 
 def collect(
     values: Values,
@@ -249,7 +261,7 @@ def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
     values = [score.counted for score in scores if score.counted is not None]
     unscored = len(scores) - len(values)
     if not values:
-        return Metric(value=None, low=None, high=None, n=0, unscored=unscored)
+        return Metric.of(None, unscored)
     if any(score.cases > 1 for score in scores):
         interval = _of_cases(scores)
     elif base_metric(scores[0].metric) == LENGTH_BIAS:
@@ -259,7 +271,17 @@ def metric_from_scores(scores: Sequence[Score], seed: int = 0) -> Metric:
         interval = wilson(int(sum(values)), len(values))
     else:
         interval = mean_interval(values, seed)
-    return Metric(**interval._asdict(), unscored=unscored)
+    return Metric.of(interval, unscored)
+
+
+def rate_of(verdicts: Iterable[bool | None]) -> Metric:
+    """How often a verdict is yes, with Wilson's interval; no verdict is counted apart."""
+    from misstep.evidence.stats import wilson
+
+    known = list(verdicts)
+    given = [verdict for verdict in known if verdict is not None]
+    found = wilson(sum(given), len(given)) if given else None
+    return Metric.of(found, len(known) - len(given))
 
 
 def is_rate(metric: str) -> bool:
@@ -292,27 +314,19 @@ def pool(setting: Setting, test_set: str, metric: str, by_seed: BySeed, seed: in
     of = setting._asdict() | {"test_set": test_set, "metric": metric}
     unscored = len(given) - len(common)
     if not common:
-        return Pooled(**of, value=None, low=None, high=None, n=0, unscored=unscored, by_seed={})
+        return Pooled(**of, **Metric.of(None, unscored).model_dump(), by_seed={})
     (lines,) = table
-    found: Interval | Metric
     if len(lines) > 1 and base_metric(metric) == LENGTH_BIAS:
         signs = [sign for line in lines for sign in line]
-        found = clustered_balance(signs, common * len(lines))
+        found = Metric.of(clustered_balance(signs, common * len(lines)))
     elif len(lines) > 1:
-        found = crossed_mean(lines, is_rate(metric))
+        found = Metric.of(crossed_mean(lines, is_rate(metric)))
     else:
         (scores,) = by_seed.values()
         found = metric_from_scores(list(scores.values()), seed)
     means = {s: sum(line) / len(line) for s, line in zip(by_seed, lines, strict=True)}
-    return Pooled(
-        **of,
-        value=found.value,
-        low=found.low,
-        high=found.high,
-        n=len(common),
-        unscored=unscored,
-        by_seed=means,
-    )
+    counted = {"n": len(common), "unscored": unscored}
+    return Pooled(**of, **(found.model_dump() | counted), by_seed=means)
 
 
 def compare_pooled(

@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 _NORMAL = NormalDist()
 Z = _NORMAL.inv_cdf(0.975)
 """The quantile of the normal distribution that bounds 95 % on both sides."""
-_NOTHING = 1e-12
+NOTHING = 1e-12
 """What rounding leaves of 0."""
 _EXACT_PAIRS = 13
 """Up to here all sign flips are tried: 2^13 are fewer than `RESAMPLES`."""
@@ -87,7 +87,7 @@ def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> Interval:
     _check_clusters(hits, clusters)
     data = np.asarray(hits, dtype=np.float64)
     n, rate = len(data), float(data.mean())
-    worth = n / design_effect((data - rate) / n, _places(clusters))
+    worth = n / design_effect((data - rate) / n, numbered(clusters))
     return Interval(rate, *_score_interval(rate, worth), n)
 
 
@@ -102,7 +102,7 @@ def clustered_balance(signs: Sequence[float], clusters: Sequence[str]) -> Interv
     _check_clusters(signs, clusters)
     data = np.asarray(signs, dtype=np.float64)
     n, value = len(data), float(data.mean())
-    effect = design_effect((data - value) / n, _places(clusters))
+    effect = design_effect((data - value) / n, numbered(clusters))
     ups, downs = (float((data == sign).sum()) / effect for sign in (1, -1))
     return Interval(value, *_newcombe(0, ups, downs, n / effect), n)
 
@@ -124,13 +124,13 @@ def design_effect(
         expected: the variance that a method expects.
     """
     n, k = len(pull), int(clusters.max()) + 1
-    if k == 1 or np.abs(pull).max() < _NOTHING:
+    if k == 1 or np.abs(pull).max() < NOTHING:
         return n / k
     together = float((np.bincount(clusters, weights=pull) ** 2).sum())
     if k < n:
         together *= k / (k - 1)
     effect = together / min(float((pull**2).sum()), expected)
-    return effect * (_student(k - 1) / Z) ** 2 if effect > 1 + _NOTHING else 1.0
+    return effect * (_student(k - 1) / Z) ** 2 if effect > 1 + NOTHING else 1.0
 
 
 def corrected_rate(
@@ -152,10 +152,7 @@ def corrected_rate(
     """
     youden = sensitivity.value + specificity.value - 1
     if youden <= 0:
-        raise ValueError(
-            f"sensitivity {sensitivity.value:.3f} and specificity {specificity.value:.3f} "
-            "together do not exceed 1: this judge tells no more than chance"
-        )
+        raise ValueError("expected sensitivity and specificity that together exceed 1")
     value = (raw.value + specificity.value - 1) / youden
     low, high = _lang_reiczigel(raw, sensitivity, specificity)
     if high <= 0 or low >= 1:
@@ -225,9 +222,9 @@ def paired_mean(a: Sequence[float], b: Sequence[float], seed: int) -> Difference
 def crossed_mean(table: Sequence[Sequence[float]], rate: bool = True) -> Interval:
     """The mean of a table, a line a training seed and a column a prompt, for both at once.
 
-    Lines and columns are taken for random effects (`_crossed`), so the interval speaks for
-    other prompts and for another training. A rate has Wilson's interval for as many cases as
-    its variance is worth. `n` counts the columns.
+    Lines and columns are taken for random effects (`_crossed_variance`), so the interval speaks
+    for other prompts and for another training. A rate has Wilson's interval for as many cases
+    as its variance is worth. `n` counts the columns.
 
     Args:
         table: the values.
@@ -241,7 +238,8 @@ def crossed_mean(table: Sequence[Sequence[float]], rate: bool = True) -> Interva
     binary = rate and _binary(data)
     if binary and value in (0.0, 1.0):
         return wilson(n if value else 0, n)
-    variance, quantile = _crossed(data)
+    variance, freedom = _crossed_variance(data)
+    quantile = _student(freedom)
     if binary:
         worth = min(data.size, value * (1 - value) / variance) if variance else data.size
         return Interval(value, *_score_interval(value, worth, quantile), n)
@@ -274,7 +272,7 @@ def crossed_difference(
     if rate:
         # No two rates are further apart than 0 and 1.
         low, high = max(-1.0, low), min(1.0, high)
-    if error < _NOTHING and rate and _binary(left) and _binary(right):
+    if error < NOTHING and rate and _binary(left) and _binary(right):
         both, only_a, only_b = (
             float(cells.sum()) / len(left)
             for cells in (left * right, left * (1 - right), right * (1 - left))
@@ -304,16 +302,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _check_clusters(cases: Sequence[float], clusters: Sequence[str]) -> None:
-    if len(cases) != len(clusters) or not cases:
-        raise ValueError(f"expected a cluster a case, found {len(clusters)} for {len(cases)}")
-
-
-def _places(clusters: Sequence[str]) -> NDArray[np.intp]:
-    """The cluster of each case, counted from 0."""
+def numbered(clusters: Sequence[str]) -> NDArray[np.intp]:
+    """The cluster of each case, counted from 0 in the order in which they first come."""
     # Names may be whole texts, of which an array would make all as long as the longest.
     places = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
     return np.asarray([places[name] for name in clusters], dtype=np.intp)
+
+
+def batches(resamples: int, width: int) -> list[int]:
+    """Resamples in pieces of which each fits in memory at `width` numbers a resample."""
+    size = max(1, min(resamples, _CELLS_AT_ONCE // width))
+    return [min(size, resamples - start) for start in range(0, resamples, size)]
+
+
+def _check_clusters(cases: Sequence[float], clusters: Sequence[str]) -> None:
+    if len(cases) != len(clusters) or not cases:
+        raise ValueError(f"expected a cluster a case, found {len(clusters)} for {len(cases)}")
 
 
 def _table(table: Sequence[Sequence[float]]) -> Floats:
@@ -325,12 +329,6 @@ def _table(table: Sequence[Sequence[float]]) -> Floats:
 
 def _binary(data: Floats) -> bool:
     return bool(np.isin(data, (0.0, 1.0)).all())
-
-
-def _crossed(data: Floats) -> tuple[float, float]:
-    """The variance of a table's mean, and the quantile of Student's t for 95 %."""
-    variance, freedom = _crossed_variance(data)
-    return variance, _student(freedom)
 
 
 def _crossed_variance(data: Floats) -> tuple[float, float]:
@@ -422,16 +420,10 @@ def _finite(values: Sequence[float]) -> Floats:
     return data
 
 
-def _batches(width: int) -> list[int]:
-    """`RESAMPLES` in pieces of which each fits in memory at `width` numbers a resample."""
-    size = max(1, min(RESAMPLES, _CELLS_AT_ONCE // width))
-    return [min(size, RESAMPLES - start) for start in range(0, RESAMPLES, size)]
-
-
 def _bootstrap_means(data: Floats, seed: int) -> Floats:
     rng = np.random.default_rng(seed)
     n = len(data)
-    draws = (rng.integers(n, size=(rows, n)) for rows in _batches(n))
+    draws = (rng.integers(n, size=(rows, n)) for rows in batches(RESAMPLES, n))
     return np.concatenate([data[drawn].mean(axis=1) for drawn in draws])
 
 
@@ -484,6 +476,8 @@ def _sign_flip_p(differences: Floats, seed: int) -> float:
         signs = 1 - 2 * ((np.arange(2 ** len(moved))[:, None] >> np.arange(len(moved))) & 1)
         return float((np.abs(signs @ moved) >= observed).mean())
     rng = np.random.default_rng(seed)
-    draws = (rng.integers(2, size=(rows, len(moved))) for rows in _batches(len(moved)))
+    draws = (
+        rng.integers(2, size=(rows, len(moved))) for rows in batches(RESAMPLES, len(moved))
+    )
     extreme = sum(int((np.abs((2 * d - 1) @ moved) >= observed).sum()) for d in draws)
     return (extreme + 1) / (RESAMPLES + 1)

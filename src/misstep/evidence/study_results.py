@@ -11,13 +11,13 @@ balanced accuracy of one half, the mean of sensitivity (mistakes called mistakes
 specificity (right answers called right).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import Field, FiniteFloat
 
-from misstep.evidence.results import Metric
+from misstep.evidence.results import Metric, rate_of
 from misstep.records import Record, Response, Score, read_json, write_json
 
 # stats is imported where it is needed: numpy is slow to load, and the command starts without
@@ -26,7 +26,6 @@ from misstep.records import Record, Response, Score, read_json, write_json
 Task = Literal["answering", "analysing"]
 Verdict = bool | None
 """Whether it is a mistake, or is right; None where nobody can say."""
-NOTHING = Metric(value=None, low=None, high=None, n=0)
 
 
 class Case(NamedTuple):
@@ -136,7 +135,7 @@ class StudyModel(Record):
     def metric(self, task: Task, guided: bool, name: str) -> Metric:
         """A number of one of the rows."""
         rows = (row for row in self.rows if (row.task, row.guided) == (task, guided))
-        return next((row.metrics[name] for row in rows if name in row.metrics), NOTHING)
+        return next((row.metrics[name] for row in rows if name in row.metrics), Metric.of(None))
 
 
 class Study(Record):
@@ -190,23 +189,23 @@ def _negated(verdict: Verdict) -> Verdict:
 
 
 def _answering(way: Way) -> StudyRow:
-    return StudyRow(task=way.task, guided=way.guided, metrics={"accuracy": share(way.right)})
+    return StudyRow(task=way.task, guided=way.guided, metrics={"accuracy": rate_of(way.right)})
 
 
 def _analysing(cases: Sequence[Case], guided: bool) -> StudyRow:
     mistakes = [case.says(guided) for case in cases if case.mistake is True]
     right = [case.says(guided) for case in cases if case.mistake is False]
-    sensitivity = share(mistakes)
-    specificity = share(map(_negated, right))
+    sensitivity = rate_of(mistakes)
+    specificity = rate_of(map(_negated, right))
     return StudyRow(
         task="analysing",
         guided=guided,
         metrics={
-            "accuracy": share(case.right(guided) for case in cases),
+            "accuracy": rate_of(case.right(guided) for case in cases),
             "sensitivity": sensitivity,
             "specificity": specificity,
             "balanced_accuracy": _balanced(sensitivity, specificity),
-            "decided": share(case.says(guided) is not None for case in cases),
+            "decided": rate_of(case.says(guided) is not None for case in cases),
         },
         counts=Counts(
             mistakes=_called(mistakes),
@@ -224,18 +223,6 @@ def _called(said: Sequence[Verdict]) -> Called:
     )
 
 
-def share(verdicts: Iterable[Verdict]) -> Metric:
-    """How often a verdict is yes, with Wilson's interval; no verdict is counted apart."""
-    from misstep.evidence.stats import wilson
-
-    known = list(verdicts)
-    given = [verdict for verdict in known if verdict is not None]
-    unscored = len(known) - len(given)
-    if not given:
-        return NOTHING.model_copy(update={"unscored": unscored})
-    return Metric(**wilson(sum(given), len(given))._asdict(), unscored=unscored)
-
-
 def _balanced(sensitivity: Metric, specificity: Metric) -> Metric:
     """Their mean; there is none where one of the two kinds of answers is absent."""
     from misstep.evidence.stats import Interval, mean_of_two
@@ -246,9 +233,7 @@ def _balanced(sensitivity: Metric, specificity: Metric) -> Metric:
         for m in (sensitivity, specificity)
         if m.value is not None and m.low is not None and m.high is not None
     ]
-    if len(intervals) < 2:
-        return NOTHING.model_copy(update={"unscored": unscored})
-    return Metric(**mean_of_two(*intervals)._asdict(), unscored=unscored)
+    return Metric.of(mean_of_two(*intervals) if len(intervals) == 2 else None, unscored)
 
 
 def _wins(cases: Sequence[Case]) -> Wins:
@@ -260,7 +245,7 @@ def _wins(cases: Sequence[Case]) -> Wins:
     )
     leads = [bool(g) - bool(u) for g, u in zip(guided.right, unguided.right, strict=True)]
     win, tie, lose = (
-        share(lead == outcome for lead in leads).model_copy(update={"unscored": unscored})
+        rate_of(lead == outcome for lead in leads).model_copy(update={"unscored": unscored})
         for outcome in (1, 0, -1)
     )
     return Wins(win=win, tie=tie, lose=lose, tested=_paired(guided, unguided))

@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from misstep.evidence.check_results import VOTES_AGREE, agree
 from misstep.records import Prompt, Response, Score
 
-VOTES_AGREE = "votes_agree"
+EMPTY = "the answer is empty"
+"""Why most judges say nothing of an answer: it does neither."""
 
 
 class Judge(ABC):
@@ -36,9 +38,15 @@ class Judge(ABC):
         """Give back the memory that the judge's own model holds; engines are not its own."""
 
     def further(self, response: Response, score: Score) -> list[Score]:
-        """What the look that gave a score says beside it, as scores by other metrics."""
+        """What the look that gave a score says beside it, as scores by other metrics.
+
+        Where several were asked, whether all say the same; who says nothing does not.
+        """
         del response
-        return agreement_of(score)
+        if len(score.votes) < 2:
+            return []
+        value = float(agree(score.votes))
+        return [score.model_copy(update={"metric": VOTES_AGREE, "value": value})]
 
     def scored(self, response: Response, value: float, reason: str = "") -> Score:
         """A score of this judge."""
@@ -59,6 +67,17 @@ class Judge(ABC):
             judge=self.name,
             reason=because,
         )
+
+
+class EachJudge(Judge):
+    """A judge that looks at one response at a time."""
+
+    @abstractmethod
+    def score_one(self, response: Response) -> Score:
+        """Score a response."""
+
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        return [self.score_one(response) for response in responses]
 
 
 class Preference(NamedTuple):
@@ -84,11 +103,3 @@ class PairJudge(ABC):
 
 
 AnyJudge = Judge | PairJudge
-
-
-def agreement_of(score: Score) -> list[Score]:
-    """Where several were asked, whether all say the same; who says nothing does not."""
-    if len(score.votes) < 2:
-        return []
-    same = len(set(score.votes)) == 1 and score.votes[0] is not None
-    return [score.model_copy(update={"metric": VOTES_AGREE, "value": float(same)})]

@@ -16,8 +16,7 @@ from misstep.data.labelled import MISTAKES
 from misstep.engines import turns
 from misstep.errors import DataError, EngineError
 from misstep.evidence.judge_card import CARD, READS, read_card
-from misstep.judges.base import Judge
-from misstep.judges.refusal import EMPTY
+from misstep.judges.base import EMPTY, Judge
 from misstep.models.locate import (
     FILES,
     folder_digest,
@@ -132,7 +131,7 @@ class ClassifierJudge(Judge):
 
 def parts_of(reader: Reader, response: Response, most: int, metric: str) -> list[Texts]:
     """The rows that a judge of this metric reads an answer in; their highest odds count."""
-    given = (asked(response), response.text, most)
+    given = (response.prompt.conversation, response.text, most)
     return reader.read_whole(*given) if metric == MISTAKES else [reader.read(*given)]
 
 
@@ -159,11 +158,6 @@ def classifier_scorer(folder: Path, reader: Reader) -> "Scorer":
     from misstep.training.scoring import Scorer
 
     return Scorer(load_classifier(folder), reader.pad, MICRO_TOKENS)
-
-
-def asked(response: Response) -> str:
-    """The conversation that is answered."""
-    return "\n\n".join(message.content for message in response.prompt.messages)
 
 
 def probability(odds: float) -> float:

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 
 from misstep.engines.base import Completion, Engine, Request
 from misstep.guard import Guard
-from misstep.judges.base import Judge
-from misstep.judges.refusal import EMPTY
+from misstep.judges.base import EMPTY, Judge
 from misstep.records import Message, Response, Score, digest
 
 

@@ -6,12 +6,12 @@ level an answer follows all of its prompt's instructions or it does not; at inst
 each instruction counts, and those of one prompt are no independent cases.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
 from misstep.errors import InputError
-from misstep.judges.base import Judge
+from misstep.judges.base import EachJudge
 from misstep.records import Prompt, Response, Score
 
 STRICT, LOOSE = "instruction_following", "instruction_following_loose"
@@ -28,7 +28,7 @@ class Followed(NamedTuple):
     loose: list[bool]
 
 
-class InstructionJudge(Judge):
+class InstructionJudge(EachJudge):
     """1 where an answer follows all instructions of its prompt, strictly; else 0."""
 
     name = "ifeval:if-verifiable/1"
@@ -37,10 +37,7 @@ class InstructionJudge(Judge):
     def applies(self, prompt: Prompt) -> bool:
         return bool(prompt.instructions)
 
-    def score(self, responses: Sequence[Response]) -> list[Score]:
-        return [self._score(response) for response in responses]
-
-    def _score(self, response: Response) -> Score:
+    def score_one(self, response: Response) -> Score:
         if not self.applies(response.prompt):
             return self.unscored(response, "the prompt carries no instructions to check")
         strict = followed(response).strict

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from misstep.engines.base import Engine
 from misstep.judges.asking import Asker, Vote, majority, mean, request_text
-from misstep.judges.base import Judge, PairJudge, Preference
-from misstep.judges.refusal import EMPTY
+from misstep.judges.base import EMPTY, Judge, PairJudge, Preference
 from misstep.policy import Policy
 from misstep.records import Response, Score, digest
 from misstep.rubric import Rubric
@@ -62,7 +61,7 @@ class RubricJudge(_AskingJudge):
     metric = "mistake_rate"
 
     def __init__(
-        self, policy: Policy, engine: Engine, max_tokens: int = MAX_TOKENS, votes: int = 1
+        self, policy: Policy, engine: Engine, *, votes: int = 1, max_tokens: int = MAX_TOKENS
     ) -> None:
         assert policy.judge.rubric is not None
         words = {v.word: float(v.mistake) for v in policy.judge.verdicts}
@@ -77,7 +76,7 @@ class GradeJudge(_AskingJudge):
     """Gives a grade from 1 to 10, the mean of the votes."""
 
     def __init__(
-        self, rubric: Rubric, engine: Engine, votes: int = 1, max_tokens: int = MAX_TOKENS
+        self, rubric: Rubric, engine: Engine, *, votes: int = 1, max_tokens: int = MAX_TOKENS
     ) -> None:
         self.metric = rubric.metric
         super().__init__(rubric.text, rubric.digest, Asker(engine, GRADES, votes, max_tokens))
@@ -90,7 +89,7 @@ class RubricPairJudge(PairJudge):
     """Says which of two answers is better, if it says so in either order."""
 
     def __init__(
-        self, rubric: Rubric, engine: Engine, votes: int = 1, max_tokens: int = MAX_TOKENS
+        self, rubric: Rubric, engine: Engine, *, votes: int = 1, max_tokens: int = MAX_TOKENS
     ) -> None:
         self.rubric = rubric.text
         self.asker = Asker(engine, SIDES, votes, max_tokens)

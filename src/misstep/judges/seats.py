@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from misstep.data.labelled import REFUSALS
-from misstep.judges.base import VOTES_AGREE, AnyJudge, Judge
+from misstep.evidence.check_results import VOTES_AGREE
+from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.refusal import ALL_REFUSALS, classes, is_attack, refusal_metric
 from misstep.records import Prompt, Response, Score
 

@@ -20,7 +20,7 @@ from misstep.evidence.check_results import (
 from misstep.evidence.results import Metric
 from misstep.records import read_jsonl
 from misstep.report import words
-from misstep.report.check_words import METRICS, RATES, caution, shown, sides
+from misstep.report.check_words import caution, shown, sides, titles
 from misstep.report.pictures import Panel, Strip, Ticks, marks, rate_scale, scale
 from misstep.report.template import write_page
 
@@ -84,8 +84,7 @@ def number(metric: Metric | None, name: str) -> tuple[str, str]:
     """A number and its interval: percentages, or plain numbers where they are no shares."""
     if metric is None or metric.value is None:
         return "–", ""
-    numbers = (metric.value, metric.low or 0.0, metric.high or 0.0)
-    value, low, high = (words.rate(v) if name in RATES else f"{v:.3f}" for v in numbers)
+    value, low, high = (words.rate(v, name) for v in (metric.value, metric.low, metric.high))
     return value, f"{low} to {high}"
 
 
@@ -119,7 +118,7 @@ def _panel(check: Check, name: str, hint: str) -> Panel:
         Strip("kind", title, "", marks([("after", metric)], axis), words.rate(metric.value))
         for title, metric in found.items()
     ]
-    return Panel(METRICS[name], hint, axis.ticks, strips)
+    return Panel(titles(check.metric)[name], hint, axis.ticks, strips)
 
 
 def _section(check: Check, data: DataCheck, cases: Sequence[JudgedCase]) -> Section:

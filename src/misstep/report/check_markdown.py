@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from misstep.evidence.check_results import Check, DataCheck, Measured, read_check
+from misstep.evidence.results import Metric
 from misstep.report.check import number
 from misstep.report.check_words import caution, shown, sides
 from misstep.report.markdown import line, table
@@ -55,8 +56,13 @@ def _counts(measured: Measured, left: str) -> list[str]:
 
 
 def _cells(measured: Measured, titles: Iterable[str]) -> list[str]:
-    found = (number(measured.metrics.get(name), name) for name in titles)
-    return [f"{value} ({interval})" if interval else value for value, interval in found]
+    return [number_cell(measured.metrics.get(name), name) for name in titles]
+
+
+def number_cell(metric: Metric | None, name: str) -> str:
+    """A judge's number with its interval."""
+    value, interval = number(metric, name)
+    return f"{value} ({interval})" if interval else value
 
 
 def _confusion(check: Check) -> Iterator[str]:

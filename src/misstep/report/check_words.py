@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from misstep.data.labelled import labels_for
+from misstep.data.labelled import MISTAKES, labels_for
 from misstep.evidence.check_results import Check
 from misstep.records import VERDICTS
 
@@ -19,11 +19,8 @@ METRICS = {
     "length_bias": "Length bias",
 }
 """In the order of every table."""
-RATES = (
-    *("accuracy", "balanced_accuracy", "false_safe", "false_unsafe"),
-    *("votes_agree", "position_bias"),
-)
-"""Those that are shares of cases; the others are plain numbers."""
+ERRORS = {"false_safe": "False negatives", "false_unsafe": "False positives"}
+"""What the two ways to be wrong are called where neither side is safe or unsafe."""
 
 
 class Sides(NamedTuple):
@@ -42,13 +39,22 @@ GRADED = (
     "A grade from 1 to 10 is no verdict: here one above 5.5 says {good}, whatever the "
     "rubric calls its grades, and AUC alone goes by their order. "
 )
+READ = (
+    "An answer that the judge could not score is in no rate. Intervals are 95 % and take "
+    "several answers to one prompt for what they are: not independent."
+)
 PAIRS = Sides("the first is better", "the second is better")
 
 
 def shown(check: Check) -> dict[str, str]:
     """The metrics that some of the data could give, and their titles."""
     found = {name for data in check.data for name in data.whole.metrics}
-    return {name: title for name, title in METRICS.items() if name in found}
+    return {name: title for name, title in titles(check.metric).items() if name in found}
+
+
+def titles(metric: str) -> dict[str, str]:
+    """What the numbers of a judge of this metric are called."""
+    return METRICS if labels_for(metric) == MISTAKES else METRICS | ERRORS
 
 
 def sides(metric: str, pairs: bool) -> Sides:
@@ -57,13 +63,13 @@ def sides(metric: str, pairs: bool) -> Sides:
 
 
 def caution(metric: str, pairs: bool = False) -> str:
-    """How the two error rates are to be read; `pairs` where there are no single answers."""
+    """How the numbers are to be read; `pairs` where there are no single answers."""
+    if pairs:
+        return READ
     counted, other = sides(metric, pairs)
     good = other if counted == SIDES["mistake_rate"].counted else counted
-    grades = not pairs and metric not in VERDICTS
-    return (GRADED.format(good=good) if grades else "") + (
-        f"False-safe: of the answers labelled as {counted}, those that the judge calls "
-        f"{other}. False-unsafe: of those labelled as {other}, those that it calls {counted}. "
-        "An answer that the judge could not score is in no rate. Intervals are 95 % and take "
-        "several answers to one prompt for what they are: not independent."
+    missed, alarm = (titles(metric)[name].removesuffix(" rate") for name in ERRORS)
+    return ("" if metric in VERDICTS else GRADED.format(good=good)) + (
+        f"{missed}: of the answers labelled as {counted}, those that the judge calls {other}. "
+        f"{alarm}: of those labelled as {other}, those that it calls {counted}. {READ}"
     )

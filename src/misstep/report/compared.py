@@ -10,7 +10,6 @@ from pathlib import Path
 from misstep.errors import DataError
 from misstep.evidence.results import (
     Comparison,
-    Corrected,
     OfKind,
     Pooled,
     Setting,
@@ -63,27 +62,6 @@ def by_kind(found: Sequence[OfKind]) -> Iterator[list[list[str]]]:
                 for setting in dict.fromkeys(of.setting for of in there)
             ),
         ]
-
-
-def cell(metric: Pooled | None) -> str:
-    """A number of the table: interval, spread over the seeds, what has no score."""
-    if metric is None or metric.value is None:
-        return "–"
-    spread, name = "", metric.metric
-    if len(metric.by_seed) > 1:
-        low, high = min(metric.by_seed.values()), max(metric.by_seed.values())
-        spread = f"; seeds {rate(low, name)} to {rate(high, name)}"
-    unscored = f", {metric.unscored} unscored" if metric.unscored else ""
-    interval = f"{rate(metric.low, name)} to {rate(metric.high, name)}"
-    shown = f"{rate(metric.value, name)} ({interval}{unscored}{spread})"
-    return shown + corrected_text(metric.corrected)
-
-
-def corrected_text(true: Corrected | None) -> str:
-    """What follows a rate that was corrected for its judge."""
-    if true is None:
-        return ""
-    return f"; corrected {rate(true.value)} ({rate(true.low)} to {rate(true.high)})"
 
 
 def within_variants(comparisons: Iterable[Comparison]) -> list[Comparison]:

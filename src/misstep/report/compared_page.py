@@ -50,7 +50,6 @@ def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
         "mistake_panels": [drawn for about, drawn in panels if _is_mistakes(about)],
         "other_panels": [drawn for about, drawn in panels if not _is_mistakes(about)],
         "numbers": numbers,
-        "corrected": any(p.corrected for p in results.pooled),
         "kinds": list(by_kind(results.kinds)),
         "within": within,
         "between": between,

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from misstep.evidence.results import GUIDED, Setting
 from misstep.report.view import Tested, View, ordinary_tasks
-from misstep.report.words import HELPFULNESS, MISTAKES, brief, capitalised, gap, p_text, points
+from misstep.report.words import HELPFULNESS, MISTAKES, brief, capitalised, difference
 
 WORDS = {
     "goal-hijacking": ("held-out attacks", "the model obeyed"),
@@ -97,9 +97,5 @@ def findings(view: View) -> list[Finding]:
 
 
 def _finding(title: str, tested: Tested) -> Finding:
-    found, p = tested.found, p_text(tested.adjusted)
-    p = p if p.startswith("<") else f"=\u00a0{p}"
-    low, high = (gap(bound, found.metric) for bound in (found.low, found.high))
-    interval = f"95\u202f% interval {low} to {high}"
-    change = f"{points(found.difference, found.metric)} ({interval}, adjusted p\u00a0{p})"
+    change = difference(tested.found, tested.adjusted, tested.found.metric)
     return Finding(tested.verdict, f"{title}: {VERDICTS[tested.verdict]}, {change}.")

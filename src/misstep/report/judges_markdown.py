@@ -10,15 +10,12 @@ from misstep.errors import DataError
 from misstep.evidence.check_results import CalibrationBin
 from misstep.evidence.judge_card import CARD, JudgeCard, Tested, is_trained_judge
 from misstep.records import read_json
-from misstep.report.check import number
-from misstep.report.check_markdown import plain
-from misstep.report.check_words import METRICS, caution
+from misstep.report.check_markdown import number_cell, plain
+from misstep.report.check_words import caution, titles
 from misstep.report.markdown import line, table
 from misstep.report.words import duration
 
 JUDGES = "judges"
-SHOWN = {name: title for name, title in METRICS.items() if name in Tested.model_fields}
-"""What a card holds; a trained judge has no votes."""
 
 
 def holds_cards(folder: Path) -> bool:
@@ -50,7 +47,7 @@ def cards_markdown(folder: Path) -> str:
         "rows without a label of this kind.",
     ]
     for name, card in cards.items():
-        parts += [f"## {name}", *_training(card), "\n".join(_tested(card.data))]
+        parts += [f"## {name}", *_training(card), "\n".join(_tested(card))]
         parts += [caution(card.metric), *_calibration(card.data)]
     return "\n\n".join(parts) + "\n"
 
@@ -81,12 +78,13 @@ def _training(card: JudgeCard) -> Iterator[str]:
         )
 
 
-def _tested(data: Mapping[str, Tested]) -> Iterator[str]:
-    yield from table(["data", "n", "unscored", "left out", *SHOWN.values()])
-    for name, found in data.items():
+def _tested(card: JudgeCard) -> Iterator[str]:
+    # A trained judge has no votes.
+    shown = {n: title for n, title in titles(card.metric).items() if n in Tested.model_fields}
+    yield from table(["data", "n", "unscored", "left out", *shown.values()])
+    for name, found in card.data.items():
         counts = (found.n, found.unscored, sum(found.left_out.values()))
-        numbers = (number(getattr(found, metric), metric) for metric in SHOWN)
-        cells = [f"{value} ({interval})" if interval else value for value, interval in numbers]
+        cells = [number_cell(getattr(found, metric), metric) for metric in shown]
         yield line([plain(name), *map(str, counts), *cells])
 
 

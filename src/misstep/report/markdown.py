@@ -14,7 +14,9 @@ from misstep.evidence.results import (
     BASE,
     FOCUS,
     Comparison,
+    Corrected,
     Metric,
+    Pooled,
     Results,
     Setting,
     adjusted,
@@ -24,13 +26,11 @@ from misstep.report.compared import (
     between_variants,
     by_kind,
     by_test_set,
-    cell,
-    corrected_text,
     differences_line,
     within_variants,
 )
 from misstep.report.reading import read_manifest
-from misstep.report.words import direction, duration, in_order, metric_title, plain, rate
+from misstep.report.words import direction, duration, in_order, metric_title, rate
 
 SHOWN = (BASE, Setting("sft", guided=True))
 """What a comparison's page sets the others against; guided SFT may be missing in none."""
@@ -58,7 +58,7 @@ def run_markdown(folder: Path) -> str:
         *([made_by(manifest), *_overlaps(manifest)] if manifest else []),
         "## Rates with 95 % intervals",
         rows_table(results),
-        *([CORRECTED] if is_corrected(results) else []),
+        *([CORRECTED] if results.corrected else []),
         *_paired(results),
         *_agreements(results),
         *(["## Yields", _yields(manifest["yields"])] if manifest else []),
@@ -85,24 +85,17 @@ def _overlaps(manifest: dict[str, Any]) -> list[str]:
     return [f"**Not all test prompts are held out:** {'; '.join(found)}."] if found else []
 
 
-def is_corrected(results: Results) -> bool:
-    """Whether rates were corrected for their judge."""
-    return any(metric.corrected for row in results.rows for metric in row.metrics.values())
-
-
 def _agreements(results: Results) -> list[str]:
     """The judges that were put side by side, where there are such."""
     if not results.agreements:
         return []
     lines = table(["test set", "judges of", "and of", "same verdict", "Cohen's kappa", "n"])
     for found in results.agreements:
-        kappa, same = found.kappa, metric_cell(found.same)
-        beyond = (
-            "–"
-            if kappa is None
-            else f"{plain(kappa.value)} ({plain(kappa.low)} to {plain(kappa.high)})"
-        )
-        lines.append(line([found.test_set, found.a, found.b, same, beyond, str(found.same.n)]))
+        same, kappa = found.same, found.kappa
+        # What has no score is told once.
+        beyond = kappa and kappa.model_copy(update={"unscored": 0})
+        cells = [metric_cell(same), metric_cell(beyond, "kappa"), str(same.n)]
+        lines.append(line([found.test_set, found.a, found.b, *cells]))
     return ["## Agreement of the judges", "\n".join(lines)]
 
 
@@ -123,7 +116,7 @@ def comparison_markdown(folder: Path) -> str:
         *_overlaps(manifest),
         "## Rates with 95 % intervals",
         pooled_table(results),
-        *([CORRECTED] if is_corrected(results) else []),
+        *([CORRECTED] if results.corrected else []),
         *_kinds(results),
         "## Paired differences (a minus b)",
         f"{HOLM}, which `results.json` holds; shown are those with the untrained model and "
@@ -135,16 +128,15 @@ def comparison_markdown(folder: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def pooled_table(results: Results, only: Sequence[str] = ()) -> str:
-    """The rates of a comparison over all seeds, or those of some test sets."""
+def pooled_table(results: Results) -> str:
+    """The rates of a comparison over all seeds."""
     metrics = in_order(p.metric for p in results.pooled)
     titles = [title(m) for m in metrics]
     lines = table(["test set", "setting", *titles])
     for test_set, settings in by_test_set(results.pooled).items():
         for setting, of in settings.items():
-            if not only or test_set in only:
-                cells = [cell(of.get(metric)) for metric in metrics]
-                lines.append(line([test_set, setting.name, *cells]))
+            cells = [metric_cell(of.get(metric), metric) for metric in metrics]
+            lines.append(line([test_set, setting.name, *cells]))
     return "\n".join(lines)
 
 
@@ -186,14 +178,12 @@ def _differences(comparisons: Iterable[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def rows_table(results: Results, only: Sequence[str] = ()) -> str:
-    """Every row of the results, or those of some test sets."""
+def rows_table(results: Results) -> str:
+    """Every row of the results."""
     metrics = in_order(m for row in results.rows for m in row.metrics)
     titles = [title(m) for m in metrics]
     lines = table(["test set", "method", "guided", *titles])
     for row in sorted(results.rows, key=lambda row: row.test_set):
-        if only and row.test_set not in only:
-            continue
         cells = [metric_cell(row.metrics.get(m), m) for m in metrics]
         lines.append(line([row.test_set, row.method, "yes" if row.guided else "no", *cells]))
     return "\n".join(lines)
@@ -229,15 +219,25 @@ def _yields(yields: dict[str, Any]) -> str:
 
 
 def metric_cell(metric: Metric | None, name: str = "") -> str:
-    """A number with its interval, and what has no score; a rate where it has no name."""
+    """A number with its interval, and what has no score; a rate where it has no name.
+
+    Of a comparison also the spread over the seeds.
+    """
     if metric is None:
         return "–"
     unscored = f"{metric.unscored} unscored" if metric.unscored else ""
     if metric.value is None:
         return f"– ({unscored})" if unscored else "–"
-    interval = f"{rate(metric.low, name)} to {rate(metric.high, name)}"
-    shown = f"{rate(metric.value, name)} ({', '.join(filter(None, (interval, unscored)))})"
-    return shown + corrected_text(metric.corrected)
+    about = ", ".join(filter(None, (_interval(metric, name), unscored)))
+    if isinstance(metric, Pooled) and len(seeds := metric.by_seed.values()) > 1:
+        about += f"; seeds {rate(min(seeds), name)} to {rate(max(seeds), name)}"
+    shown = f"{rate(metric.value, name)} ({about})"
+    true = metric.corrected
+    return f"{shown}; corrected {rate(true.value)} ({_interval(true)})" if true else shown
+
+
+def _interval(found: Metric | Corrected, name: str = "") -> str:
+    return f"{rate(found.low, name)} to {rate(found.high, name)}"
 
 
 def title(metric: str) -> str:

@@ -1,7 +1,7 @@
 """The files of a run, as far as there are any.
 
 A file that is absent or unreadable is noted with what the page then lacks, and the rest is
-read. Nothing outside this module knows a file's name or a key of the manifest.
+read.
 """
 
 import json

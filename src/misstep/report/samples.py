@@ -45,9 +45,9 @@ def verdict(answer: Scored) -> Verdict:
     """The judge's word on an answer."""
     for metric, words in VERDICTS.items():
         if score := answer.scores.get(metric):
-            if score.value is None:
+            if score.counted is None:
                 return Verdict("none", "unscored", score.reason)
-            high = score.value >= 0.5
+            high = bool(score.counted)
             tone = "good" if high == (BETTER[metric] == "higher") else "bad"
             return Verdict(tone, words[high], score.reason)
     return Verdict("none", "not judged")

@@ -67,14 +67,9 @@ class Tested(NamedTuple):
     @property
     def sentence(self) -> str:
         """The difference in words."""
-        found, p = self.found, words.p_text(self.adjusted)
-        p = p if p.startswith("<") else f"=\u00a0{p}"
-        return (
-            f"{self.model}, {TITLES[found.a]} against {TITLES[found.b]}: "
-            f"{words.points(found.difference)} (95\u202f% interval {words.gap(found.low)} to "
-            f"{words.gap(found.high)}, adjusted p\u00a0{p}, "
-            f"{words.sample_size(found.n)})"
-        )
+        found = self.found
+        change = words.difference(found, self.adjusted, more=f", {words.sample_size(found.n)}")
+        return f"{self.model}, {TITLES[found.a]} against {TITLES[found.b]}: {change}"
 
 
 class Said(NamedTuple):
@@ -257,7 +252,7 @@ def _samples(folder: Path) -> Iterator[Sample]:
     if not all(file.is_file() for file in files):
         return
     mistakes = {
-        (item.model, item.score.response_id): item.score.value
+        (item.model, item.score.response_id): item.score.counted
         for item in read_jsonl(files[1], StudyScore)
     }
     found: dict[str, dict[str, dict[bool, Discrimination]]] = defaultdict(dict)

@@ -21,7 +21,6 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "note": words.note,
     "capitalised": words.capitalised,
     "rate": words.rate,
-    "plain": words.plain,
     "metric": words.metric_title,
     "gap": words.gap,
     "points": words.points,

@@ -67,14 +67,10 @@ class View:
         self.tested = tested_of(run.results.comparisons)
         self.sources = {Setting.of(row): _sources(row) for row in rows}
         self.policy = run.results.policy
+        self.corrected = run.results.corrected
         self.agreements = run.results.agreements
         self.alone = _alone(run)
         """The test sets but for pools, which are made of others, whose cases count there."""
-
-    @property
-    def corrected(self) -> bool:
-        """Whether rates were corrected for their judge."""
-        return any(metric.corrected for of in self.numbers.values() for metric in of.values())
 
     def role(self, setting: Setting) -> str:
         """Whether a setting is the one before, the one after, or another."""

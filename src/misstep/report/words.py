@@ -8,7 +8,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from misstep.evidence.results import Setting
+from misstep.evidence.results import Comparison, Setting
+from misstep.evidence.study_results import Paired
 from misstep.methods.registry import METHODS
 from misstep.records import base_metric
 
@@ -51,6 +52,9 @@ BETTER = {
 UNITS = {
     "reference_loss": "nats",
     "length_bias": "",
+    "auc": "",
+    "kappa": "",
+    "calibration_error": "",
 }
 """Of metrics that are no rates; grades are none, too."""
 
@@ -138,11 +142,6 @@ def rate(value: float | None, metric: str = "") -> str:
     return f"{value:.3f}" if unit(metric) is not None else f"{100 * value:.1f}{SPACE}%"
 
 
-def plain(value: float | None) -> str:
-    """A number that is no rate, such as a kappa."""
-    return "–" if value is None else f"{value:.3f}"
-
-
 def brief(value: float) -> str:
     """A rate for a sentence: no more digits than a reader keeps."""
     percent = 100 * value
@@ -161,6 +160,16 @@ def points(value: float, metric: str = "") -> str:
     """A difference with its unit."""
     of = unit(metric)
     return f"{gap(value, metric)}{SPACE}{'points' if of is None else of}".rstrip(SPACE)
+
+
+def difference(
+    found: Comparison | Paired, adjusted: float, metric: str = "", more: str = ""
+) -> str:
+    """A tested difference with its interval and its adjusted p, for a sentence."""
+    p = p_text(adjusted)
+    p = p if p.startswith("<") else f"=\u00a0{p}"
+    interval = f"95{SPACE}% interval {gap(found.low, metric)} to {gap(found.high, metric)}"
+    return f"{points(found.difference, metric)} ({interval}, adjusted p\u00a0{p}{more})"
 
 
 def count(number: int) -> str:

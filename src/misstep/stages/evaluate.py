@@ -286,8 +286,9 @@ def _agreement(
     scored = [(x, y, name) for x, y, name in pairs if x is not None and y is not None]
     unscored = len(pairs) - len(scored)
     if not scored:
-        nothing = Metric(value=None, low=None, high=None, n=0, unscored=unscored)
-        return Agreement(test_set=test_set, a=a, b=b, same=nothing, kappa=None)
+        return Agreement(
+            test_set=test_set, a=a, b=b, same=Metric.of(None, unscored), kappa=None
+        )
     one, other, names = (list(column) for column in zip(*scored, strict=True))
     same = clustered_rate([x == y for x, y in zip(one, other, strict=True)], names)
     beyond = kappa(one, other, names) if len({*one, *other}) > 1 else None
@@ -295,8 +296,8 @@ def _agreement(
         test_set=test_set,
         a=a,
         b=b,
-        same=Metric(**same._asdict(), unscored=unscored),
-        kappa=beyond and Metric(**beyond._asdict(), unscored=unscored),
+        same=Metric.of(same, unscored),
+        kappa=beyond and Metric.of(beyond, unscored),
     )
 
 
