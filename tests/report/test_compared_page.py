@@ -74,6 +74,23 @@ def test_the_first_words_count_what_is_shown_against_the_untrained_model(
     assert f"the untrained model, {rate(base)} of its answers; none are shown to" in page
 
 
+def test_where_all_tests_are_ordinary_tasks_the_first_words_are_of_mistakes_in_these(
+    tmp_path: Path,
+) -> None:
+    results = read_results(METHODS / "results.json")
+    clean = {
+        field: tuple(
+            of.model_copy(update={"test_set": "clean"})
+            for of in getattr(results, field)
+            if (of.metric, of.test_set) == ("mistake_rate", "attacks")
+            or (of.metric, of.test_set) == ("over_refusal", "clean")
+        )
+        for field in ("pooled", "comparisons")
+    }
+    page = made(tmp_path, METHODS, results.model_copy(update=clean))
+    assert "settings are shown to make fewer mistakes on clean than" in page
+
+
 @pytest.mark.parametrize("source", [METHODS, SWEPT], ids=lambda path: path.name)
 def test_every_number_and_every_difference_stands_on_the_page(
     tmp_path: Path, source: Path

@@ -114,7 +114,9 @@ def _is_mistakes(about: About) -> bool:
 def _headline(numbers: Numbers, verdicts: Verdicts) -> str:
     """On the largest set of attacks, what is shown of how many; empty where nothing is."""
     ordinary = ordinary_tasks((about.test_set, about.metric) for about in numbers)
-    attacked = [a for a in numbers if a.metric == MISTAKES and a.test_set not in ordinary]
+    judged = [about for about in numbers if about.metric == MISTAKES]
+    # Where a test has none but ordinary tasks, mistakes in these are what there is to tell.
+    attacked = [about for about in judged if about.test_set not in ordinary] or judged
     harm = max(attacked, key=lambda a: max(p.n for p in numbers[a].values()), default=None)
     tested = [verdict for (about, _), verdict in verdicts.items() if about == harm]
     if harm is None or not tested:
