@@ -24,6 +24,7 @@ from misstep.models.locate import Model
 from misstep.progress import Silent
 from misstep.records import read_jsonl
 from misstep.report.study_markdown import study_markdown
+from misstep.report.words import rate
 from misstep.stages.discriminate import Discrimination
 from misstep.study import names_of, read_study_inputs, run_study
 
@@ -223,7 +224,7 @@ def test_the_command_prints_a_table_and_the_report_command_writes_the_page_anew(
     out = bench.folder / "out"
     command(monkeypatch, "study", str(bench.recipe), "--out", str(out))
     shown = capsys.readouterr().out
-    assert "cynic" in shown and "0.400" in shown and "wins 1.000" in shown
+    assert "cynic" in shown and rate(0.4) in shown and f"wins {rate(1.0)}" in shown
     page = (out / "study.html").read_bytes()
     (out / "study.html").unlink()
     command(monkeypatch, "report", str(out))

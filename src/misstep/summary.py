@@ -14,6 +14,7 @@ from misstep.evidence.results import Metric, Results, read_results
 from misstep.evidence.study_results import Study, Task, read_study
 from misstep.records import Judgement, read_jsonl
 from misstep.report.check_words import shown
+from misstep.report.markdown import metric_cell
 from misstep.report.words import in_order, metric_title, note
 from misstep.stages.base import kind_of
 
@@ -76,7 +77,10 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
         for name in metrics[:MOST]:
             table.add_column(metric_title(name), justify="right")
         for setting, of in found[test_set].items():
-            table.add_row(*setting, *(_text(of.get(name)) for name in metrics[:MOST]))
+            table.add_row(
+                *setting,
+                *(metric_cell(of.get(name), name, spread=False) for name in metrics[:MOST]),
+            )
         _print(table)
         shown |= dict.fromkeys(metrics[:MOST])
         if further := metrics[MOST:]:
@@ -89,7 +93,9 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
 def _serving(folder: Path) -> Iterator[str]:
     """How to go on to a server; of methods, the page says which deserves it."""
     manifest = folder / "manifest.json"
-    trained = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    trained = (
+        json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    )
     if trained.get("training"):
         run = quote(str(folder))
         yield f"To serve it: misstep export {run} --method METHOD --out NAME [--guided]"
@@ -139,11 +145,12 @@ def print_card(folder: Path) -> None:
 
     card = read_card(folder)
     table = Table(title=f"{card.judge} on questions that it has not seen: 95 % intervals")
-    for name in ("data", "n", "accuracy", "balanced", "AUC", "kappa"):
-        table.add_column(name)
+    for title in ("data", "n", "accuracy", "balanced", "AUC", "kappa"):
+        table.add_column(title)
+    of_card = ("accuracy", "balanced_accuracy", "auc", "kappa")
     for name, found in card.data.items():
-        numbers = (found.accuracy, found.balanced_accuracy, found.auc, found.kappa)
-        table.add_row(name, str(found.n), *map(_text, numbers))
+        numbers = (metric_cell(getattr(found, metric), metric) for metric in of_card)
+        table.add_row(name, str(found.n), *numbers)
     _print(table)
     print(folder / CARD)
 
@@ -189,7 +196,8 @@ def _measured(found: Measured, titles: Mapping[str, str]) -> Iterator[tuple[str,
     """The numbers of a judge on some data, each with its title; those that there are."""
     for name, title in titles.items():
         if name in found.metrics:
-            yield title, _text(found.metrics[name].model_copy(update={"unscored": 0}))
+            metric = found.metrics[name].model_copy(update={"unscored": 0})
+            yield title, metric_cell(metric, name)
     yield "Scored", str(found.n)
     yield "Unscored", str(found.unscored)
 
@@ -210,23 +218,26 @@ def print_ratings(path: Path, ratings: Ratings) -> None:
         cases = ratings.agreement[name].cases
         print(f"agreement on {name}: Krippendorff's alpha {said} ({cases} cases)")
     for setting, metric in ratings.mistake_rate.items():
-        print(f"mistakes of {setting}: {_text(metric)}")
+        print(f"mistakes of {setting}: {metric_cell(metric)}")
     for setting, metric in ratings.better.items():
-        print(f"{'tie' if setting == 'tie' else f'{setting} better'}: {_text(metric)}")
+        print(f"{'tie' if setting == 'tie' else f'{setting} better'}: {metric_cell(metric)}")
     if ratings.against_judge is not None:
         for name, metric in ratings.against_judge.metrics.items():
-            print(f"{ratings.judge} against the raters, {name}: {_text(metric)}")
+            print(f"{ratings.judge} against the raters, {name}: {metric_cell(metric, name)}")
     print(path)
 
 
 def _study_cells(study: Study) -> Iterator[list[str]]:
     for model in study.models:
         ways = [
-            (title, [_text(model.metric(task, guided, metric)) for guided in (False, True)])
+            (
+                title,
+                [metric_cell(model.metric(task, guided, metric)) for guided in (False, True)],
+            )
             for title, task, metric in STUDIED
         ]
         wins = model.wins
-        guided = f"wins {_text(wins.win)}, loses {_text(wins.lose)}"
+        guided = f"wins {metric_cell(wins.win)}, loses {metric_cell(wins.lose)}"
         for place, (title, cells) in enumerate([*ways, ("against unguided", ["", guided])]):
             yield ["" if place else model.model, title, *cells]
 
@@ -242,17 +253,3 @@ def _print(table: "Table") -> None:
     width = None if Console().is_terminal else WIDTH
     console = Console(width=width, markup=False, emoji=False)
     console.print(table, highlight=False)
-
-
-def _text(metric: Metric | None) -> str:
-    if metric is None:
-        return "-"
-    unscored = f"{metric.unscored} unscored" if metric.unscored else ""
-    if metric.value is None:
-        return f"- ({unscored})" if unscored else "-"
-    interval = f"{metric.low:.3f} to {metric.high:.3f}"
-    shown = f"{metric.value:.3f} ({', '.join(filter(None, (interval, unscored)))})"
-    true = metric.corrected
-    if true is None:
-        return shown
-    return f"{shown}; corrected {true.value:.3f} ({true.low:.3f} to {true.high:.3f})"

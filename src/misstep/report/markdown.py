@@ -218,10 +218,10 @@ def _yields(yields: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def metric_cell(metric: Metric | None, name: str = "") -> str:
+def metric_cell(metric: Metric | None, name: str = "", spread: bool = True) -> str:
     """A number with its interval, and what has no score; a rate where it has no name.
 
-    Of a comparison also the spread over the seeds.
+    With `spread`, of a comparison also the lowest and the highest of the seeds.
     """
     if metric is None:
         return "–"
@@ -229,7 +229,7 @@ def metric_cell(metric: Metric | None, name: str = "") -> str:
     if metric.value is None:
         return f"– ({unscored})" if unscored else "–"
     about = ", ".join(filter(None, (_interval(metric, name), unscored)))
-    if isinstance(metric, Pooled) and len(seeds := metric.by_seed.values()) > 1:
+    if spread and isinstance(metric, Pooled) and len(seeds := metric.by_seed.values()) > 1:
         about += f"; seeds {rate(min(seeds), name)} to {rate(max(seeds), name)}"
     shown = f"{rate(metric.value, name)} ({about})"
     true = metric.corrected
