@@ -264,7 +264,7 @@ import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from misstep.engines.base import Request
 from misstep.engines.openvino import OpenVinoEngine
-from misstep.models.weights import locate
+from misstep.models.locate import locate
 from misstep.records import Message
 with OpenVinoEngine(locate("smollm2-135m")) as engine:
     request = Request(messages=(Message(role="user", content="Hi"),), max_tokens=4)
