@@ -93,9 +93,7 @@ def _show_rates(results: Results, settings: Sequence[str], found: Rates) -> None
 def _serving(folder: Path) -> Iterator[str]:
     """How to go on to a server; of methods, the page says which deserves it."""
     manifest = folder / "manifest.json"
-    trained = (
-        json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    )
+    trained = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     if trained.get("training"):
         run = quote(str(folder))
         yield f"To serve it: misstep export {run} --method METHOD --out NAME [--guided]"
