@@ -336,10 +336,12 @@ def judges() -> Iterator[Aim]:
     for name, what in (
         ("harm-decoys-mean", "the mean of the first of these and an encoder"),
         ("harm-1.5b-mean", "the mean of the last two of these"),
+        ("harm-three-mean", "the mean of two seeds of training for one epoch and an encoder"),
     ):
         found = _json(f"judge-checks/{name}.json")["data"][0]["whole"]["metrics"]
-        yield least(f"{what}, accuracy", 0.83, found["accuracy"]["value"], rate, "two judges")
-        yield least(f"{what}, AUC", 0.91, found["auc"]["value"], auc, "two judges")
+        why = "three judges" if name == "harm-three-mean" else "two judges"
+        yield least(f"{what}, accuracy", 0.83, found["accuracy"]["value"], rate, why)
+        yield least(f"{what}, AUC", 0.91, found["auc"]["value"], auc, why)
     why = "beside tests, at times on one of two cores"
     seconds = (of["training"]["seconds"] for of in (harm, encoder))
     yield most("judge of harm, time to train", 1800, next(seconds), duration, why)
