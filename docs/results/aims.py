@@ -109,6 +109,11 @@ def speed() -> Iterator[Aim]:
     yield from _trained("train", "", {"share": NOT_COUNTED})
     newer = {"share": NOT_COUNTED, "memory": "2,166 MB beside 3,580"}
     yield from _trained("train-epyc-newer", " on a newer EPYC, a later state", newer)
+    peaks = {
+        "share": NOT_COUNTED,
+        "memory": "2,562 MB beside 3,657 and 4,003, by chance of lanes",
+    }
+    yield from _trained("train-epyc-seventh", " on an EPYC, the latest round", peaks)
     of_amx = {"share": f"{NOT_COUNTED}; with AMX products take little of the time"}
     yield from _trained("train-amx", " on a Xeon with AMX, an earlier state", of_amx)
     for name, aim in (("analysis", 6.0), ("attacks", 2.2)):
