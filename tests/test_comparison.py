@@ -133,6 +133,7 @@ def test_the_manifest_says_who_judged_and_what_each_cell_trained(compared: Path)
         assert all(of["rows"] >= of["trained"] > 0 for of in cell["training"].values())
 
 
+@pytest.mark.model
 def test_every_method_of_the_registry_runs(recipe: Path, tmp_path: Path) -> None:
     every = [f"methods=[{', '.join(REGISTRY)}]", "seeds=[0]"]
     folder = compare_methods(recipe, tmp_path / "all", every, Silent())

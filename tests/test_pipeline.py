@@ -521,6 +521,7 @@ class Milder(Judge):
 ROUNDS = ["rounds=4", "methods=[vanilla, mistake_analysis]", "mistakes.samples=1"]
 
 
+@pytest.mark.model
 @pytest.mark.parametrize(
     ("shares", "trained", "says", "most"),
     [
@@ -626,6 +627,7 @@ def test_without_good_answers_the_main_job_is_done_without_sft(
     assert trained["ordinary"]["rows"] == trained["mistake_analysis"]["rows"] == 16
 
 
+@pytest.mark.model
 def test_the_model_writes_the_good_answers_that_nobody_annotated(
     recipe: Path, no_good_answers: Path, tmp_path: Path
 ) -> None:
