@@ -111,7 +111,7 @@ def speed() -> Iterator[Aim]:
     yield from _trained("train-epyc-newer", " on a newer EPYC, a later state", newer)
     peaks = {
         "share": NOT_COUNTED,
-        "memory": "2,562 MB beside 3,657 and 4,003, by chance of lanes",
+        "memory": "2,562 MB beside 3,657 and 4,003",
     }
     yield from _trained("train-epyc-seventh", " on an EPYC, the latest round", peaks)
     of_amx = {"share": f"{NOT_COUNTED}; with AMX products take little of the time"}

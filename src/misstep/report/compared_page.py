@@ -6,6 +6,7 @@ because its number looks so.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def write_comparison(folder: Path) -> Path:
 
 def _content(results: Results, manifest: dict[str, Any]) -> dict[str, Any]:
     numbers = _numbers(results.pooled)
-    within, between = _families(tested_of(results.comparisons))
+    tested = tested_of(results.comparisons)
+    within, between = (_of_kind(tested, swept) for swept in (False, True))
     verdicts = _verdicts(within)
     panels = list(_panels(numbers, verdicts))
     return {
@@ -69,16 +71,13 @@ Verdicts = Mapping[tuple[About, Setting], str]
 """Of what was tested against the untrained model, the verdict."""
 
 
-def _families(tested: Tests) -> tuple[Tests, Tests]:
-    """Differences between methods, and those that swept keys make."""
-    within, between = (
-        {about: [t for t in of if t.found.between_variants == swept] for about, of in items}
-        for swept, items in ((False, tested.items()), (True, tested.items()))
-    )
-    return (
-        {a: of for a, of in within.items() if of},
-        {a: of for a, of in between.items() if of},
-    )
+def _of_kind(tested: Tests, swept: bool) -> Tests:
+    """Differences that swept keys make, or those between methods."""
+    found = {
+        about: [t for t in of if t.found.between_variants == swept]
+        for about, of in tested.items()
+    }
+    return {about: of for about, of in found.items() if of}
 
 
 def _verdicts(within: Tests) -> Verdicts:
@@ -97,14 +96,15 @@ def _panels(numbers: Numbers, verdicts: Verdicts) -> Iterator[tuple[About, Panel
         every = [
             p for a, of in numbers.items() if a.metric == about.metric for p in of.values()
         ]
+        yield about, panel(about, numbers[about], every, partial(_role, verdicts, about))
 
-        def role(setting: Setting, about: About = about) -> str:
-            if setting == BASE._replace(variant=setting.variant):
-                return "before"
-            verdict = verdicts.get((about, setting))
-            return verdict if verdict in ("good", "bad") else "other"
 
-        yield about, panel(about, numbers[about], every, role)
+def _role(verdicts: Verdicts, about: About, setting: Setting) -> str:
+    """Before is the untrained model of a variant; of the others, what was shown."""
+    if setting == BASE._replace(variant=setting.variant):
+        return "before"
+    verdict = verdicts.get((about, setting))
+    return verdict if verdict in ("good", "bad") else "other"
 
 
 def _is_mistakes(about: About) -> bool:
