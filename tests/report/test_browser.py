@@ -12,13 +12,16 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NARROW, WIDE = 360, 1280
 
 
-@pytest.mark.parametrize("name", ["quickstart", "methods-135m", "ablation-rounds", "study"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "methods-135m", "ablation-rounds", "study", "asked-harm", "llmbar"]
+)
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_page_fits_the_screen_fetches_nothing_and_has_no_errors(
     browser: Any, tmp_path: Path, name: str, width: int, scheme: str
 ) -> None:
     shutil.copytree(RESULTS / name, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "judged.jsonl").touch()  # Of a check the answers are not committed.
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
     )
