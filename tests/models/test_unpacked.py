@@ -1,4 +1,4 @@
-"""Copies of GGUF weights: made once, equal to what was packed, and never half there."""
+"""Copies of GGUF files: made once, equal to what was packed, and never half there."""
 
 import os
 import time
@@ -7,10 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from misstep.models.locate import locate
-from misstep.models.unpacked import UNFINISHED, cache_folder, unpacked
+from misstep.models.unpacked import UNFINISHED, cache_folder, unpacked, unpacked_tokenizer
 from misstep.models.weights import _from_pretrained, load_weights
 
 
@@ -101,6 +106,57 @@ def test_a_copy_that_another_process_made_meanwhile_is_used(model: PreTrainedMod
     folder = unpacked("abc", torch.bfloat16, slowly)
     assert isinstance(folder, Path)
     assert list(cache_folder("unpacked").iterdir()) == [folder]
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerBase:
+    read: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tiny_model)
+    return read
+
+
+def no_tokenizer() -> PreTrainedTokenizerBase:
+    raise AssertionError("the packed file was read again")
+
+
+def test_a_tokenizer_is_read_once_and_says_the_same(tokenizer: PreTrainedTokenizerBase) -> None:
+    first = unpacked_tokenizer("abc", lambda: tokenizer)
+    again = unpacked_tokenizer("abc", no_tokenizer)
+    turns = [{"role": "user", "content": "Caf\u00e9 or Cafe\u0301?\n 7,500 <|im_end|>"}]
+    for read in (first, again):
+        assert read.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+        assert read.eos_token_id == tokenizer.eos_token_id
+        assert read.apply_chat_template(turns) == tokenizer.apply_chat_template(turns)
+
+
+def test_a_tokenizer_whose_copy_would_be_another_has_none(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tokenizer.save_pretrained
+
+    def without_template(folder: Path) -> None:
+        saved(folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", without_template)
+    assert unpacked_tokenizer("abc", lambda: tokenizer) is tokenizer
+    assert not list(cache_folder("unpacked").iterdir())
+
+
+def test_without_a_place_to_write_the_tokenizer_itself_is_given(
+    tokenizer: PreTrainedTokenizerBase, own_cache: Path
+) -> None:
+    own_cache.write_text("a file where the folder should be")
+    assert unpacked_tokenizer("abc", lambda: tokenizer) is tokenizer
+
+
+@pytest.mark.model
+def test_the_embedded_tokenizer_loads_as_it_was_packed() -> None:
+    model = locate("smollm2-135m")
+    packed = AutoTokenizer.from_pretrained(model.files.parent, gguf_file=model.files.name)
+    found = unpacked_tokenizer("abc", lambda: packed)
+    assert found is not packed
+    assert found.backend_tokenizer.to_str() == packed.backend_tokenizer.to_str()
+    assert found.chat_template == packed.chat_template
 
 
 @pytest.mark.model

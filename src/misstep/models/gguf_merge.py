@@ -48,7 +48,8 @@ class Delta:
         """The product, one row for each output of the module."""
         import numpy as np
 
-        return (self.up @ self.down) * np.float32(self.scale)
+        scaled: Matrix = self.up * np.float32(self.scale)
+        return scaled @ self.down
 
 
 def merge_adapter(
@@ -126,10 +127,12 @@ def _tensor_bytes(
 
     weights = dequantised(model, place)
     if delta:
-        weights = weights + stored_order(delta.matrix(), place.name, header)
+        # Into the delta's own memory: to get more from the system takes longer than the sum.
+        added = stored_order(delta.matrix(), place.name, header)
+        weights = np.add(weights, added, out=added)
     if _new_type(place) == F32:
         return weights.astype(np.float32).tobytes()
-    if float(np.abs(weights).max()) > LARGEST_F16:
+    if max(weights.max(), -weights.min()) > LARGEST_F16:
         raise EngineError(
             f"{model}: the weights of {place.name} exceed what F16 can hold. "
             "Serve this model with `transformers`."
@@ -147,7 +150,10 @@ def dequantised(model: Path, place: TensorPlace) -> "Matrix":
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     columns = place.shape[0] // per_block * block_bytes
     rows = math.prod(place.shape[1:])
-    packed: NDArray[Any] = np.memmap(model, np.uint8, "r", place.offset, (rows, columns))
+    mapped = np.memmap(model, np.uint8, "r", place.offset, (rows, columns))
+    # A plain array over the same bytes: each of the many parts that `dequantize` takes would
+    # else be a memory map of its own, which takes longer than the arithmetic.
+    packed: NDArray[Any] = np.asarray(mapped)
     if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
         # `dequantize` expects these two in their own type, and all others as bytes.
         packed = packed.view(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)

@@ -1,9 +1,10 @@
-"""GGUF weights as safetensors, unpacked once for this user.
+"""GGUF weights as safetensors, and GGUF tokenizers as JSON, unpacked once for this user.
 
 transformers reads a GGUF in Python, which takes seconds for the smallest models and minutes
-for others; a copy in safetensors loads at once. Copies lie in the user's cache folder, named
-by the file's content and by what unpacked it, and may be deleted at any time. This module
-knows folders and transformers' models; what a model is, and how it is read, its caller knows.
+for others; a copy in safetensors loads at once, and so does a tokenizer's own file. Copies lie
+in the user's cache folder, named by the file's content and by what unpacked it, and may be
+deleted at any time. This module knows folders and transformers' models; what a model is, and
+how it is read, its caller knows.
 """
 
 import os
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARE_OF_DISK = 0.1
 """Of the free space, what one copy may take."""
@@ -37,8 +38,7 @@ def unpacked(
     """
     from safetensors import SafetensorError
 
-    name = f"{digest}-{str(dtype).removeprefix('torch.')}-{version('transformers')}"
-    folder = cache_folder("unpacked") / name
+    folder = _place(digest, str(dtype).removeprefix("torch."))
     if folder.is_dir():
         return folder
     model = read()
@@ -51,6 +51,50 @@ def unpacked(
     except (OSError, SafetensorError):  # The latter where a disk is full.
         return model
     return folder
+
+
+def unpacked_tokenizer(
+    digest: str, read: Callable[[], "PreTrainedTokenizerBase"]
+) -> "PreTrainedTokenizerBase":
+    """A tokenizer from its copy, which is made where it is not there.
+
+    `read` reads the packed file. A copy that cannot be written, or that would encode or render
+    in another way, is not made.
+    """
+    folder = _place(digest, "tokenizer")
+    if not folder.is_dir():
+        packed = read()
+        try:
+            with whole(folder) as temporary:
+                packed.save_pretrained(temporary)
+                if _means(_from_copy(temporary)) != _means(packed):
+                    raise OSError(f"{folder}: a copy would be another tokenizer")
+        except OSError:
+            return packed
+    return _from_copy(folder)
+
+
+def _place(digest: str, what: str) -> Path:
+    return cache_folder("unpacked") / f"{digest}-{what}-{version('transformers')}"
+
+
+def _from_copy(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import PreTrainedTokenizerFast
+
+    # By this class and no other: those of a model's kind put their own rules over the file's,
+    # as Qwen's does a normaliser that the packed file has not.
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(folder)
+    return tokenizer
+
+
+def _means(tokenizer: "PreTrainedTokenizerBase") -> tuple[object, ...]:
+    """All that decides what a tokenizer makes of texts and conversations."""
+    return (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.model_max_length,
+    )
 
 
 def cache_folder(kind: str) -> Path:

@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from misstep.models.locate import (
     weight_files,
 )
 from misstep.models.precision import device, memory_bytes, products_dtype, weights_dtype
-from misstep.models.unpacked import unpacked
+from misstep.models.unpacked import unpacked, unpacked_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -327,17 +327,20 @@ def _refuse_unused(adapter: Path, adapted: "PeftModel") -> None:
 
 
 @lru_cache(maxsize=8)
-def _tokenizer(files: Path, _digest: str) -> "PreTrainedTokenizerBase":
+def _tokenizer(files: Path, digest: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    folder, where = (
-        (files.parent, {"gguf_file": files.name}) if files.is_file() else (files, {})
-    )
-    try:
+    def read(folder: Path, **where: str) -> "PreTrainedTokenizerBase":
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, **where
         )
+        return tokenizer
+
+    try:
+        if not files.is_file():
+            return read(files)
+        packed = partial(read, files.parent, gguf_file=files.name)
+        return unpacked_tokenizer(digest, packed)
     # A package that a tokenizer needs may be absent, and so may its files.
     except (ValueError, OSError, KeyError, ImportError, TypeError) as error:
         raise ModelError(f"model {files}: its tokenizer cannot be loaded: {error}") from error
-    return tokenizer
