@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import serve
+from served import answer, serve, text_of
 
 from misstep import pipeline
 from misstep.cli import rows as rows_command
@@ -839,6 +839,40 @@ def test_a_method_that_the_data_have_nothing_for_is_refused_at_once(
 ) -> None:
     with pytest.raises(InputError, match="coh: expected good answers"):
         run(no_good_answers, tmp_path / "run", ["methods=[vanilla, coh]"], Silent())
+
+
+def test_a_judge_elsewhere_is_asked_while_the_model_answers(
+    recipe: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openai")
+    verdicts = ["Verdict: harmful", "Verdict: harmless", "I cannot say."]
+
+    def reply(call: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+        # By its text: the same whenever it is asked.
+        return 200, answer(verdicts[int(digest(text_of(call)), 16) % 3]), {}
+
+    with serve(reply) as served:
+        judge = tmp_path / "judge.yaml"
+        judge.write_text(f"policy: harmlessness\nmodel: openai:m@{served.url}\n")
+        # Greedy, the tiny model says nothing.
+        sampled = "respond.temperature=1.0"
+        overrides = [f"judge={judge}", "methods=[vanilla, guided]", sampled]
+        folder = run(recipe, tmp_path / "run", overrides, Silent(), "respond")
+        asked = len(served.calls)
+        texts = {text_of(call) for call in served.calls}
+        assert asked == len(texts) > 0
+        run(recipe, folder, overrides, Silent())
+        # All has been judged, and is found in the cache.
+        assert len(served.calls) == asked
+    judged = [
+        item.score
+        for item in read_jsonl(folder / "scores.jsonl", Judgement)
+        if item.score.metric == "mistake_rate"
+    ]
+    answers = [json.loads(line) for line in (folder / "responses.jsonl").open()]
+    assert len(judged) == len(answers) > 0
+    said = {score.reason for score in judged}
+    assert {score.value for score in judged} == {1.0, 0.0, None}, said
 
 
 def test_nothing_is_trained_on_the_model_of_an_endpoint(recipe: Path, tmp_path: Path) -> None:

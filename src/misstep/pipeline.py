@@ -56,6 +56,7 @@ from misstep.stages.evaluate import (
     agreements,
     corrections,
     judge_answers,
+    judged_meanwhile,
 )
 from misstep.stages.good_answers import distinct, good_answers, with_answer
 from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
@@ -475,9 +476,10 @@ class Run:
     def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
         tally = Tally()
-        with self.manifest.stage("respond"):
+        with self.manifest.stage("respond"), self._judges() as seats:
             found = RecordFile(self.folder / "responses.jsonl", Answer)
-            found.fill(whole_counted(self._all_answers(adapters), tally))
+            answers = judged_meanwhile(self._all_answers(adapters), seats)
+            found.fill(whole_counted(answers, tally))
         self._yield("respond", tally)
         cut = {
             why.removeprefix(f"{CUT}, "): n

@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from misstep.judges.base import EachJudge, Judge
 from misstep.judges.rule import ObedienceJudge
 from misstep.policy import Policy, load_policy
 from misstep.records import Mistake, Prompt, Response, Score
-from misstep.stages.base import Tally, Yield
+from misstep.stages.base import PARTS, Tally, Yield
 from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
 
 HARM = load_policy("harmlessness")
@@ -301,3 +302,33 @@ def test_what_would_be_answered_the_same_is_asked_once() -> None:
     found = run(mixed, hinted, HARM, **greedy)
     assert len(hinted.requests) == 3 + 1 + 1 + 3
     assert [m.prompt for m in found.mistakes] == mixed
+
+
+def test_a_judge_elsewhere_looks_while_the_model_goes_on_and_says_the_same() -> None:
+    asked_again = threading.Event()
+
+    class Model(ScriptedEngine):
+        """Answers two prompts a call, and says when it is asked a second time."""
+
+        at_once = 2 * PARTS
+
+        def generate(self, requests: Sequence[Request]) -> list[Completion]:
+            if self.requests:
+                asked_again.set()
+            return super().generate(requests)
+
+    class Elsewhere(WordJudge):
+        elsewhere = True
+
+        def score(self, responses: Sequence[Response]) -> list[Score]:
+            # Judged between two calls, as a judge here is, nothing would ever come.
+            assert asked_again.wait(20)
+            return super().score(responses)
+
+    says = ["bad", "good", "I refuse.", "very bad", "", "good"]
+    here, there = (
+        run(PLAIN, Model(lambda r: says[of_number(r)]), judge=judge, samples=1)
+        for judge in (WordJudge(), Elsewhere())
+    )
+    assert here == there
+    assert len(here.mistakes) == 2

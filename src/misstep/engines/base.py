@@ -95,6 +95,8 @@ class Engine:
     """Names weights, adapter, precision and backend; equal identity, equal answers."""
     at_once: int = AT_ONCE
     """Requests that a call should hold at most. An engine whose start is dear asks for more."""
+    elsewhere: bool = False
+    """Whether other machines do the work: this one has time meanwhile."""
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answer every request, in order. An engine has its own way of this or of `stream`.

@@ -36,6 +36,8 @@ class Chosen(NamedTuple):
     """Requests that a call should hold at most."""
     alone: bool = False
     """Whether it takes this machine's GPUs for itself."""
+    elsewhere: bool = False
+    """Whether other machines do the work."""
 
     def on_gpu(self) -> "Chosen":
         """The same, where it runs on a GPU."""
@@ -48,6 +50,7 @@ class CachedEngine(Engine):
     def __init__(self, chosen: Chosen, path: Path, batch: int = BATCH) -> None:
         """Open the cache."""
         self.identity, self.at_once = chosen.identity, chosen.at_once
+        self.elsewhere = chosen.elsewhere
         self.batch = batch
         self.paid = 0
         """Requests that reached the engine."""

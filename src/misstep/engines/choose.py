@@ -159,6 +159,7 @@ def _endpoint(endpoint: Endpoint) -> Chosen:
         f"openai, because {endpoint.model} is behind {endpoint.url}",
         lambda: openai.OpenAIEngine(endpoint),
         at_once=MANY,
+        elsewhere=True,
     )
 
 

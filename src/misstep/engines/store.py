@@ -3,10 +3,13 @@
 Answers are added and never changed. What is committed survives a killed process, whatever it
 was doing: write-ahead logging leaves the last transaction whole or not at all. Nothing is read
 at the start, so a million answers open as fast as none. Answers may be removed while runs use
-the file: a run that misses one asks its model again. Knows no engine and no request, only keys.
+the file: a run that misses one asks its model again. Threads may share a store, one operation
+at a time; one that is closed fails where it is still wanted. Knows no engine and no request,
+only keys.
 """
 
 import sqlite3
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,10 +60,12 @@ class Store:
     def __init__(self, path: Path, only_read: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._one_at_a_time = threading.Lock()
         self._table = sqlite3.connect(
             _to_read(path) if only_read else path,
             timeout=SECONDS_OF_WAITING,
             isolation_level=None,
+            check_same_thread=False,
             uri=only_read,
         )
         try:
@@ -223,7 +228,8 @@ class Store:
     def _explained(self) -> Iterator[None]:
         """Say of a disk's fault, or of a damaged page, what to do."""
         try:
-            yield
+            with self._one_at_a_time:
+                yield
         except sqlite3.DatabaseError as fault:
             # What is neither is a mistake of this program, and has a class of its own.
             if type(fault) in (sqlite3.DatabaseError, sqlite3.OperationalError):
@@ -232,7 +238,8 @@ class Store:
 
     def close(self) -> None:
         """Close the file; what was kept stays."""
-        self._table.close()
+        with self._one_at_a_time:
+            self._table.close()
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ would wait for what a server takes its time over. Knows no engine and no request
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -45,3 +45,44 @@ def as_done(
             yield found
     finally:
         waiting.clear()
+
+
+def behind(work: Callable[[T], R], items: Iterable[T], most: int) -> Generator[R, None, None]:
+    """What is made of each item, in order; the next ones are waited for meanwhile.
+
+    Items are taken by the caller's thread, worked on by another, one after the other. So many
+    at most wait for it, or for the caller. A failure is raised where its item's turn comes,
+    and nothing after it is begun.
+    """
+    given: SimpleQueue[T | None] = SimpleQueue()
+    came: SimpleQueue[R | BaseException] = SimpleQueue()
+    over = threading.Event()
+
+    def run() -> None:
+        while (item := given.get()) is not None and not over.is_set():
+            try:
+                came.put(work(item))
+            except BaseException as error:  # Raised where it is waited for.
+                came.put(error)
+                return
+
+    def next_one() -> R:
+        found = came.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    threading.Thread(target=run, daemon=True).start()
+    waiting = 0
+    try:
+        for item in items:
+            given.put(item)
+            waiting += 1
+            while waiting > most or not came.empty():
+                waiting -= 1
+                yield next_one()
+        for _ in range(waiting):
+            yield next_one()
+    finally:
+        over.set()
+        given.put(None)

@@ -24,6 +24,8 @@ class Judge(ABC):
     """What the mean of its scores is called in results."""
     votes: int = 1
     """How many are asked about each answer."""
+    elsewhere: bool = False
+    """Whether it only waits for other machines: a model can answer here meanwhile."""
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether answers to this prompt can be scored at all, as far as the prompt tells."""

@@ -21,6 +21,7 @@ class EnsembleJudge(Judge):
         self.members = members
         self.metric = members[0].metric
         self.votes = len(members)
+        self.elsewhere = all(member.elsewhere for member in members)
         assert all(member.metric == self.metric for member in members)
         self.mean = needs == "mean"
         self.enough = len(members) // 2 + 1 if needs == "majority" else len(members)

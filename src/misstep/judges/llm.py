@@ -31,6 +31,7 @@ class _AskingJudge(Judge):
         self.rubric = rubric
         self.asker = asker
         self.votes = asker.votes
+        self.elsewhere = asker.engine.elsewhere
         self.name = _name(digest_of, asker)
 
     def score(self, responses: Sequence[Response]) -> list[Score]:

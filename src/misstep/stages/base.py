@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import Field
 
 from misstep.engines.base import AT_ONCE, Completion, Engine, Request
+from misstep.engines.threads import behind
 from misstep.judges.base import Judge
 from misstep.records import Message, Prompt, Record, Response, Score, text_digest
 
@@ -21,6 +22,11 @@ Ask = Callable[[tuple[Message, ...]], tuple[Message, ...]]
 Read = Callable[[str], str]
 """Takes from a model's text what a user gets to see."""
 T = TypeVar("T")
+R = TypeVar("R")
+PARTS = 8
+"""Of an engine's call, where a judge elsewhere looks at one while the next is answered."""
+AHEAD = 16
+"""Parts that the model may be ahead of such a judge."""
 
 
 class Yield(Record):
@@ -107,14 +113,29 @@ def judged_samples(
     guided: bool = False,
 ) -> Iterator[tuple[Prompt, list[tuple[Response, Score]]]]:
     """Every prompt, in order, with its answers, `most` at most, and what the judge says."""
-    for some in portions(asked, max(1, engine.at_once // most)):
-        answers = engine.generate([request for _, requests in some for request in requests])
-        prompts = [prompt for prompt, requests in some for _ in requests]
-        pairs = zip(prompts, answers, strict=True)
-        responses = [response_of(engine, *pair, read, guided) for pair in pairs]
-        scored = zip(responses, score_all(judge, responses), strict=True)
-        for prompt, requests in some:
-            yield prompt, list(islice(scored, len(requests)))
+    size = engine.at_once // (PARTS if judge.elsewhere else 1)
+
+    def answered() -> Iterator[list[tuple[Prompt, list[Response]]]]:
+        for some in portions(asked, max(1, size // most)):
+            came = iter(engine.generate([r for _, requests in some for r in requests]))
+            yield [
+                (p, [response_of(engine, p, next(came), read, guided) for _ in requests])
+                for p, requests in some
+            ]
+
+    def judged(
+        part: list[tuple[Prompt, list[Response]]],
+    ) -> list[tuple[Prompt, list[tuple[Response, Score]]]]:
+        scores = iter(score_all(judge, [r for _, responses in part for r in responses]))
+        return [(p, [(r, next(scores)) for r in responses]) for p, responses in part]
+
+    for part in meanwhile(judge.elsewhere, judged, answered()):
+        yield from part
+
+
+def meanwhile(elsewhere: bool, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """What is made of each item, in order; elsewhere while the next item is waited for."""
+    return behind(work, items, AHEAD) if elsewhere else map(work, items)
 
 
 def kind_of(reason: str) -> str:

@@ -34,7 +34,7 @@ from misstep.judges.refusal import is_attack, rates_of, refusal_metric
 from misstep.judges.rule import words
 from misstep.judges.seats import Seat
 from misstep.records import VERDICTS, Answer, Judgement, Response, Score, base_metric
-from misstep.stages.base import no_answer, score_all
+from misstep.stages.base import meanwhile, no_answer, portions, score_all
 
 Describe = Callable[[str], dict[str, str | None]]
 """Given a method's name, the sources of its mistakes and analyses."""
@@ -53,6 +53,26 @@ RULE = "rule:opening/1"
 OPENING_WORDS = 4
 FEWEST = 20
 """Of fewer answers a common opening says little."""
+A_PORTION = 512
+"""Answers that a judge elsewhere looks at while more come."""
+
+
+def judged_meanwhile(answers: Iterable[Answer], seats: Sequence[Seat]) -> Iterator[Answer]:
+    """The answers as they come; judges elsewhere look at them while the model goes on.
+
+    What such a judge is told is kept by its engine, and there when the answers are judged.
+    """
+    elsewhere = [s for s in seats if isinstance(s.judge, Judge) and s.judge.elsewhere]
+
+    def seen(some: list[Answer]) -> list[Answer]:
+        for seat in elsewhere:
+            assert isinstance(seat.judge, Judge)
+            asked = [a.response for a in some if seat.applies(a.response.prompt)]
+            score_all(seat.judge, asked)
+        return some
+
+    for some in meanwhile(bool(elsewhere), seen, portions(answers, A_PORTION)):
+        yield from some
 
 
 def judge_answers(answers: Sequence[Answer], seats: Sequence[Seat]) -> list[Judgement]:
