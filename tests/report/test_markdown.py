@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from misstep.errors import DataError
+from misstep.evidence.judge_card import JudgeCard
 from misstep.evidence.results import Comparison, adjusted, read_results
 from misstep.evidence.study_results import read_study
+from misstep.records import read_json
 from misstep.report import pages
 from misstep.report.check_markdown import check_markdown
 from misstep.report.check_words import caution, titles
@@ -28,6 +30,7 @@ CLAIM = re.compile(
     r"([+−]?[\d.]+) points, ([+−]?[\d.]+) to ([+−]?[\d.]+), adjusted p (below )?(\d\.\d+)"
 )
 """How the pages write a difference that they rest a claim on."""
+MEANING = re.compile(r"^## What it means\n.*?(?=^## )", re.DOTALL | re.MULTILINE)
 PROSE = {run.parent / f"{run.name}.md": [run] for run in RUNS}
 PROSE |= {ROOT / "docs/results/README.md": RUNS, ROOT / "README.md": RUNS}
 """Pages, and the results that they speak of."""
@@ -37,10 +40,21 @@ CHECKS = sorted(path.parent for path in (ROOT / "docs/results").glob("*/check.js
 STUDIES = sorted(path.parent for path in (ROOT / "docs/results").glob("*/study.json"))
 
 
+def by_hand(page: Path) -> str:
+    """What was written by hand of a page; it stands before the tables."""
+    found = MEANING.search(page.read_text(encoding="utf-8"))
+    return found.group() if found else ""
+
+
+def of_numbers(page: Path) -> str:
+    """All else of it."""
+    return MEANING.sub("", page.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_a_results_page_is_made_from_its_results(run: Path) -> None:
-    page = (ROOT / "docs/results" / f"{run.name}.md").read_text(encoding="utf-8")
-    assert pages.markdown(run) in page, (
+    page = ROOT / "docs/results" / f"{run.name}.md"
+    assert pages.markdown(run) == of_numbers(page), (
         f"make it anew: misstep report --markdown docs/results/{run.name}"
     )
 
@@ -108,22 +122,20 @@ def test_without_harm_and_help_there_is_nothing_to_draw(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_a_study_page_is_made_from_its_study(study: Path) -> None:
-    page = (ROOT / "docs/results" / f"{study.name}.md").read_text(encoding="utf-8")
-    assert study_markdown(study) in page, (
+    page = ROOT / "docs/results" / f"{study.name}.md"
+    assert study_markdown(study) == of_numbers(page), (
         f"make it anew: misstep report --markdown docs/results/{study.name}"
     )
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_the_page_of_a_check_is_made_from_its_numbers(check: Path) -> None:
-    page = (check.parent / f"{check.name}.md").read_text(encoding="utf-8")
-    assert check_markdown(check) in page
+    assert check_markdown(check) == of_numbers(check.parent / f"{check.name}.md")
 
 
 @pytest.mark.parametrize("cards", CARDS, ids=lambda cards: cards.name)
 def test_the_page_of_judges_is_made_from_their_cards(cards: Path) -> None:
-    page = cards.with_suffix(".md").read_text(encoding="utf-8")
-    assert cards_markdown(cards) in page, (
+    assert cards_markdown(cards) == of_numbers(cards.with_suffix(".md")), (
         f"make it anew: misstep report --markdown docs/results/{cards.name}"
     )
 
@@ -266,7 +278,7 @@ def test_differences_in_prose_are_those_of_committed_results(page: Path) -> None
         for comparison in adjusted(read_results(run / "results.json").comparisons)
         for said in _both_ways(comparison)
     }
-    text = page.read_text(encoding="utf-8").split("## What it means")[-1]
+    text = by_hand(page) or page.read_text(encoding="utf-8")
     assert [claim for claim in CLAIM.findall(text) if claim not in found] == []
     said = re.findall(r"(?<!each )adjusted p (?:below )?\d", text)
     assert len(said) == len(CLAIM.findall(text))
@@ -274,7 +286,7 @@ def test_differences_in_prose_are_those_of_committed_results(page: Path) -> None
 
 @pytest.mark.parametrize("page", [p for p in PROSE if p.stem != "README"], ids=lambda p: p.stem)
 def test_rates_in_prose_stand_in_the_page_s_tables(page: Path) -> None:
-    tables, _, prose = page.read_text(encoding="utf-8").partition("## What it means")
+    tables, prose = of_numbers(page), by_hand(page)
     # How often a judge is right stands where it was measured.
     tables += (ROOT / "docs/results/judges.md").read_text(encoding="utf-8")
     known = set(re.findall(r"\d+\.\d(?=\s%)", tables))
@@ -289,3 +301,27 @@ def _both_ways(c: Comparison) -> list[tuple[str, ...]]:
         (gap(c.difference), gap(c.low), gap(c.high), *p),
         (gap(-c.difference), gap(-c.high), gap(-c.low), *p),
     ]
+
+
+def test_judges_of_one_metric_stand_side_by_side_on_what_two_were_measured_on(
+    tmp_path: Path,
+) -> None:
+    judges = tmp_path / "judges"
+    judges.mkdir()
+    for name in ("harm", "harm-1.5b", "refusal"):
+        shutil.copy(ROOT / f"docs/results/judges/{name}.json", judges)
+    page = pages.markdown(judges)
+    overview = page[: page.index("\n## ")]
+    cards = {
+        name: read_json(judges / f"{name}.json", JudgeCard) for name in ("harm", "harm-1.5b")
+    }
+    both = [name for name in cards["harm"].data if name in cards["harm-1.5b"].data]
+    alone = cards["harm-1.5b"].data.keys() - set(both)
+    (heads,) = [line for line in overview.splitlines() if line.startswith("| judge |")]
+    assert heads == f"| judge | made of | {' | '.join(both)} |"
+    assert alone and "refusal" not in overview
+    for name, anchor in (("harm", "harm"), ("harm-1.5b", "harm-15b")):
+        found = cards[name].data[both[0]]
+        assert found.accuracy and found.auc
+        values = f"{rate(found.accuracy.value)}, {rate(found.auc.value, 'auc')}"
+        assert f"| [{name}](#{anchor}) | {cards[name].training.model} | {values} |" in overview

@@ -3,6 +3,7 @@
 Made from the cards alone, which lie in the judges' folders or are files named after them.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from misstep.errors import DataError
 from misstep.evidence.check_results import CalibrationBin
 from misstep.evidence.judge_card import CARD, JudgeCard, Tested, is_trained_judge
 from misstep.records import read_json
+from misstep.report.check import number
 from misstep.report.check_markdown import number_cell, plain
 from misstep.report.check_words import caution, titles
 from misstep.report.markdown import line, table
@@ -46,10 +48,34 @@ def cards_markdown(folder: Path) -> str:
         "on. Where a line says how many were left out, the set was trained on in part, or has "
         "rows without a label of this kind.",
     ]
+    for metric in dict.fromkeys(card.metric for card in cards.values()):
+        parts += _overview({n: card for n, card in cards.items() if card.metric == metric})
     for name, card in cards.items():
         parts += [f"## {name}", *_training(card), "\n".join(_tested(card))]
         parts += [caution(card.metric), *_calibration(card.data)]
     return "\n\n".join(parts) + "\n"
+
+
+def _overview(cards: Mapping[str, JudgeCard]) -> Iterator[str]:
+    """Judges of one metric side by side, on what two of them at least were measured on."""
+    counts = Counter(name for card in cards.values() for name in card.data)
+    sets = [name for name, judges in counts.items() if judges > 1]
+    if not sets:
+        return
+    (metric,) = {card.metric for card in cards.values()}
+    yield f"Judges of `{metric}`: accuracy and AUC. The intervals stand below."
+    lines = table(["judge", "made of", *map(plain, sets)])
+    for name, card in cards.items():
+        cells = [_in_short(card.data.get(data)) for data in sets]
+        lines.append(line([f"[{name}](#{name.replace('.', '')})", card.training.model, *cells]))
+    yield "\n".join(lines)
+
+
+def _in_short(found: Tested | None) -> str:
+    if found is None:
+        return "–"
+    both = (("accuracy", found.accuracy), ("auc", found.auc))
+    return ", ".join(number(metric, name)[0] for name, metric in both)
 
 
 def _training(card: JudgeCard) -> Iterator[str]:
