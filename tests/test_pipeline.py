@@ -167,8 +167,9 @@ def test_run_directory_holds_what_the_outside_relies_on(finished: Path) -> None:
 def test_a_second_run_pays_nothing_and_says_the_same(recipe: Path, finished: Path) -> None:
     before = (finished / "results.json").read_bytes()
     paid, adapter = cache_size(finished), finished / "adapter/adapter_model.safetensors"
-    written = adapter.stat().st_mtime_ns
-    run(recipe, finished, [], Silent())
+    written, heard = adapter.stat().st_mtime_ns, Heard()
+    run(recipe, finished, [], heard)
+    assert heard.lines and not any("Training" in line for line in heard.lines)
     assert (finished / "results.json").read_bytes() == before
     assert cache_size(finished) == paid
     assert adapter.stat().st_mtime_ns == written
@@ -739,6 +740,15 @@ def test_the_manifest_says_what_the_last_stage_kept(recipe: Path, tmp_path: Path
         run(recipe, tmp_path / "none", gated, Silent(), "analyse")
     found = yields(tmp_path / "none")["analyse"]
     assert found["kept"] == 0 < found["sampled"] and found["refused"]
+    # Of mistakes that none are, too: the tiny model obeys no attack.
+    induced = [
+        "mistakes.source=induced",
+        f"mistakes.data.path={recipe.parent / 'attacks.jsonl'}",
+    ]
+    with pytest.raises(NothingKept):
+        run(recipe, tmp_path / "nothing", induced, Silent(), "induce")
+    found = yields(tmp_path / "nothing")["induce"]
+    assert found["kept"] == 0 < found["given"] <= found["sampled"] and found["refused"]
 
 
 def test_what_reads_no_analyses_waits_for_none(recipe: Path, tmp_path: Path) -> None:

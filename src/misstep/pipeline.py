@@ -64,7 +64,7 @@ from misstep.stages.reference import reference_losses
 from misstep.stages.reinforce import Feedback, policy_digest, reinforce
 from misstep.stages.respond import CUT, respond, whole_counted
 from misstep.stages.revise import revise
-from misstep.stages.train import input_digest, train
+from misstep.stages.train import REPORT, finished, input_digest, train
 from misstep.training.mask import MaskedRow, show_mask
 from misstep.training.report import TrainReport
 from misstep.training.trl_rows import write_trl
@@ -223,14 +223,17 @@ class Run:
     def induce(self) -> Iterable[Mistake]:
         """Collect the mistakes, into mistakes.jsonl."""
         inputs, settings = self.inputs, self._settings
-        with self.manifest.stage("induce"), self._judge_of_mistakes() as judge:
-            tally = Tally()
+        with (
+            self.manifest.stage("induce"),
+            self._judge_of_mistakes() as judge,
+            self._counted("induce") as tally,
+        ):
             if settings.source == "induced":
-                return self._keep_mistakes(self._induced(judge, tally), tally)
+                return self._keep_mistakes(self._induced(judge, tally))
             if settings.source == "reported":
-                return self._keep_mistakes(confirm(inputs.given, judge, tally), tally)
+                return self._keep_mistakes(confirm(inputs.given, judge, tally))
             tally.given = tally.kept = len(inputs.given)
-            return self._keep_mistakes(inputs.given, tally)
+            return self._keep_mistakes(inputs.given)
 
     def _induced(
         self, judge: Judge, tally: Tally, adapter: Path | None = None
@@ -241,7 +244,7 @@ class Run:
                 inputs.prompts, inputs.policy, engine, judge, settings, seed, tally
             )
 
-    def _keep_mistakes(self, mistakes: Iterable[Mistake], tally: Tally) -> Iterable[Mistake]:
+    def _keep_mistakes(self, mistakes: Iterable[Mistake]) -> Iterable[Mistake]:
         kept = RecordFile(self.folder / "mistakes.jsonl", Mistake)
         limit, rounds = self._settings.limit, self.config.rounds
         if limit is None and rounds == 1:
@@ -252,7 +255,6 @@ class Run:
             kept.fill(some_mistakes(found, limit or len(found), self.config.seed))
             if limit is not None and limit < len(found):
                 self.progress.say(f"Of {len(found)} mistakes {limit} are used: mistakes.limit.")
-        self._yield("induce", tally)
         return kept
 
     def further_rounds(
@@ -328,11 +330,14 @@ class Run:
         model: Model,
         settings: AnalyseSettings,
     ) -> tuple[RecordFile[Analysis], Tally]:
-        found, tally = RecordFile(self.folder / name, Analysis), Tally()
+        found = RecordFile(self.folder / name, Analysis)
         policy, seed = self.inputs.policy, self.config.seed
-        with self.manifest.stage(stage), self._engine(model, "analysing") as engine:
+        with (
+            self.manifest.stage(stage),
+            self._engine(model, "analysing") as engine,
+            self._counted(stage) as tally,
+        ):
             found.fill(analyse(mistakes, policy, engine, settings, seed, tally))
-        self._yield(stage, tally)
         return found, tally
 
     def collected(self, mistakes: Iterable[Mistake], analyses: Iterable[Analysis]) -> Collected:
@@ -344,11 +349,14 @@ class Run:
 
     def revise(self, mistakes: Iterable[Mistake]) -> Iterable[Revision]:
         """Have the mistakes revised, into revisions.jsonl."""
-        policy, settings, tally = self.inputs.policy, self.config.revision, Tally()
+        policy, settings = self.inputs.policy, self.config.revision
         found = RecordFile(self.folder / "revisions.jsonl", Revision)
-        with self.manifest.stage("revise"), self._engine(self.model, "revising") as engine:
+        with (
+            self.manifest.stage("revise"),
+            self._engine(self.model, "revising") as engine,
+            self._counted("revise") as tally,
+        ):
             found.fill(revise(mistakes, policy, engine, settings, self.config.seed, tally))
-        self._yield("revise", tally)
         return found
 
     def unguided(self, mistakes: Iterable[Mistake]) -> Iterable[Analysis]:
@@ -418,18 +426,18 @@ class Run:
 
     def _answered(self, prompts: Iterable[Prompt]) -> Callable[[Prompt], Prompt]:
         """What gives a prompt the good answer that is learned; good_answers.jsonl."""
-        settings, tally = self.config.good_answers, Tally()
+        settings = self.config.good_answers
         if settings.source == "data":
             return lambda prompt: prompt
         found = RecordFile(self.folder / "good_answers.jsonl", Response)
-        given = (self.inputs.policy, settings, self.config.seed, tally)
+        given = (self.inputs.policy, settings, self.config.seed)
         with (
             self.manifest.stage("good answers"),
             self._judge_of_mistakes() as judge,
             self._engine(self.model, "answering well") as engine,
+            self._counted("good answers") as tally,
         ):
-            found.fill(good_answers(prompts, engine, judge, *given))
-        self._yield("good answers", tally)
+            found.fill(good_answers(prompts, engine, judge, *given, tally))
         return partial(with_answer, known={a.prompt.messages: a.text for a in found})
 
     def _train(self, method: str, rows: Rows, place: str = "") -> Path:
@@ -439,7 +447,8 @@ class Run:
         again = "" if different == len(rows) else f", {different} of them different"
         if different * OFTEN <= len(rows):
             again += f": each comes about {len(rows) // different} times an epoch"
-        self.progress.say(f"Training {method} on {len(rows)} rows{again}")
+        if finished(folder / REPORT, TrainReport, name()) is None:
+            self.progress.say(f"Training {method} on {len(rows)} rows{again}")
 
         def notify(what: str, done: int, total: int) -> None:
             self.progress.update(f"{method}: {what}", done, total)
@@ -475,12 +484,14 @@ class Run:
 
     def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:
         """Answer the test prompts with every model, guided and not, into responses.jsonl."""
-        tally = Tally()
-        with self.manifest.stage("respond"), self._judges() as seats:
-            found = RecordFile(self.folder / "responses.jsonl", Answer)
+        found = RecordFile(self.folder / "responses.jsonl", Answer)
+        with (
+            self.manifest.stage("respond"),
+            self._judges() as seats,
+            self._counted("respond") as tally,
+        ):
             answers = judged_meanwhile(self._all_answers(adapters), seats)
             found.fill(whole_counted(answers, tally))
-        self._yield("respond", tally)
         cut = {
             why.removeprefix(f"{CUT}, "): n
             for why, n in tally.refused.most_common()
@@ -585,6 +596,17 @@ class Run:
             "mistake_source": self._settings.source if of.uses_mistakes else None,
             "analysis_source": config.analysis.engine if of.uses_analyses else None,
         }
+
+    @contextmanager
+    def _counted(self, stage: str) -> Iterator[Tally]:
+        """A stage's tally, which is told at its end, and also where nothing was kept."""
+        tally = Tally()
+        try:
+            yield tally
+        except NothingKept:
+            self._yield(stage, tally)
+            raise
+        self._yield(stage, tally)
 
     def _yield(self, stage: str, tally: Tally) -> None:
         counts = tally.counts
