@@ -407,6 +407,9 @@ def _object(line: str, where: str) -> dict[str, Any]:
             f"{where}: expected one JSON object a line, found text that is no JSON "
             f"({error.msg} at column {error.colno})."
         ) from error
+    except ValueError as error:
+        # Such as a number of thousands of digits.
+        raise DataError(f"{where}: JSON that Python does not read ({error}).") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}.")
     # Text that was decoded can hold half a character only by an escape.

@@ -608,6 +608,8 @@ GOOD_ROW = '{"prompt": "p", "response": "r"}'
         ("a.jsonl", "prompt".encode("utf-16"), "expected utf-8-sig text"),
         ("a.json", '{"prompt": "p"}', "expected a list of objects"),
         ("a.json", "[\n{]", "line 2: no valid JSON"),
+        ("a.json", f'[{{"prompt": {"1" * 5000}}}]', "JSON that Python does not read"),
+        ("a.jsonl", f'{{"prompt": {"1" * 5000}}}', "line 1: JSON that Python does not read"),
         ("a.csv", "prompt,response\np,r\nq\n", "line 3: expected 2 cells as in the first row"),
         ("a.csv", 'prompt,response\np,r\n"q,r\nx,y\n', "line 3: no valid CSV"),
         ("a.csv.gz", CUT, "expected a file that gzip has"),

@@ -159,14 +159,17 @@ def _jsonl(path: Path, form: Form) -> Iterator[PlacedRow]:
 
 def _json(path: Path, form: Form) -> Iterator[PlacedRow]:
     with open_text(path, form.encoding) as file:
-        try:
-            data = json.load(file)
-        except json.JSONDecodeError as fault:
-            lines = " It looks like JSON Lines: call it .jsonl."
-            raise DataError(
-                f"{path}, line {fault.lineno}: no valid JSON ({fault.msg})."
-                f"{lines if fault.msg == 'Extra data' else ''}"
-            ) from fault
+        text = file.read()
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as fault:
+        lines = " It looks like JSON Lines: call it .jsonl."
+        raise DataError(
+            f"{path}, line {fault.lineno}: no valid JSON ({fault.msg})."
+            f"{lines if fault.msg == 'Extra data' else ''}"
+        ) from fault
+    except ValueError as fault:
+        raise DataError(f"{path}: JSON that Python does not read ({fault}).") from fault
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise DataError(
             f"{path}: expected a list of objects. Use JSON Lines for anything else."
