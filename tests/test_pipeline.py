@@ -20,6 +20,9 @@ from misstep import pipeline
 from misstep.cli import rows as rows_command
 from misstep.cli import train
 from misstep.data.sources import question_of
+from misstep.engines.base import Engine
+from misstep.engines.cached import Chosen
+from misstep.engines.choose import choose
 from misstep.errors import InputError, NothingKept, RecipeError
 from misstep.evidence.judge_card import SEEN, read_card
 from misstep.inputs import read_inputs
@@ -749,6 +752,40 @@ def test_the_manifest_says_what_the_last_stage_kept(recipe: Path, tmp_path: Path
         run(recipe, tmp_path / "nothing", induced, Silent(), "induce")
     found = yields(tmp_path / "nothing")["induce"]
     assert found["kept"] == 0 < found["given"] <= found["sampled"] and found["refused"]
+
+
+def test_stages_in_a_row_ask_one_engine_which_is_gone_before_training(
+    recipe: Path, tmp_path: Path
+) -> None:
+    events: list[str] = []
+
+    class Watching(Silent):
+        def say(self, text: str) -> None:
+            if text.startswith("Training"):
+                events.append("train")
+
+    def watched(*asked: Any) -> Chosen:
+        chosen = choose(*asked)
+
+        def opened() -> Engine:
+            engine = chosen.open()
+            close = engine.close
+
+            def closed() -> None:
+                events.append("close")
+                close()
+
+            events.append("adapter" if asked[2] else "base")
+            engine.close = closed  # type: ignore[method-assign]
+            return engine
+
+        return chosen._replace(open=opened)
+
+    inputs = read_inputs(recipe, ["methods=[vanilla, critique_revise, mistake_analysis]"])
+    Run(inputs, tmp_path / "run", Watching(), chooser=watched).through("evaluate")
+    # Analyses and revisions, then two trainings, then the answers of three models.
+    answers = ["base", "close", "adapter", "close", "adapter", "close"]
+    assert events == ["base", "train", "close", "train", *answers]
 
 
 def test_what_reads_no_analyses_waits_for_none(recipe: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from misstep.engines.cached import CachedEngine, Chosen
+from misstep.engines.cached import CachedEngine, Chosen, Rest
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -106,8 +106,9 @@ def progress() -> Iterator[Progress]:
 class Engines:
     """The engines of a command, behind one cache; each reason for one is said once."""
 
-    def __init__(self, cache: Path, progress: Progress) -> None:
+    def __init__(self, cache: Path, progress: Progress, rest: Rest | None = None) -> None:
         self.cache = cache
+        self.rest = rest
         self.progress = progress
         self._said: set[str] = set()
 
@@ -120,6 +121,6 @@ class Engines:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        with CachedEngine(chosen, self.cache) as engine:
+        with CachedEngine(chosen, self.cache, rest=self.rest) as engine:
             engine.notify = partial(self.progress.update, what)
             yield engine

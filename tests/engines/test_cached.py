@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from misstep.engines import turns
 from misstep.engines.base import Completion, Engine, Request
-from misstep.engines.cached import CachedEngine, Chosen
+from misstep.engines.cached import CachedEngine, Chosen, Rest
 from misstep.engines.scripted import ScriptedEngine
 from misstep.errors import EngineError, RunError
 from misstep.records import Message
@@ -235,7 +235,13 @@ class OnGpu:
         self.loads: list[str] = []
         self.open: list[str] = []
 
-    def cached(self, name: str, alone: bool = True) -> CachedEngine:
+    def cached(
+        self,
+        name: str,
+        alone: bool = True,
+        rest: Rest | None = None,
+        elsewhere: bool = False,
+    ) -> CachedEngine:
         gpu = self
 
         class Loaded(ScriptedEngine):
@@ -249,7 +255,8 @@ class OnGpu:
             return Loaded(name=name)
 
         identity = ScriptedEngine(name=name).identity
-        return CachedEngine(Chosen(identity, "", load, alone=alone), self.path)
+        chosen = Chosen(identity, "", load, alone=alone, elsewhere=elsewhere)
+        return CachedEngine(chosen, self.path, rest=rest)
 
 
 def test_engines_that_need_the_gpu_take_turns(tmp_path: Path) -> None:
@@ -287,6 +294,54 @@ def test_engines_elsewhere_stay_open_side_by_side(tmp_path: Path) -> None:
         for engine in (a, b, local):
             engine.generate(REQUESTS[2:4])
         assert gpu.open == gpu.loads == ["gpu", "a", "b"]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_stage_that_asks_the_same_model_loads_it_no_second_time(
+    tmp_path: Path, alone: bool
+) -> None:
+    gpu, rest = OnGpu(tmp_path), Rest()
+    for stage in range(3):
+        with gpu.cached("model", alone, rest) as model:
+            model.generate([ask("a question", stage)])
+    assert gpu.loads == gpu.open == ["model"]
+    # Another one finds the memory free, and so does who asks for it.
+    with gpu.cached("other", True, rest) as other:
+        other.generate([ask("a question", 0)])
+        assert gpu.open == ["other"]
+    rest.give_up()
+    assert not gpu.open
+    with gpu.cached("other", alone, rest) as other:
+        # What is known needs no engine, at rest or not.
+        other.generate([ask("a question", 0)])
+    assert gpu.loads == ["model", "other"]
+
+
+def test_an_engine_at_rest_leaves_the_gpu_to_what_is_no_engine(tmp_path: Path) -> None:
+    class Other:
+        def give_up(self) -> None:
+            """Nothing that a test looks at."""
+
+    gpu, rest = OnGpu(tmp_path), Rest()
+    with gpu.cached("model", True, rest) as model:
+        model.generate(REQUESTS[:2])
+    assert gpu.open == ["model"]
+    turns.take(Other())
+    assert not gpu.open
+    with gpu.cached("model", True, rest) as model:
+        model.generate(REQUESTS[2:4])
+    assert gpu.loads == ["model", "model"]
+    rest.give_up()
+
+
+def test_the_client_of_an_endpoint_drives_no_model_out_of_its_rest(tmp_path: Path) -> None:
+    gpu, rest = OnGpu(tmp_path), Rest()
+    judging = gpu.cached("judge", False, rest, elsewhere=True)
+    with judging as judge, gpu.cached("model", False, rest) as model:
+        model.generate(REQUESTS[:2])
+        judge.generate(REQUESTS[:2])
+    assert gpu.open == ["model"]
+    rest.give_up()
 
 
 def test_an_engine_makes_room_for_what_is_no_engine(tmp_path: Path) -> None:

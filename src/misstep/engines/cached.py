@@ -4,8 +4,9 @@ Answers are kept by engine identity and request. What is missing goes to the eng
 part of its answer is kept before the next is waited for. Most engines answer in batches of
 fixed size: a process killed at any moment leaves whole batches, so the next run forms the same
 batches and gets the same texts. A completion that carries an error is handed on and not kept:
-the next run asks again. The engine itself is opened at the first miss only. One that needs the
-GPUs for itself is closed while another is on them, and opened again at its next miss.
+the next run asks again. The engine itself is opened at the first miss only, and may rest where
+the next stage that asks the same model finds it. One that needs the GPUs for itself is closed
+while another is on them, and opened again at its next miss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,17 +45,47 @@ class Chosen(NamedTuple):
         return self._replace(at_once=MANY, alone=True)
 
 
+class Rest:
+    """Where the engine that was used last waits for who asks the same model next."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+
+    def take(self, identity: str) -> Engine | None:
+        """The engine that waits; another one is closed, since two may not fit."""
+        engine, self._engine = self._engine, None
+        if engine is None or engine.identity == identity:
+            return engine
+        engine.close()
+        return None
+
+    def leave(self, engine: Engine, on_gpu: bool) -> None:
+        """Have an engine wait, in the place of the one before; who needs the GPU ends it."""
+        self.give_up()
+        self._engine = engine
+        if on_gpu:
+            turns.take(self)
+
+    def give_up(self) -> None:
+        """Close the engine that waits, if any."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
 class CachedEngine(Engine):
     """Answers from the cache where it can, from the engine where it must."""
 
-    def __init__(self, chosen: Chosen, path: Path, batch: int = BATCH) -> None:
-        """Open the cache."""
+    def __init__(
+        self, chosen: Chosen, path: Path, batch: int = BATCH, rest: Rest | None = None
+    ) -> None:
+        """Open the cache; without a place to rest the engine is closed with it."""
         self.identity, self.at_once = chosen.identity, chosen.at_once
         self.elsewhere = chosen.elsewhere
         self.batch = batch
         self.paid = 0
         """Requests that reached the engine."""
-        self._chosen = chosen
+        self._chosen, self._rest = chosen, rest
         self._engine: Engine | None = None
         self._answered = 0
         self.notify: Notify | None = None
@@ -74,6 +105,11 @@ class CachedEngine(Engine):
         return [known[key] for key in keys]
 
     def close(self) -> None:
+        # A client of an endpoint is opened in no time, and must not drive out a model.
+        if self._rest is not None and self._engine is not None and not self.elsewhere:
+            # No longer this one's, whose turn on the GPU ends with that.
+            engine, self._engine = self._engine, None
+            self._rest.leave(engine, self._chosen.alone)
         self.give_up()
         self._store.close()
 
@@ -89,6 +125,9 @@ class CachedEngine(Engine):
         return sha256(content.encode()).digest()[:16]
 
     def _pay(self, requests: list[Request]) -> Iterator[list[tuple[int, Completion]]]:
+        if self._rest is not None and self._engine is None:
+            # Before the turn is taken: whose turn is over closes what rests there.
+            self._engine = self._rest.take(self.identity)
         if self._chosen.alone:
             self._take_turn()
         if self._engine is None:
