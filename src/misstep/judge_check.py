@@ -7,7 +7,7 @@ it has not seen. What the numbers mean stands in misstep.evidence.check_results.
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,9 +216,10 @@ def check_judge(
 
 
 def _check_into(folder: Path, inputs: CheckInputs, progress: Progress) -> None:
-    engines = Engines(folder / CACHE, progress)
-    engine = partial(engines.opened, what="judging")
-    with opened(inputs.judge, engine, engines.cache) as asked:
+    with (
+        closing(Engines(folder / CACHE, progress)) as engines,
+        opened(inputs.judge, partial(engines.opened, what="judging"), engines.cache) as asked,
+    ):
         cases = {
             name: judge_cases(asked, name, found, progress)
             for name, found in inputs.data.items()

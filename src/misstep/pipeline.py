@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from misstep.claims import claimed
 from misstep.config import RunConfig
 from misstep.data.shelf import Names, Shelf
-from misstep.engines.cached import CachedEngine, Chosen, Rest
+from misstep.engines.cached import CachedEngine, Chosen
 from misstep.engines.choose import choose
 from misstep.engines.store import CACHE
 from misstep.errors import NothingKept, RecipeError
@@ -116,8 +116,7 @@ class Run:
         self.manifest = Manifest(folder, described_run(inputs), RUN)
         self.scratch = folder / "scratch"
         self.model, self.analyst = map(self._whole, (inputs.model, inputs.analyst))
-        self._rest = Rest()
-        self._engines = Engines((store or folder) / CACHE, progress, self._rest)
+        self._engines = Engines((store or folder) / CACHE, progress)
         self.corrections = self._corrections()
         self.adapters: dict[str, Path | None] = {}
         """Of the methods as far as they are trained; None where a method trains nothing."""
@@ -139,7 +138,7 @@ class Run:
         try:
             self._through(last)
         finally:
-            self._rest.give_up()
+            self._engines.close()
             rmtree(self.scratch, ignore_errors=True)
 
     def masks(self, count: int) -> list[MaskedRow]:
@@ -157,7 +156,7 @@ class Run:
             analyses = self.analyse(mistakes) if self._needs_analyses else []
             rows = self.rows(self.collected(mistakes, analyses))
         finally:
-            self._rest.give_up()
+            self._engines.close()
         found = {name: [r for r in of if isinstance(r, Example)] for name, of in rows.items()}
         shown = found.get(FOCUS, list(found.values())[-1])
         return show_mask(self.model, shown, count, self.config.train.max_length)
@@ -454,7 +453,7 @@ class Run:
             again += f": each comes about {len(rows) // different} times an epoch"
         if finished(folder / REPORT, TrainReport, name()) is None:
             self.progress.say(f"Training {method} on {len(rows)} rows{again}")
-            self._rest.give_up()
+            self._engines.close()
 
         def notify(what: str, done: int, total: int) -> None:
             self.progress.update(f"{method}: {what}", done, total)
@@ -557,7 +556,7 @@ class Run:
                 names = {seat.metric: seat.judge.name for seat in seats}
             self.manifest.data["judges"] = names
             # The judges' models are gone: this loads the one that was trained.
-            self._rest.give_up()
+            self._engines.close()
             judgements += self._reference_losses(answers, adapters)
             write_jsonl(self.folder / "scores.jsonl", judgements)
             write_results(self.folder / "results.json", self._results(answers, judgements))

@@ -104,12 +104,15 @@ def progress() -> Iterator[Progress]:
 
 
 class Engines:
-    """The engines of a command, behind one cache; each reason for one is said once."""
+    """The engines of a command, behind one cache; each reason for one is said once.
 
-    def __init__(self, cache: Path, progress: Progress, rest: Rest | None = None) -> None:
+    One of them may wait for its next use, until it is told to rest no longer.
+    """
+
+    def __init__(self, cache: Path, progress: Progress) -> None:
         self.cache = cache
-        self.rest = rest
         self.progress = progress
+        self._rest = Rest()
         self._said: set[str] = set()
 
     @contextmanager
@@ -121,6 +124,10 @@ class Engines:
         if chosen.why not in self._said:
             self.progress.say(f"Engine: {chosen.why}")
             self._said.add(chosen.why)
-        with CachedEngine(chosen, self.cache, rest=self.rest) as engine:
+        with CachedEngine(chosen, self.cache, rest=self._rest) as engine:
             engine.notify = partial(self.progress.update, what)
             yield engine
+
+    def close(self) -> None:
+        """Close the engine that waits, if any; the next one that is opened may wait again."""
+        self._rest.give_up()

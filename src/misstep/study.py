@@ -157,7 +157,9 @@ class StudyRun:
             works = {
                 name: self._work(name, model) for name, model in self.inputs.models.items()
             }
+            scores = self._judged(works)
         finally:
+            self._engines.close()
             rmtree(self.scratch, ignore_errors=True)
         write_jsonl(
             self.folder / "responses.jsonl",
@@ -171,7 +173,7 @@ class StudyRun:
             self.folder / "analyses.jsonl",
             [a for work in works.values() for a in work.analyses + work.guided_analyses],
         )
-        study = self._study(works, self._judged(works))
+        study = self._study(works, scores)
         write_study(self.folder / STUDY, study)
         return study
 

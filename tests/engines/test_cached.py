@@ -274,15 +274,19 @@ def test_engines_that_need_the_gpu_take_turns(tmp_path: Path) -> None:
     assert not gpu.open
 
 
-def test_a_judge_that_is_the_model_itself_loads_it_no_second_time(tmp_path: Path) -> None:
-    gpu = OnGpu(tmp_path)
-    with gpu.cached("model") as model:
-        with gpu.cached("model") as judge:
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_judge_that_is_the_model_itself_loads_it_no_second_time(
+    tmp_path: Path, alone: bool
+) -> None:
+    gpu, rest = OnGpu(tmp_path), Rest()
+    with gpu.cached("model", alone, rest) as model:
+        with gpu.cached("model", alone, rest) as judge:
             for number in range(3):
                 model.generate([ask("a question", number)])
                 judge.generate([ask("an answer", number)])
         model.generate([ask("a question", 3)])
-    assert gpu.loads == ["model", "model"], "closed with the judge that had it last"
+    rest.give_up()
+    assert gpu.loads == ["model"]
     assert not gpu.open
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakSet
 
 from misstep.engines import turns
 from misstep.engines.base import AT_ONCE, BATCH, Completion, Engine, Request
@@ -46,13 +47,20 @@ class Chosen(NamedTuple):
 
 
 class Rest:
-    """Where the engine that was used last waits for who asks the same model next."""
+    """Where the engine that was used last waits for who asks the same model next.
+
+    A judge that is the model itself has no need to wait: it takes over the engine in use.
+    """
 
     def __init__(self) -> None:
+        self.users: WeakSet[CachedEngine] = WeakSet()
         self._engine: Engine | None = None
 
     def take(self, identity: str) -> Engine | None:
-        """The engine that waits; another one is closed, since two may not fit."""
+        """A loaded engine; another one that waits is closed, since two may not fit."""
+        for user in self.users:
+            if user.identity == identity and (loaded := user.hand_over()):
+                return loaded
         engine, self._engine = self._engine, None
         if engine is None or engine.identity == identity:
             return engine
@@ -87,6 +95,9 @@ class CachedEngine(Engine):
         """Requests that reached the engine."""
         self._chosen, self._rest = chosen, rest
         self._engine: Engine | None = None
+        # A client of an endpoint is opened in no time, and may be busy in another thread.
+        if rest is not None and not self.elsewhere:
+            rest.users.add(self)
         self._answered = 0
         self.notify: Notify | None = None
         """Called with the requests that were missing: those answered, and all so far."""
@@ -105,13 +116,15 @@ class CachedEngine(Engine):
         return [known[key] for key in keys]
 
     def close(self) -> None:
-        # A client of an endpoint is opened in no time, and must not drive out a model.
-        if self._rest is not None and self._engine is not None and not self.elsewhere:
-            # No longer this one's, whose turn on the GPU ends with that.
-            engine, self._engine = self._engine, None
-            self._rest.leave(engine, self._chosen.alone)
+        if self._rest is not None and self in self._rest.users and (loaded := self.hand_over()):
+            self._rest.leave(loaded, self._chosen.alone)
         self.give_up()
         self._store.close()
+
+    def hand_over(self) -> Engine | None:
+        """The engine, if it is loaded: no longer this one's."""
+        engine, self._engine = self._engine, None
+        return engine
 
     def give_up(self) -> None:
         """Close the engine until it is needed again; the cache stays open."""
@@ -126,21 +139,14 @@ class CachedEngine(Engine):
 
     def _pay(self, requests: list[Request]) -> Iterator[list[tuple[int, Completion]]]:
         if self._rest is not None and self._engine is None:
-            # Before the turn is taken: whose turn is over closes what rests there.
+            # Before the turn is taken: whose turn is over closes what it has.
             self._engine = self._rest.take(self.identity)
         if self._chosen.alone:
-            self._take_turn()
+            turns.take(self)
         if self._engine is None:
             self._engine = self._opened()
         self.paid += len(requests)
         return self._engine.stream(requests, self.batch)
-
-    def _take_turn(self) -> None:
-        before = turns.holder()
-        if isinstance(before, CachedEngine) and before.identity == self.identity:
-            # A judge that is the model itself: the same weights need not load again.
-            before._engine, self._engine = None, before._engine
-        turns.take(self)
 
     def _opened(self) -> Engine:
         engine = self._chosen.open()

@@ -19,14 +19,9 @@ _holders: list[Holder] = []
 """The one whose turn it is, if any."""
 
 
-def holder() -> Holder | None:
-    """Whose turn it is."""
-    return next(iter(_holders), None)
-
-
 def take(taker: Holder) -> None:
     """Take the turn from whoever has it."""
-    before = holder()
-    if before is not None and before is not taker:
-        before.give_up()
+    for before in _holders:
+        if before is not taker:
+            before.give_up()
     _holders[:] = [taker]
