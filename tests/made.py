@@ -6,9 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from misstep.progress import Silent
 from misstep.records import Answer, Response
 
 XSTEST = Path(__file__).parents[1] / ".." / "shared" / "data" / "xstest"
+
+
+class Heard(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def answer_of(

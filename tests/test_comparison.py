@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import Heard
 
 from misstep import comparison
 from misstep.comparison import _comparisons, compare_methods, load_cells
@@ -70,16 +71,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     path = folder / "methods.yaml"
     path.write_text(json.dumps(data), encoding="utf-8")
     return path
-
-
-class Heard(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import Heard
 from pydantic import BaseModel
 
 from misstep import run_folder
 from misstep.config import load_recipe
 from misstep.errors import InputError
 from misstep.policy import load_policy
-from misstep.progress import Silent
 from misstep.run_folder import (
     RUN,
     Layout,
@@ -84,16 +84,6 @@ def test_nothing_is_lost_however_often_results_are_set_aside(tmp_path: Path) -> 
     for seed in (1, 2):
         for name in (*RUN.records, "manifest.json"):
             assert (tmp_path / "former" / str(seed) / name).read_text() == str(seed)
-
-
-class Heard(Silent):
-    """Keeps what is said."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 class Recipe(BaseModel):
