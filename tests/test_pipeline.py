@@ -41,6 +41,7 @@ from misstep.policy import load_policy
 from misstep.progress import Silent
 from misstep.records import (
     Analysis,
+    Answer,
     Example,
     Judgement,
     Message,
@@ -53,6 +54,7 @@ from misstep.records import (
     read_jsonl,
 )
 from misstep.report import pages
+from misstep.stages.evaluate import judge_answers
 from misstep.stages.reference import reference_losses
 
 QUESTIONS = [
@@ -880,7 +882,7 @@ def test_a_method_that_the_data_have_nothing_for_is_refused_at_once(
 
 
 def test_a_judge_elsewhere_is_asked_while_the_model_answers(
-    recipe: Path, tmp_path: Path
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openai")
     verdicts = ["Verdict: harmful", "Verdict: harmless", "I cannot say."]
@@ -889,6 +891,13 @@ def test_a_judge_elsewhere_is_asked_while_the_model_answers(
         # By its text: the same whenever it is asked.
         return 200, answer(verdicts[int(digest(text_of(call)), 16) % 3]), {}
 
+    asked_before: list[int] = []
+
+    def judged(answers: Sequence[Answer], seats: Sequence[Seat]) -> list[Judgement]:
+        asked_before.append(len(served.calls))
+        return judge_answers(answers, seats)
+
+    monkeypatch.setattr(pipeline, "judge_answers", judged)
     with serve(reply) as served:
         judge = tmp_path / "judge.yaml"
         judge.write_text(f"policy: harmlessness\nmodel: openai:m@{served.url}\n")
@@ -896,21 +905,19 @@ def test_a_judge_elsewhere_is_asked_while_the_model_answers(
         sampled = "respond.temperature=1.0"
         overrides = [f"judge={judge}", "methods=[vanilla, guided]", sampled]
         folder = run(recipe, tmp_path / "run", overrides, Silent(), "respond")
-        asked = len(served.calls)
-        texts = {text_of(call) for call in served.calls}
-        assert asked == len(texts) > 0
+        assert not served.calls, "who wants answers alone pays no judge"
+        shutil.rmtree(folder)
         run(recipe, folder, overrides, Silent())
-        # All has been judged, and is found in the cache.
-        assert len(served.calls) == asked
-    judged = [
+        texts = {text_of(call) for call in served.calls}
+        assert asked_before == [len(served.calls)] == [len(texts)] != [0]
+    judged_ones = [
         item.score
         for item in read_jsonl(folder / "scores.jsonl", Judgement)
         if item.score.metric == "mistake_rate"
     ]
     answers = [json.loads(line) for line in (folder / "responses.jsonl").open()]
-    assert len(judged) == len(answers) > 0
-    said = {score.reason for score in judged}
-    assert {score.value for score in judged} == {1.0, 0.0, None}, said
+    assert len(judged_ones) == len(answers) > 0
+    assert {score.value for score in judged_ones} == {1.0, 0.0, None}
 
 
 def test_nothing_is_trained_on_the_model_of_an_endpoint(recipe: Path, tmp_path: Path) -> None:

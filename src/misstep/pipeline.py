@@ -171,9 +171,12 @@ class Run:
         adapters = self.adapters = self._learned(last)
         if last in (*LOOKING, "rows", "train"):
             return
-        answers = self.respond(adapters)
         if last == "respond":
+            self.respond(adapters)
             return
+        with self._judges() as seats:
+            # What a judge elsewhere says while the model answers is in its cache afterwards.
+            answers = self.respond(adapters, partial(judged_meanwhile, seats=seats))
         self.evaluate(answers, adapters)
 
     def _learned(self, last: Stage) -> dict[str, Path | None]:
@@ -487,15 +490,18 @@ class Run:
         ours = {name: OtherModel(self.model, adapter) for name, adapter in adapters.items()}
         return {**ours, **self.inputs.others}
 
-    def respond(self, adapters: Mapping[str, Path | None]) -> Iterable[Answer]:
-        """Answer the test prompts with every model, guided and not, into responses.jsonl."""
+    def respond(
+        self,
+        adapters: Mapping[str, Path | None],
+        passing: Callable[[Iterable[Answer]], Iterable[Answer]] = iter,
+    ) -> Iterable[Answer]:
+        """Answer the test prompts with every model, guided and not, into responses.jsonl.
+
+        `passing` may look at the answers as they come.
+        """
         found = RecordFile(self.folder / "responses.jsonl", Answer)
-        with (
-            self.manifest.stage("respond"),
-            self._judges() as seats,
-            self._counted("respond") as tally,
-        ):
-            answers = judged_meanwhile(self._all_answers(adapters), seats)
+        with self.manifest.stage("respond"), self._counted("respond") as tally:
+            answers = passing(self._all_answers(adapters))
             found.fill(whole_counted(answers, tally))
         cut = {
             why.removeprefix(f"{CUT}, "): n
