@@ -98,6 +98,23 @@ def test_a_folder_asks_as_the_run_did(
     assert asked(made, TURNS) == measured(locate(str(tiny_model)), method, guided)
 
 
+def test_earlier_releases_of_transformers_know_the_class_of_an_exported_tokenizer(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    # As the tokenizer of a GGUF file is called, from which the embedded model is exported.
+    config = tiny_model / "tokenizer_config.json"
+    assert json.loads(config.read_text())["tokenizer_class"] == "TokenizersBackend"
+    run = finished(tmp_path / "run", str(tiny_model))
+    out = export(run, "mistake_analysis", False, tmp_path / "out")
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    read, before = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(tiny_model)
+    assert read.backend_tokenizer.to_str() == before.backend_tokenizer.to_str()
+    assert read.eos_token == before.eos_token and read.pad_token == before.pad_token
+
+
 def test_the_method_that_is_the_guide_alone_is_guided(tiny_model: Path, tmp_path: Path) -> None:
     run = finished(tmp_path / "run", str(tiny_model), ())
     made = locate(str(export(run, "guided", False, tmp_path / "out")))

@@ -19,6 +19,7 @@ from misstep.models.weights import (
     load_weights,
     make_readable,
     no_progress_bars,
+    save_tokenizer,
 )
 from misstep.records import digest
 
@@ -58,6 +59,6 @@ def save_whole(
     temporary = out.with_name(out.name + ".tmp")
     with no_progress_bars():
         weights.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    save_tokenizer(tokenizer, temporary)
     make_readable(temporary)
     temporary.replace(out)

@@ -105,6 +105,17 @@ def load_tokenizer(model: Model) -> "PreTrainedTokenizerBase":
     return _tokenizer(model.files, model.digest)
 
 
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write a tokenizer beside a model, for whatever release of transformers serves it."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        # Its name since the fifth release, which knows the former one, too.
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
 def text_config(model: Model) -> dict[str, Any]:
     """What the configuration of a model in a folder says of its text.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from misstep.models.weights import make_readable, no_progress_bars
+from misstep.models.weights import make_readable, no_progress_bars, save_tokenizer
 from misstep.training.loss import CompletionLoss
 
 MAMBA = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))
@@ -114,5 +114,5 @@ def save_all_weights(
     # It names the type that was trained in.
     lm.config.dtype = dtype
     lm.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     make_readable(folder)
