@@ -266,6 +266,9 @@ def harmlessness() -> Iterator[Aim]:
         "see [the page](scenario1-own.md)",
     )
     yield from _harmlessness(run, ours, "the same without annotators, flagged answers", why)
+    run, ours = "scenario1-own-0.5b", "mistake_analysis/unguided"
+    why = f"DPO answers clean tasks no more: see [the page]({run}.md)"
+    yield from _harmlessness(run, ours, "the same on a model of 0.5B, flagged answers", why)
 
 
 def _harmlessness(run: str, ours: str, what: str, why: str) -> Iterator[Aim]:
