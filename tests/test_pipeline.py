@@ -774,7 +774,9 @@ def test_stages_in_a_row_ask_one_engine_which_is_gone_before_training(
 
         return chosen._replace(open=opened)
 
-    inputs = read_inputs(recipe, ["methods=[vanilla, critique_revise, mistake_analysis]"])
+    methods = "methods=[vanilla, critique_revise, mistake_analysis]"
+    small = ["train.epochs=1", "mix.good_answers=0", "respond.max_tokens=2"]
+    inputs = read_inputs(recipe, [methods, "respond.guided=[false]", *small])
     Run(inputs, tmp_path / "run", Watching(), chooser=watched).through("evaluate")
     # Analyses and revisions, then two trainings, then the answers of three models.
     answers = ["base", "close", "adapter", "close", "adapter", "close"]
