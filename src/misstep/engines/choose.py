@@ -159,7 +159,7 @@ def _endpoint(endpoint: Endpoint) -> Chosen:
         f"openai, because {endpoint.model} is behind {endpoint.url}",
         lambda: openai.OpenAIEngine(endpoint),
         at_once=MANY,
-        elsewhere=True,
+        elsewhere=openai.OpenAIEngine.elsewhere,
     )
 
 

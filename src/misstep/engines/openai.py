@@ -98,6 +98,8 @@ class Fault(NamedTuple):
 class OpenAIEngine(Engine):
     """Answers from an endpoint, many requests at once."""
 
+    elsewhere = True
+
     def __init__(
         self,
         endpoint: Endpoint,

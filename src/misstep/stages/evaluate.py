@@ -60,15 +60,13 @@ A_PORTION = 512
 def judged_meanwhile(answers: Iterable[Answer], seats: Sequence[Seat]) -> Iterator[Answer]:
     """The answers as they come; judges elsewhere look at them while the model goes on.
 
-    What such a judge is told is kept by its engine, and there when the answers are judged.
+    What it says is kept by its engine, and is there when the answers are judged.
     """
     elsewhere = [s for s in seats if isinstance(s.judge, Judge) and s.judge.elsewhere]
 
     def seen(some: list[Answer]) -> list[Answer]:
         for seat in elsewhere:
-            assert isinstance(seat.judge, Judge)
-            asked = [a.response for a in some if seat.applies(a.response.prompt)]
-            score_all(seat.judge, asked)
+            list(said(seat, [a.response for a in some if seat.applies(a.response.prompt)]))
         return some
 
     for some in meanwhile(bool(elsewhere), seen, portions(answers, A_PORTION)):
