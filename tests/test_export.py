@@ -240,6 +240,20 @@ def test_of_several_policies_an_adapter_has_the_guide_of_its_own(
         find(both, "dpo-b", False)
 
 
+def test_what_cells_on_several_adapters_did_not_train_belongs_to_none_of_them(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    trained = {name: {"dpo": {"inputs": name}} for name in "ab"}
+    run = swept(tmp_path / "run", str(tiny_model), **trained)
+    assert find(run, "vanilla", False).model == locate(str(tiny_model))
+    path = run / "cells/b/manifest.json"
+    cell = json.loads(path.read_text())
+    cell["recipe"]["adapter"], cell["parts"] = "first", {"adapter": "0123"}
+    path.write_text(json.dumps(cell))
+    with pytest.raises(InputError, match=r"one adapter that vanilla .*several: None, first"):
+        find(run, "vanilla", False)
+
+
 def test_adapters_of_a_comparison_are_told_apart(tiny_model: Path, tmp_path: Path) -> None:
     trained = {name: {"dpo": {"inputs": name[-1]}} for name in ("a", "b")}
     run = swept(tmp_path / "run", str(tiny_model), **trained)

@@ -54,6 +54,7 @@ from misstep.records import (
     read_jsonl,
 )
 from misstep.report import pages
+from misstep.run_folder import described_run
 from misstep.stages.evaluate import judge_answers
 from misstep.stages.reference import reference_losses
 
@@ -814,6 +815,18 @@ def test_prompts_that_no_judge_can_tell_of_are_refused_at_once(
     rows.append({"prompt": "Say soup", "response": "Soup", "target": "soup"})
     write_jsonl(tmp_path / "reports.jsonl", rows)
     read_inputs(recipe, [*given, "methods=[ordinary]"])
+
+
+def test_what_only_a_training_reads_need_not_be_there_where_nothing_is_trained(
+    recipe: Path,
+) -> None:
+    given = ["ordinary={path: later.jsonl}", "helpful_pairs={path: later-too.jsonl}"]
+    found = read_inputs(recipe, [*given, "methods=[vanilla, guided]"])
+    assert found.ordinary == [] and found.helpful == ()
+    tests = {"evaluate.tests.attacks", "evaluate.tests.clean"}
+    assert set(described_run(found)["data"]) == {"mistakes.data", *tests}
+    with pytest.raises(InputError, match=r"ordinary: .*later\.jsonl"):
+        read_inputs(recipe, given)
 
 
 def test_test_prompts_that_are_learned_from_are_told_everywhere(

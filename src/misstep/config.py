@@ -275,12 +275,15 @@ class RunConfig(Settings):
         return self.seed if self.train_seed is None else self.train_seed
 
     def sources(self) -> dict[str, Source]:
-        """Every place that the run reads data from, by its key."""
+        """Every place that the run reads data from, by its key.
+
+        What only a training reads need not be there yet where nothing is trained.
+        """
         tests = {f"evaluate.tests.{k}": v for k, v in self.evaluate.tests.items()}
         known = {
             "mistakes.data": None if self.mistakes is None else self.mistakes.data,
-            "ordinary": self.ordinary,
-            "helpful_pairs": self.helpful_pairs,
+            "ordinary": self.ordinary if self.trained else None,
+            "helpful_pairs": self.helpful_pairs if self.trained else None,
             **tests,
         }
         return {key: source for key, source in known.items() if source is not None}

@@ -146,8 +146,8 @@ def _maker(
             "of a former recipe. Run that one again, or this one to its end."
         )
     found = {folder: read_manifest(folder) for folder in trained}
-    for what in ("model", "policy")[: 1 + asks]:
-        names = {of[what]["digest"]: str(of["recipe"][what]) for of in found.values()}
+    for what in ("model", "adapter", "policy")[: 2 + asks]:
+        names = {_digest(of, what): str(of["recipe"].get(what)) for of in found.values()}
         if len(names) > 1:
             raise InputError(
                 f"{run}: expected one {what} that {method.name} belongs to, found cells of "
@@ -155,6 +155,12 @@ def _maker(
                 "and export that."
             )
     return next(iter(found.items()))
+
+
+def _digest(manifest: Mapping[str, Any], what: str) -> str | None:
+    """Names what the recipe of a manifest names by its content; None where it names none."""
+    parts: dict[str, str] = manifest.get("parts", {})
+    return parts.get(what) if what == "adapter" else str(manifest[what]["digest"])
 
 
 def words_around(policy: Policy, method: Method, guided: bool) -> tuple[str, ...]:

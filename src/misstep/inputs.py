@@ -114,16 +114,18 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
     policy = load_policy(config.policy)
     _check_methods(config, policy)
     _check_trainable(config)
-    for key, source in config.sources().items():
+    sources = config.sources()
+    for key, source in sources.items():
         with under(key):
             check_source(source)
     model = locate(config.model)
     judge = locate_judging(config)
     seed, (prompts, given) = config.seed, _cases(config)
     methods = _possible(config, _asked(prompts, given))
-    tests, ordinary = load_tests(config), _ordinary(config)
+    tests, ordinary = load_tests(config), _ordinary(sources.get("ordinary"), seed)
     with under("helpful_pairs"):
-        helpful = load_preferred(config.helpful_pairs, seed) if config.helpful_pairs else ()
+        pairs = sources.get("helpful_pairs")
+        helpful = load_preferred(pairs, seed) if pairs else ()
     learned = {
         "mistakes.data": _asked(prompts, given),
         "ordinary": ordinary,
@@ -448,13 +450,13 @@ def _located(path: str) -> Model:
         ) from error
 
 
-def _ordinary(config: RunConfig) -> list[Prompt]:
-    if config.ordinary is None:
+def _ordinary(given: Source | None, seed: int) -> list[Prompt]:
+    if given is None:
         return []
-    source = _of_pairs(config.ordinary).model_copy(update={"answered": True})
+    source = _of_pairs(given).model_copy(update={"answered": True})
     try:
         with under("ordinary"):
-            return list(load_prompts(source, config.seed))
+            return list(load_prompts(source, seed))
     except NoPrompts as fault:
         raise RecipeError(
             f"ordinary: {source.path or source.suite}: expected prompts with reference "

@@ -1,5 +1,8 @@
 """Work that goes on in another thread: in order, meanwhile, and no further than is wanted."""
 
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -97,3 +100,25 @@ def test_who_looks_no_further_leaves_no_thread_behind() -> None:
     if ours.ident is not None:
         ours.join(SECONDS)
     assert not ours.is_alive()
+
+
+def test_ctrl_c_waits_for_no_work_under_way() -> None:
+    code = (
+        # A background job of a shell ignores the signal, and so would what it starts.
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from misstep.engines.threads import behind\n"
+        "def work(item):\n"
+        "    print('under way', flush=True)\n"
+        "    time.sleep(600)\n"
+        "list(behind(work, [1], 1))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stdout and run.stdout.readline() == "under way\n"
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate(timeout=SECONDS)
+        assert run.returncode != 0 and "KeyboardInterrupt" in said
