@@ -27,7 +27,14 @@ from misstep.engines.choose import KINDS, Kind
 from misstep.guard import Guard
 from misstep.judge_config import JudgeConfig
 from misstep.judge_train import JudgeTraining
-from misstep.policy import HintTemplate, PairTemplate, Pattern, Policy, PromptTemplate
+from misstep.policy import (
+    DERIVED,
+    HintTemplate,
+    PairTemplate,
+    Pattern,
+    Policy,
+    PromptTemplate,
+)
 from misstep.rubric import Rubric
 from misstep.study_config import StudyConfig
 
@@ -136,7 +143,9 @@ def _example(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "*required*"
+        extra = field.json_schema_extra
+        of = extra.get("made of") if isinstance(extra, dict) else None
+        return f"made of `{of}`" if of else "*required*"
     value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         return "as below"
@@ -148,7 +157,7 @@ def _default(field: FieldInfo) -> str:
 def _words(of: Any) -> str:
     """A type in plain words."""
     for alias, said in ALIASES:
-        if of == alias:
+        if of in (alias, Annotated[alias, DERIVED]):
             return said
     origin, parts = get_origin(of), get_args(of)
     if origin is Annotated:

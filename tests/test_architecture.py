@@ -34,6 +34,7 @@ LAYERS = [
     "misstep.machine",
     "misstep.records",
     "misstep.documents",
+    "misstep.policy_words",
     "misstep.policy",
     "misstep.rubric",
     "misstep.guard",

@@ -421,18 +421,6 @@ def test_a_comparison_never_writes_over_what_others_wrote(recipe: Path, tmp_path
         compare_methods(recipe, tmp_path / "out", [f"ordinary.path={mine}"], Silent())
 
 
-def test_revisions_need_a_policy_that_asks_for_them(recipe: Path, tmp_path: Path) -> None:
-    from misstep.policy import SHIPPED
-
-    text = (SHIPPED / "goal-hijacking.yaml").read_text(encoding="utf-8")
-    start, end = text.index("\ncritique:"), text.index("\nhindsight:")
-    (tmp_path / "policy.yaml").write_text(text[:start] + text[end:], encoding="utf-8")
-    with pytest.raises(RecipeError, match="critique_revise needs a policy"):
-        compare_methods(
-            recipe, tmp_path / "out", [f"policy={tmp_path / 'policy.yaml'}"], Silent()
-        )
-
-
 def test_other_weights_under_the_same_path_set_a_comparisons_results_aside(
     recipe: Path, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -19,7 +19,7 @@ from misstep.documents import model_in
 from misstep.methods.base import Materials, Method, MixSettings
 from misstep.methods.registry import METHODS
 from misstep.pipeline import run
-from misstep.policy import load_policy
+from misstep.policy import Policy, load_policy
 from misstep.progress import Silent
 from misstep.records import Analysis, Mistake, Prompt, read_jsonl
 from misstep.stages.analyse import gate
@@ -54,6 +54,13 @@ def test_command_line_page_is_what_the_command_line_says(tmp_path: Path) -> None
     assert page.read_text() == (ROOT / "docs/cli.md").read_text(), (
         "make docs/cli.md anew: make reference"
     )
+
+
+def test_what_the_concepts_say_is_made_of_a_sentence_is_made_of_it() -> None:
+    page = (ROOT / "docs/concepts.md").read_text(encoding="utf-8")
+    written, made = page.split("Two keys are enough to begin with:")[1].split("```")[1:4:2]
+    policy = Policy.model_validate(yaml.safe_load(written.removeprefix("yaml")))
+    assert policy.analysis.guided == made.strip()
 
 
 def test_page_of_keys_is_what_the_source_says() -> None:

@@ -15,8 +15,10 @@ from misstep.stages.analyse import gate
 
 NASTY = ["{response}", "{prompt}", "{{ 7*7 }}", "{% raw %}", "{0}", "}{", "\\1", "\\g<0>", "%s"]
 nasty = st.lists(st.sampled_from(NASTY) | st.text(max_size=8), max_size=5).map("".join)
-SHIPPED = [load_policy(name) for name in shipped()]
-policies = pytest.mark.parametrize("policy", SHIPPED, ids=lambda policy: policy.name)
+SENTENCE = "The response names a price in {dollars}, or none in euros."
+DERIVED = Policy.model_validate({"name": "one-sentence", "mistake": SENTENCE})
+POLICIES = [*map(load_policy, shipped()), DERIVED]
+policies = pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 
 
 def parts(**changed: Any) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def test_worked_examples_pass_the_gate_themselves(policy: Policy) -> None:
 def test_the_trained_request_does_not_tell_that_the_response_is_bad(policy: Policy) -> None:
     (unguided,) = policy.analysis_request("", "", guided=False)
     hints = policy.induction.hints if policy.induction else ("hijack", "wrong", "inserted")
+    assert policy.mistake not in unguided.content
     assert not any(hint in unguided.content for hint in hints)
 
 
@@ -102,6 +105,58 @@ def test_an_induction_request_adds_the_hint_to_the_last_turn() -> None:
     assert first == system
     assert "How? {hint}" in last.content
     assert "unethical" in last.content
+
+
+def test_one_sentence_makes_a_whole_policy() -> None:
+    case = Mistake(prompt=Prompt.of("P"), response="R", source="origin")
+    texts = [
+        DERIVED.analysis_request("P", "R", guided=True)[0].content,
+        DERIVED.guided_prompt(Prompt.of("P"))[0].content,
+        DERIVED.critique_request(case)[-1].content,
+        fill(DERIVED.judge.rubric or "", prompt="P", response="R"),
+    ]
+    assert all(text.count(SENTENCE) == 1 for text in texts)
+
+
+def test_what_a_policy_says_itself_takes_the_place_of_what_is_made() -> None:
+    example = {"prompt": "P", "response": "R", "analysis": "Wrong."}
+    own = {
+        "analysis": {"examples": [example], "unguided": "{prompt} {response}?"},
+        "guide": "{prompt}!",
+        "judge": {"patterns": ["dollar"]},
+    }
+    policy = Policy.model_validate({"name": "mine", "mistake": SENTENCE, "gate": None} | own)
+    assert policy.analysis_request("P", "R", guided=False)[0].content == "P R?"
+    guided = DERIVED.analysis_request("P", "R", guided=True)
+    assert policy.analysis_request("P", "R", guided=True) == guided
+    assert policy.guide == "{prompt}!" and policy.gate == DERIVED.gate
+    assert policy.judge.rubric is None and len(policy.analysis.examples) == 1
+
+
+@pytest.mark.parametrize("given", [parts(), DERIVED.model_dump(mode="json")])
+def test_a_policy_that_says_all_stays_as_it_is(given: dict[str, Any]) -> None:
+    assert Policy.model_validate(given).model_dump(mode="json") == given
+
+
+@pytest.mark.parametrize(
+    ("analysis", "accepted"),
+    [
+        ("The response is wrong. It gives the price in dollars, but the shop has euros.", True),
+        ("It should have said that the bread is 3 euros a loaf, and it did not.", True),
+        ("This is a poor answer: the shop does not take dollars at all.", True),
+        ("The response is a good one, since it says what the loaf of bread costs.", False),
+        ("The response is correct and there is nothing wrong with it at all.", False),
+        ("The response is wrong in no way: the response was very helpful to me.", False),
+        ("The response is not wrong, since the price is what was asked for here.", False),
+        ("There are no mistakes in the response, which names the price of bread.", False),
+        ("The loaf of bread is three dollars in the shop around the corner.", False),
+    ],
+)
+def test_the_made_gate_wants_a_fault_named_and_nothing_praised(
+    analysis: str, accepted: bool
+) -> None:
+    case = Mistake(prompt=Prompt.of("Price?"), response="It is $3.", source="origin")
+    assert (gate(DERIVED, case, analysis) == ()) == accepted
 
 
 def test_a_policy_is_named_by_its_content() -> None:

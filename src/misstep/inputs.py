@@ -112,7 +112,7 @@ def check_inputs(config: RunConfig, tested: bool = True) -> Inputs:
         InputError: what is wrong with the policy, the data or the model.
     """
     policy = load_policy(config.policy)
-    _check_methods(config, policy)
+    _check_methods(config)
     _check_trainable(config)
     sources = config.sources()
     for key, source in sources.items():
@@ -345,14 +345,8 @@ def _possible(config: RunConfig, asked: Iterable[Prompt]) -> tuple[str, ...]:
     return tuple(name for name in config.methods if name not in needing)
 
 
-def _check_methods(config: RunConfig, policy: Policy) -> None:
-    """Refuse methods that the policy, the adapter or the processes cannot serve."""
-    revising = [name for name in config.methods if METHODS[name].uses_revisions]
-    if revising and policy.critique is None:
-        raise RecipeError(
-            f"methods: {revising[0]} needs a policy with the key 'critique' (requests for a "
-            f"critique and a revision), found none in {policy.name}."
-        )
+def _check_methods(config: RunConfig) -> None:
+    """Refuse methods that the adapter or the processes cannot serve."""
     on_pairs = [name for name in config.methods if METHODS[name].on_pairs]
     if on_pairs and config.train.adapter == "full":
         raise RecipeError(

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from misstep.documents import Document, Settings, load_document, suggestion
 from misstep.errors import PolicyError
+from misstep.policy_words import completed
 from misstep.records import SOME, Message, Mistake, Prompt
 
 SHIPPED = Path(__file__).parent / "policies"
@@ -99,6 +100,8 @@ HintTemplate = Annotated[str, AfterValidator(_Blanks("prompt", "hint"))]
 PairTemplate = Annotated[str, AfterValidator(_Blanks("prompt", "response"))]
 Text = Annotated[str, Field(min_length=1)]
 Pattern = Annotated[Text, AfterValidator(_regex)]
+DERIVED = Field(json_schema_extra={"made of": "mistake"})
+"""A key whose words are made of another one where it is left out."""
 
 
 class Induction(Settings):
@@ -124,9 +127,9 @@ class WorkedExample(Settings):
 class AnalysisRequests(Settings):
     """The two requests for an analysis: with the guide (asked), without it (trained on)."""
 
-    guided: PairTemplate
+    guided: Annotated[PairTemplate, DERIVED]
     """With the guide: it says that the response may be bad."""
-    unguided: PairTemplate
+    unguided: Annotated[PairTemplate, DERIVED]
     """Without it; the request that a model is trained on."""
     examples: tuple[WorkedExample, ...] = ()
     """Worked examples, shown before the request."""
@@ -220,16 +223,21 @@ class Policy(Document):
     """What counts as a mistake, and all the words that are needed for it."""
 
     mistake: Text
-    """What counts as a mistake, in one or two sentences."""
+    """What counts as a mistake, in one or two sentences, as `The response is rude.`"""
     induction: Induction | None = None
-    analysis: AnalysisRequests
-    guide: PromptTemplate
+    analysis: Annotated[AnalysisRequests, DERIVED]
+    guide: Annotated[PromptTemplate, DERIVED]
     """What the model reads at inference: the prompt and a reminder."""
-    gate: Gate
-    judge: JudgeRule
-    critique: CritiqueRequests | None = None
+    gate: Annotated[Gate, DERIVED]
+    judge: Annotated[JudgeRule, DERIVED]
+    critique: Annotated[CritiqueRequests, DERIVED]
     hindsight: Hindsight = Hindsight()
     self_guard: SelfGuardWords = SelfGuardWords()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_all_words(cls, given: Any) -> Any:
+        return completed(given) if isinstance(given, Mapping) else given
 
     def turns(self, prompt: Prompt, guided: bool) -> tuple[Message, ...]:
         """The conversation as a model is asked it, with the guide or as it stands."""
@@ -256,7 +264,6 @@ class Policy(Document):
 
     def critique_request(self, mistake: Mistake) -> tuple[Message, ...]:
         """The conversation in which the mistake was made, and the request for a critique."""
-        assert self.critique is not None
         return (
             *mistake.prompt.messages,
             Message(role="assistant", content=mistake.response),
@@ -265,7 +272,6 @@ class Policy(Document):
 
     def revision_request(self, mistake: Mistake, critique: str) -> tuple[Message, ...]:
         """The same conversation after the critique, and the request for a revision."""
-        assert self.critique is not None
         return (
             *self.critique_request(mistake),
             Message(role="assistant", content=critique),
@@ -308,7 +314,7 @@ def load_policy(name: str) -> Policy:
 
 def is_policy(data: Mapping[str, Any]) -> bool:
     """Whether the keys of a YAML file are a policy's and no other file's."""
-    return {"mistake", "guide"} <= set(data)
+    return "mistake" in data
 
 
 def matches(patterns: Sequence[str], text: str) -> str | None:

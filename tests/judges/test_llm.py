@@ -21,6 +21,17 @@ def judge(answer: str, response: Response = GOOD, max_tokens: int = 256) -> Scor
     return score
 
 
+@pytest.mark.parametrize(("word", "value"), [("mistake", 1.0), ("Fine.", 0.0), ("no", None)])
+def test_a_policy_of_one_sentence_has_a_rubric(word: str, value: float | None) -> None:
+    policy = Policy.model_validate(
+        {"name": "brief", "mistake": "The response has more than ten words."}
+    )
+    engine = ScriptedEngine(lambda _: f"It has six words.\nVerdict: {word}")
+    (score,) = RubricJudge(policy, engine).score([GOOD])
+    assert score.value == value
+    assert policy.mistake in engine.requests[0].messages[-1].content
+
+
 @pytest.mark.parametrize(
     ("answer", "value"),
     [

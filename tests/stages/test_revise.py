@@ -43,7 +43,7 @@ def test_the_revision_is_asked_for_after_the_critique() -> None:
     ]
     last = engine.asked[-1].messages
     assert [turn.role for turn in last] == ["user", "assistant"] * 2 + ["user"]
-    assert [turn.content for turn in last[:4]][::2] == ["Question 2", POLICY.critique.critique]  # type: ignore[union-attr]
+    assert [turn.content for turn in last[:4]][::2] == ["Question 2", POLICY.critique.critique]
     assert [turn.content for turn in last[1:4]][::2] == ["Bad 2", "It obeyed."]
 
 
