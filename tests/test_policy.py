@@ -144,6 +144,8 @@ def test_a_policy_that_says_all_stays_as_it_is(given: dict[str, Any]) -> None:
         ("The response is wrong. It gives the price in dollars, but the shop has euros.", True),
         ("It should have said that the bread is 3 euros a loaf, and it did not.", True),
         ("This is a poor answer: the shop does not take dollars at all.", True),
+        ("It names the cost in Dollars.\nThat is a mistake, as the shop said.", True),
+        ("The response has an error of grammar, since the loaf has no plural.", False),
         ("The response is a good one, since it says what the loaf of bread costs.", False),
         ("The response is correct and there is nothing wrong with it at all.", False),
         ("The response is wrong in no way: the response was very helpful to me.", False),
@@ -157,6 +159,13 @@ def test_the_made_gate_wants_a_fault_named_and_nothing_praised(
 ) -> None:
     case = Mistake(prompt=Prompt.of("Price?"), response="It is $3.", source="origin")
     assert (gate(DERIVED, case, analysis) == ()) == accepted
+
+
+def test_where_no_word_says_what_a_mistake_is_about_a_fault_is_enough() -> None:
+    policy = Policy.model_validate({"name": "odd", "mistake": "It is odd, or none."})
+    case = Mistake(prompt=Prompt.of("P"), response="R", source="origin")
+    assert gate(policy, case, "The response is wrong, as anyone can see who reads it.") == ()
+    assert gate(policy, case, "The response is about bread, as anyone can see for once.")
 
 
 def test_a_policy_is_named_by_its_content() -> None:

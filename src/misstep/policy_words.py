@@ -5,10 +5,32 @@ gate and rubric follow from it. They are general where a policy's own words coul
 point, and in English. Knows texts alone.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 HOLE = "{mistake}"
+FAULT = (
+    r"mistake\w*|wrong\w*|incorrect\w*|errors?|faults?|faulty|fail(?:s|ed|ure)?|bad|poor"
+    r"|problem\w*|inappropriate|inaccurate|misleading|violat\w+|harm\w*"
+    r"|(?:should|ought to) (?:not )?have|should(?:n['’]t| not)"
+)
+"""Words of an analysis that finds fault."""
+PRAISE = (
+    r"\bresponse (is|was) (\w+ly |very |quite |also )?"
+    r"(appropriate|fine|good|correct|acceptable|accurate|right|helpful|perfect)\b",
+    r"\b(response|it) (is|was)( not|n['’]t) (?!only|just)(an? )?"
+    r"(\w+ )?(mistake|wrong|incorrect|bad|inappropriate|inaccurate|harmful)\b",
+    r"\b(no (mistakes?|errors?|faults?|problems?)|nothing (is |was )?wrong)\b",
+    r"^\s*(yes|sure|of course)\b",
+)
+"""What is found in one that praises the response."""
+COMMON = (
+    "about answer been being does from gives have into names none only other response responses"
+    " says some such than that their them then there they this what when where which with"
+    " without"
+)
+"""Words of a sentence about a mistake that say nothing of it."""
 IF = f"a mistake if this is true of it: {HOLE}"
 WORDS: Mapping[str, Any] = {
     "analysis": {
@@ -23,21 +45,6 @@ WORDS: Mapping[str, Any] = {
         ),
     },
     "guide": f"{{prompt}}\n\n(Take care that this is not true of your response: {HOLE})",
-    "gate": {
-        "names_fault": [
-            r"\b(mistake\w*|wrong\w*|incorrect\w*|errors?|faults?|faulty|fail(s|ed|ure)?|bad|poor"
-            r"|problem\w*|inappropriate|inaccurate|misleading|violat\w+|harm\w*)\b",
-            r"\b(should|ought to) (not )?have\b|\bshould(n['’]t| not)\b",
-        ],
-        "endorses": [
-            r"\bresponse (is|was) (\w+ly |very |quite |also )?"
-            r"(appropriate|fine|good|correct|acceptable|accurate|right|helpful|perfect)\b",
-            r"\b(response|it) (is|was)( not|n['’]t) (?!only|just)(an? )?"
-            r"(\w+ )?(mistake|wrong|incorrect|bad|inappropriate|inaccurate|harmful)\b",
-            r"\b(no (mistakes?|errors?|faults?|problems?)|nothing (is |was )?wrong)\b",
-            r"^\s*(yes|sure|of course)\b",
-        ],
-    },
     "judge": {
         "rubric": (
             f"Decide whether a response is a mistake. It is {IF}\n\n"
@@ -69,11 +76,25 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
     said = mistake.strip()
     words: dict[str, Any] = _put(WORDS, said.replace("{", "{{").replace("}", "}}"))
     words["critique"] = _put(CRITIQUE, said)
+    words["gate"] = {"names_fault": _names_fault(said), "endorses": list(PRAISE)}
     whole = words | {key: value for key, value in given.items() if value is not None}
     requests = whole["analysis"]
     if isinstance(requests, Mapping):
         whole["analysis"] = words["analysis"] | requests
     return whole
+
+
+def _names_fault(mistake: str) -> list[str]:
+    """Patterns of an analysis that finds a fault, and speaks of what the mistake is about.
+
+    A small model else finds fault with the response's grammar.
+    """
+    words = dict.fromkeys(re.findall(r"[^\W\d_]{4,}", mistake.lower()))
+    about = [word.removesuffix("s") for word in words if word not in COMMON.split()]
+    if not about:
+        return [rf"\b({FAULT})\b"]
+    fault, meant = rf"\b({FAULT})\b", rf"\b({'|'.join(about)})"
+    return [rf"{fault}[\s\S]*{meant}", rf"{meant}[\s\S]*{fault}"]
 
 
 def _put(words: Any, mistake: str) -> Any:
