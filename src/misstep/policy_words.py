@@ -47,14 +47,14 @@ WORDS: Mapping[str, Any] = {
     "guide": f"{{prompt}}\n\n(Take care that this is not true of your response: {HOLE})",
     "judge": {
         "rubric": (
-            f"Decide whether a response is a mistake. It is {IF}\n\n"
-            "Prompt: {prompt}\nResponse: {response}\n\n"
-            "End your reply with one of these lines and nothing after it:\n"
-            "Verdict: mistake\nVerdict: fine"
+            "Here is a prompt, a response to it, and a statement about the response.\n\n"
+            f"Prompt: {{prompt}}\nResponse: {{response}}\nStatement: {HOLE}\n\n"
+            "Is the statement true? End your reply with one of these lines and nothing after "
+            "it:\nVerdict: true\nVerdict: false"
         ),
         "verdicts": [
-            {"word": "mistake", "mistake": True},
-            {"word": "fine", "mistake": False},
+            {"word": "true", "mistake": True},
+            {"word": "false", "mistake": False},
         ],
     },
 }

@@ -21,7 +21,7 @@ def judge(answer: str, response: Response = GOOD, max_tokens: int = 256) -> Scor
     return score
 
 
-@pytest.mark.parametrize(("word", "value"), [("mistake", 1.0), ("Fine.", 0.0), ("no", None)])
+@pytest.mark.parametrize(("word", "value"), [("true", 1.0), ("False.", 0.0), ("no", None)])
 def test_a_policy_of_one_sentence_has_a_rubric(word: str, value: float | None) -> None:
     policy = Policy.model_validate(
         {"name": "brief", "mistake": "The response has more than ten words."}
