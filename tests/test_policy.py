@@ -121,7 +121,7 @@ def test_one_sentence_makes_a_whole_policy() -> None:
 def test_what_a_policy_says_itself_takes_the_place_of_what_is_made() -> None:
     example = {"prompt": "P", "response": "R", "analysis": "Wrong."}
     own = {
-        "analysis": {"examples": [example], "unguided": "{prompt} {response}?"},
+        "analysis": {"examples": [example], "guided": None, "unguided": "{prompt} {response}?"},
         "guide": "{prompt}!",
         "judge": {"patterns": ["dollar"]},
     }

@@ -77,11 +77,16 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
     words: dict[str, Any] = _put(WORDS, said.replace("{", "{{").replace("}", "}}"))
     words["critique"] = _put(CRITIQUE, said)
     words["gate"] = {"names_fault": _names_fault(said), "endorses": list(PRAISE)}
-    whole = words | {key: value for key, value in given.items() if value is not None}
+    whole = words | _said(given)
     requests = whole["analysis"]
     if isinstance(requests, Mapping):
-        whole["analysis"] = words["analysis"] | requests
+        whole["analysis"] = words["analysis"] | _said(requests)
     return whole
+
+
+def _said(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What has a value: a key that is written without one says nothing."""
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def _names_fault(mistake: str) -> list[str]:
