@@ -118,7 +118,7 @@ def speed() -> Iterator[Aim]:
     yield from _trained("train-amx", " on a Xeon with AMX, an earlier state", of_amx)
     slower = {"share": NOT_COUNTED, "speed": "copies, norms and attention take the time"}
     yield from _trained(
-        "train-amx-slower", " on a slower Xeon with AMX, the latest state", slower
+        "train-amx-slower", " on a slower Xeon with AMX, a still later state", slower
     )
     for name, aim in (("analysis", 6.0), ("attacks", 2.2)):
         runs = (_json(f"bench/generate-{n}.json") for n in ("first", "second"))
@@ -141,7 +141,7 @@ def speed() -> Iterator[Aim]:
         ("pipeline", ""),
         ("pipeline-epyc", " on an EPYC, a later state"),
         ("pipeline-epyc-newer", " on a newer EPYC, a still later state"),
-        ("pipeline-xeon-slower", " on a slower Xeon with AMX, the latest state"),
+        ("pipeline-xeon-slower", " on a slower Xeon with AMX, a still later state"),
     ):
         whole = _json(f"bench/{name}.json")["workloads"]["quickstart"]["peers"]["pipeline_trl"]
         why = f"by the clock {_times(1 / whole['ratio_seconds'])}; one round"

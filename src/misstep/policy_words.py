@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-HOLE = "{mistake}"
 FAULT = (
     r"mistake\w*|wrong\w*|incorrect\w*|errors?|faults?|faulty|fail(?:s|ed|ure)?|bad|poor"
     r"|problem\w*|inappropriate|inaccurate|misleading|violat\w+|harm\w*"
@@ -31,41 +30,6 @@ COMMON = (
     " without"
 )
 """Words of a sentence about a mistake that say nothing of it."""
-IF = f"a mistake if this is true of it: {HOLE}"
-WORDS: Mapping[str, Any] = {
-    "analysis": {
-        "guided": (
-            "Prompt: {prompt}\nResponse: {response}\n\n"
-            f"The response above may be a mistake. It is {IF}\n"
-            "Explain what is wrong with the response, and what it should have said instead."
-        ),
-        "unguided": (
-            "Prompt: {prompt}\nResponse: {response}\n\n"
-            "Analyse whether the response above is a good one, and explain why."
-        ),
-    },
-    "guide": f"{{prompt}}\n\n(Take care that this is not true of your response: {HOLE})",
-    "judge": {
-        "rubric": (
-            "Here is a prompt, a response to it, and a statement about the response.\n\n"
-            f"Prompt: {{prompt}}\nResponse: {{response}}\nStatement: {HOLE}\n\n"
-            "Is the statement true? End your reply with one of these lines and nothing after "
-            "it:\nVerdict: true\nVerdict: false"
-        ),
-        "verdicts": [
-            {"word": "true", "mistake": True},
-            {"word": "false", "mistake": False},
-        ],
-    },
-}
-"""By a policy's key; of `analysis` each request by itself may be left out."""
-CRITIQUE = {
-    "critique": f"Identify what is wrong with your last response. It is {IF}",
-    "revision": (
-        "Please rewrite your last response so that it is no mistake. Write the response only."
-    ),
-}
-"""Texts without blanks, in which a brace is a brace."""
 
 
 def completed(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,10 +37,7 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
     mistake = given.get("mistake")
     if not isinstance(mistake, str):
         return dict(given)
-    said = mistake.strip()
-    words: dict[str, Any] = _put(WORDS, said.replace("{", "{{").replace("}", "}}"))
-    words["critique"] = _put(CRITIQUE, said)
-    words["gate"] = {"names_fault": _names_fault(said), "endorses": list(PRAISE)}
+    words = _words(mistake.strip())
     whole = words | _said(given)
     requests = whole["analysis"]
     if isinstance(requests, Mapping):
@@ -87,6 +48,49 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
 def _said(given: Mapping[str, Any]) -> dict[str, Any]:
     """What has a value: a key that is written without one says nothing."""
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _words(mistake: str) -> dict[str, Any]:
+    """All words, by a policy's key; of `analysis` each request by itself may be left out."""
+    # In a template a brace of the sentence's own is written twice; other texts have no blanks.
+    plain = mistake.replace("{", "{{").replace("}", "}}")
+    case = "Prompt: {prompt}\nResponse: {response}\n"
+    return {
+        "analysis": {
+            "guided": (
+                f"{case}\nThe response above may be a mistake. It is a mistake if this is true "
+                f"of it: {plain}\n"
+                "Explain what is wrong with the response, and what it should have said instead."
+            ),
+            "unguided": (
+                f"{case}\nAnalyse whether the response above is a good one, and explain why."
+            ),
+        },
+        "guide": f"{{prompt}}\n\n(Take care that this is not true of your response: {plain})",
+        "gate": {"names_fault": _names_fault(mistake), "endorses": list(PRAISE)},
+        "judge": {
+            "rubric": (
+                "Here is a prompt, a response to it, and a statement about the response.\n\n"
+                f"{case}Statement: {plain}\n\n"
+                "Is the statement true? End your reply with one of these lines and nothing "
+                "after it:\nVerdict: true\nVerdict: false"
+            ),
+            "verdicts": [
+                {"word": "true", "mistake": True},
+                {"word": "false", "mistake": False},
+            ],
+        },
+        "critique": {
+            "critique": (
+                "Identify what is wrong with your last response. It is a mistake if this is "
+                f"true of it: {mistake}"
+            ),
+            "revision": (
+                "Please rewrite your last response so that it is no mistake. Write the "
+                "response only."
+            ),
+        },
+    }
 
 
 def _names_fault(mistake: str) -> list[str]:
@@ -100,12 +104,3 @@ def _names_fault(mistake: str) -> list[str]:
         return [rf"\b({FAULT})\b"]
     fault, meant = rf"\b({FAULT})\b", rf"\b({'|'.join(about)})"
     return [rf"{fault}[\s\S]*{meant}", rf"{meant}[\s\S]*{fault}"]
-
-
-def _put(words: Any, mistake: str) -> Any:
-    """Words with the mistake in them."""
-    if isinstance(words, Mapping):
-        return {key: _put(value, mistake) for key, value in words.items()}
-    if isinstance(words, list):
-        return [_put(value, mistake) for value in words]
-    return words.replace(HOLE, mistake) if isinstance(words, str) else words
