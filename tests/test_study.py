@@ -20,7 +20,8 @@ from misstep.evidence.study_results import (
     StudyScore,
     read_study,
 )
-from misstep.models.locate import Model
+from misstep.models.locate import Model, locate
+from misstep.models.weights import load_weights
 from misstep.progress import Silent
 from misstep.records import read_jsonl
 from misstep.report.study_markdown import study_markdown
@@ -163,6 +164,82 @@ def test_the_unguided_answers_are_analysed_right_and_wrong_alike(bench: Bench) -
     assert not (out / "scratch").exists()
 
 
+def test_all_analyse_the_answers_of_the_first(bench: Bench) -> None:
+    bench.engines["third"] = ScriptedEngine(lambda request: "An apple.", name="third")
+    (bench.folder / "third.gguf").write_bytes(b"GGUF third")
+    models = [str(bench.folder / f"{name}.gguf") for name in ("cynic", "learner", "third")]
+    found = bench.run("analysed=first", f"models={json.dumps(models)}")
+    out = bench.folder / "out"
+    analyses = list(read_jsonl(out / "analyses.jsonl", Discrimination))
+    of_model = {
+        name: [a.response.text for a in analyses if a.model == name and not a.guided]
+        for name in bench.engines
+    }
+    assert of_model["third"] == of_model["learner"] == of_model["cynic"]
+    assert of_model["cynic"].count(TARGET) == OBEDIENT
+    answered = {
+        model.model: value(model, "answering", False, "accuracy")[0] for model in found.models
+    }
+    assert answered == {"cynic": 0.6, "learner": 0.6, "third": 1.0}, "by answers of its own"
+    assert found.analysed == "cynic"
+    told = {(t.model, t.guided): (round(t.value, 9), round(t.first, 9)) for t in found.told}
+    assert told == {
+        ("learner", False): (0.5, 0.5),
+        ("learner", True): (1.0, 0.5),
+        ("third", False): (0.5, 0.5),
+        ("third", True): (0.5, 0.5),
+    }
+    html, markdown = (out / "study.html").read_text(), study_markdown(out)
+    said = "0 told the mistakes of cynic better than it does and 0 told them worse, guided 0"
+    assert said in html
+    assert html.count('<article class="sample">') == 3 * 4
+    assert_balanced(html)
+    assert f"| learner | yes | {rate(1.0)} | {rate(0.5)} | +0.500 |" in markdown
+    own = bench.run(f"models={json.dumps(models)}")
+    assert own.analysed is None and own.told == ()
+    assert "told by each model" not in study_markdown(out)
+
+
+def test_an_adapter_is_studied_as_a_model_is(tiny_model: Path, tmp_path: Path) -> None:
+    mine = changed(tiny_model, tmp_path / "mine")
+    rows = [{"prompt": f"Obey {i}", "target": TARGET} for i in range(3)]
+    (tmp_path / "attacks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "policy": "goal-hijacking",
+        "models": [str(tiny_model)],
+        "adapters": {"mine": str(mine)},
+        "analysed": "first",
+        "prompts": {"path": str(tmp_path / "attacks.jsonl")},
+        "respond": {"max_tokens": 4},
+        "analyse": {"max_tokens": 4},
+    }
+    (tmp_path / "trial.yaml").write_text(json.dumps(recipe))
+    out = run_study(tmp_path / "trial.yaml", tmp_path / "out", [], Silent())
+    texts: dict[str, list[str]] = {}
+    for found in read_jsonl(out / "responses.jsonl", StudyAnswer):
+        texts.setdefault(found.model, []).append(found.response.text)
+    base = tiny_model.name
+    assert len(texts["mine"]) == len(texts[base]) == 6
+    assert texts["mine"] != texts[base], "the adapter was on it"
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["models"]["mine"] != manifest["models"][base]
+
+
+def changed(model: Path, folder: Path) -> Path:
+    """A LoRA adapter that turns a model's answers into others."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(load_weights(locate(str(model))), config)
+    for name, weights in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weights, std=1.0)
+    adapted.save_pretrained(folder)
+    return folder
+
+
 def test_a_second_time_asks_no_engine_and_says_the_same(bench: Bench) -> None:
     bench.run()
     out = bench.folder / "out"
@@ -267,6 +344,9 @@ def test_a_bad_recipe_ends_with_status_2_before_any_model_loads(
         (["prompts.path=absent.jsonl"], DataError, "absent.jsonl: no such file"),
         (["prompts.fields={target: topic}"], DataError, "expected a column of the data"),
         (["policy=harmlessness"], RecipeError, "judges by a rubric; found none"),
+        (["adapters={cynic: a}"], RecipeError, "adapters.cynic: expected a name of its own"),
+        (["adapters={mine: absent}"], RecipeError, "adapters.mine: adapter absent: expected a"),
+        (["analysed=last"], RecipeError, "'analysed'"),
     ],
 )
 def test_wrong_input_is_named(

@@ -28,7 +28,7 @@ from misstep.judges.seats import seated
 from misstep.judging import JudgeInputs, judge_of_policy, read_judge
 from misstep.methods.registry import METHODS
 from misstep.models.adapter import (
-    adapter_digest,
+    Adapted,
     base_of,
     check_adapter,
     check_addable,
@@ -44,19 +44,6 @@ from misstep.training import processes
 
 ANSWERED = {"response", "reference", "label", "safe"}
 """Fields of which one that is mapped says where the good answer is."""
-
-
-class OtherModel(NamedTuple):
-    """What was trained elsewhere."""
-
-    model: Model
-    """Its own, or the recipe's where it is an adapter."""
-    adapter: Path | None
-
-    @property
-    def digest(self) -> str:
-        """Names it by its content."""
-        return adapter_digest(self.adapter) if self.adapter else self.model.digest
 
 
 class Inputs(NamedTuple):
@@ -87,7 +74,7 @@ class Inputs(NamedTuple):
     """Of the tests with what is learned from."""
     helpful: Sequence[Pair] = ()
     """On helpfulness alone, for RLHF; without them mistakes and good answers are its pairs."""
-    others: Mapping[str, OtherModel] = MappingProxyType({})
+    others: Mapping[str, Adapted] = MappingProxyType({})
     """To be tested beside the methods, by name."""
 
 
@@ -398,7 +385,7 @@ def _check_engine(config: RunConfig, models: Sequence[Model]) -> None:
             choose(config.engine, model)
 
 
-def _others(config: RunConfig, base: Model, tested: bool) -> dict[str, OtherModel]:
+def _others(config: RunConfig, base: Model, tested: bool) -> dict[str, Adapted]:
     """What was trained elsewhere; where nothing is tested, as far as it is there."""
     found = {}
     for name, path in config.others.items():
@@ -410,7 +397,7 @@ def _others(config: RunConfig, base: Model, tested: bool) -> dict[str, OtherMode
     return found
 
 
-def _other(config: RunConfig, path: str, base: Model) -> OtherModel:
+def _other(config: RunConfig, path: str, base: Model) -> Adapted:
     """A PEFT folder is an adapter on the recipe's model, anything else a model of its own."""
     if (Path(path).expanduser() / "adapter_config.json").is_file():
         if config.adapter:
@@ -432,7 +419,7 @@ def _other(config: RunConfig, path: str, base: Model) -> OtherModel:
     if not config.engine.startswith("ray"):
         # What cannot be served is known before hours of training.
         choose(config.engine, model, adapter)
-    return OtherModel(model, adapter)
+    return Adapted(model, adapter)
 
 
 def _located(path: str) -> Model:

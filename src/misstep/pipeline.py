@@ -22,13 +22,14 @@ from misstep.engines.choose import choose
 from misstep.engines.store import CACHE
 from misstep.errors import NothingKept, RecipeError
 from misstep.evidence.results import FOCUS, Results, write_results
-from misstep.inputs import Inputs, OtherModel, read_inputs, warnings
+from misstep.inputs import Inputs, read_inputs, warnings
 from misstep.judges.base import AnyJudge, Judge
 from misstep.judges.choose import cost_judges
 from misstep.judges.seats import Seat, seated
 from misstep.judging import JudgeInputs, opened
 from misstep.methods.base import Materials, Rows
 from misstep.methods.registry import METHODS, method_of
+from misstep.models.adapter import Adapted
 from misstep.models.locate import Model
 from misstep.models.merging import folded
 from misstep.models.rendering import Renderer
@@ -485,9 +486,9 @@ class Run:
         prompts, helpful = distinct(asked), self.inputs.helpful
         return Feedback(prompts, helpful or pairs, pairs if helpful else ())
 
-    def _tested(self, adapters: Mapping[str, Path | None]) -> dict[str, OtherModel]:
+    def _tested(self, adapters: Mapping[str, Path | None]) -> dict[str, Adapted]:
         """What is tested, by name: the methods' adapters, then what was trained elsewhere."""
-        ours = {name: OtherModel(self.model, adapter) for name, adapter in adapters.items()}
+        ours = {name: Adapted(self.model, adapter) for name, adapter in adapters.items()}
         return {**ours, **self.inputs.others}
 
     def respond(

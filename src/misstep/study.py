@@ -2,14 +2,15 @@
 
 Every model answers every prompt, unguided and guided; it analyses each of its unguided answers,
 right or wrong, unguided and guided; one judge says which answers are mistakes (paper, section
-3). What the numbers mean, and what they do not, stands in misstep.evidence.study_results and
-misstep.stages.discriminate.
+3). Or all analyse those of the first model, which shows whether training taught a model to tell
+mistakes, as the paper explains its method. What the numbers mean, and what they do not, stands
+in misstep.evidence.study_results and misstep.stages.discriminate.
 
 Like a run, a study is one directory, resumes by content and pays for no model call twice. One
 model is in memory at a time; the judge comes last, when all have answered.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from shutil import rmtree
@@ -19,18 +20,21 @@ from misstep.claims import claimed
 from misstep.data.sources import check_source, load_prompts, source_digest
 from misstep.engines.choose import choose
 from misstep.engines.store import CACHE
-from misstep.errors import DataError, RecipeError
+from misstep.errors import DataError, InputError, RecipeError
 from misstep.evidence.study_results import (
     Case,
     Study,
     StudyAnswer,
     StudyScore,
+    Verdict,
     measure,
+    tell,
     write_study,
 )
 from misstep.inputs import check_judgeable
 from misstep.judges.base import Judge
 from misstep.judging import JudgeInputs, judge_of_policy, opened
+from misstep.models.adapter import Adapted, check_adapter
 from misstep.models.locate import Model, locate
 from misstep.policy import Policy, load_policy
 from misstep.progress import Engines, Progress
@@ -50,7 +54,7 @@ class StudyInputs(NamedTuple):
 
     config: StudyConfig
     policy: Policy
-    models: dict[str, Model]
+    models: dict[str, Adapted]
     """By the names that stand in the results."""
     judge: JudgeInputs
     prompts: Sequence[Prompt]
@@ -63,7 +67,7 @@ class Work(NamedTuple):
     guided_answers: list[Response]
     analyses: list[Discrimination]
     guided_analyses: list[Discrimination]
-    """Of the unguided answers, as `analyses` are."""
+    """Of unguided answers, its own or the first model's, as `analyses` are."""
 
 
 def read_study_inputs(recipe: Path, overrides: list[str]) -> StudyInputs:
@@ -80,14 +84,40 @@ def read_study_inputs(recipe: Path, overrides: list[str]) -> StudyInputs:
         raise DataError("prompts: expected at least one prompt, found none.")
     judge = _judge(config, policy)
     check_judgeable("prompts", prompts, judge.probe())
-    models = [locate(name) for name in config.models]
     return StudyInputs(
         config=config,
         policy=policy,
-        models=dict(zip(names_of(models), models, strict=True)),
+        models=_models(config),
         judge=judge,
         prompts=prompts,
     )
+
+
+def _models(config: StudyConfig) -> dict[str, Adapted]:
+    located = [locate(name) for name in config.models]
+    models = {
+        name: Adapted(model) for name, model in zip(names_of(located), located, strict=True)
+    }
+    if taken := [name for name in config.adapters if name in models]:
+        raise RecipeError(f"adapters.{taken[0]}: expected a name of its own, found a model's.")
+    for name, path in config.adapters.items():
+        try:
+            models[name] = _adapted(config, located[0], path)
+        except InputError as error:
+            raise RecipeError(f"adapters.{name}: {error}") from error
+    return models
+
+
+def _adapted(config: StudyConfig, base: Model, path: str) -> Adapted:
+    if base.endpoint is not None:
+        raise RecipeError(
+            f"the weights of {base.name} are not here, so that no adapter can be put on it. "
+            "Name the server's model that has it as one of `models`."
+        )
+    found = Adapted(base, check_adapter(path, base))
+    # What cannot be served is known before the first model answers.
+    choose(config.engine, *found)
+    return found
 
 
 def names_of(models: list[Model]) -> list[str]:
@@ -154,9 +184,9 @@ class StudyRun:
     def through(self) -> Study:
         """Answer, analyse, judge and count; weights made for serving go at the end."""
         try:
-            works = {
-                name: self._work(name, model) for name, model in self.inputs.models.items()
-            }
+            works: dict[str, Work] = {}
+            for name, model in self.inputs.models.items():
+                works[name] = self._work(name, model, self._analysed_by(name, works))
             scores = self._judged(works)
         finally:
             self._engines.close()
@@ -177,10 +207,18 @@ class StudyRun:
         write_study(self.folder / STUDY, study)
         return study
 
-    def _work(self, name: str, model: Model) -> Work:
+    def _analysed_by(self, name: str, works: Mapping[str, Work]) -> list[Response] | None:
+        """The first model's answers where all analyse them; None stands for one's own."""
+        author = self._author()
+        return works[author].answers if author and author != name else None
+
+    def _author(self) -> str | None:
+        return next(iter(self.inputs.models)) if self.config.analysed == "first" else None
+
+    def _work(self, name: str, model: Adapted, given: list[Response] | None) -> Work:
         config, policy, prompts = self.config, self.inputs.policy, self.inputs.prompts
         settings = RespondSettings(**config.respond.model_dump())
-        chosen = choose(config.engine, model, None, self.scratch)
+        chosen = choose(config.engine, *model, self.scratch)
         with self._engines.opened(chosen, f"{name}: answering") as engine:
             with self.manifest.stage("respond"):
                 answers, guided_answers = (
@@ -191,7 +229,13 @@ class StudyRun:
                 engine.notify = partial(self.progress.update, f"{name}: analysing")
                 analyses, guided_analyses = (
                     discriminate(
-                        name, answers, policy, engine, config.analyse, guided, config.seed
+                        name,
+                        answers if given is None else given,
+                        policy,
+                        engine,
+                        config.analyse,
+                        guided,
+                        config.seed,
                     )
                     for guided in (False, True)
                 )
@@ -214,24 +258,35 @@ class StudyRun:
         return scores
 
     def _study(self, works: dict[str, Work], scores: dict[str, list[Score]]) -> Study:
-        inputs = self.inputs
+        inputs, author = self.inputs, self._author()
+        cases = {
+            name: _cases(work, scores[name], scores[author or name])
+            for name, work in works.items()
+        }
         return Study(
             policy=inputs.policy.name,
             judge=next(score.judge for of in scores.values() for score in of),
             seed=self.config.seed,
             prompts=len(inputs.prompts),
             models=tuple(
-                measure(name, inputs.models[name].digest, _cases(work, scores[name]))
-                for name, work in works.items()
+                measure(name, inputs.models[name].digest, of, own=author in (None, name))
+                for name, of in cases.items()
             ),
+            analysed=author,
+            told=tell(cases, self.config.seed) if author else (),
         )
 
 
-def _cases(work: Work, scores: list[Score]) -> list[Case]:
-    mistakes = [None if score.counted is None else bool(score.counted) for score in scores]
-    unguided, guided = mistakes[: len(work.answers)], mistakes[len(work.answers) :]
+def _cases(work: Work, scores: Sequence[Score], analysed: Sequence[Score]) -> list[Case]:
+    """Of the scores of a model's answers and of those that it analysed, the unguided first."""
+    n = len(work.answers)
+    wrong, of_analysed = _mistakes(scores), _mistakes(analysed)[:n]
     said = [[a.says_mistake for a in of] for of in (work.analyses, work.guided_analyses)]
-    return [Case(*case) for case in zip(unguided, guided, *said, strict=True)]
+    return [Case(*case) for case in zip(wrong[:n], wrong[n:], of_analysed, *said, strict=True)]
+
+
+def _mistakes(scores: Iterable[Score]) -> list[Verdict]:
+    return [None if score.counted is None else bool(score.counted) for score in scores]
 
 
 def run_study(recipe: Path, out: Path | None, overrides: list[str], progress: Progress) -> Path:

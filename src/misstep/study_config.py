@@ -6,11 +6,11 @@ Knows no model; nothing here loads or runs anything.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from misstep.config import read_recipe
+from misstep.config import KeyName, read_recipe
 from misstep.data.sources import Source
 from misstep.documents import Seed, Settings, check, each_once
 from misstep.engines.choose import Kind
@@ -37,6 +37,12 @@ class StudyConfig(Settings):
     models: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(each_once)]
     """Each `smollm2-135m`, a Hugging Face id, a folder of safetensors, a GGUF file, or
     `openai:MODEL@URL`."""
+    adapters: dict[KeyName, str] = Field(default_factory=dict)
+    """What the first of `models` was trained to be, by name: PEFT folders, such as those of a
+    run under `adapters/`. Each is studied as the models are."""
+    analysed: Literal["own", "first"] = "own"
+    """Whose unguided answers are analysed: each model's `own`, as in the paper, or those of the
+    `first` of `models`, by all of them, so that it shows which model tells mistakes better."""
     engine: Kind = "auto"
     """What answers, of models whose weights are here; `auto` takes the fastest that can."""
     judge: str | None = None

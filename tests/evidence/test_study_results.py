@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -12,13 +13,19 @@ from misstep.evidence.study_results import (
     Verdict,
     measure,
     read_study,
+    tell,
     write_study,
 )
 
 
 def model(*cases: tuple[Verdict, Verdict, Verdict]) -> StudyModel:
     """Of (mistake, unguided analysis says so, guided analysis says so)."""
-    return measure("m", "0", [Case(m, m, unguided, guided) for m, unguided, guided in cases])
+    return measure("m", "0", [own(*case) for case in cases])
+
+
+def own(mistake: Verdict, unguided: Verdict, guided: Verdict) -> Case:
+    """A model that answers alike with the guide and analyses its own answer."""
+    return Case(mistake, mistake, mistake, unguided, guided)
 
 
 def analysing(found: StudyModel, name: str, guided: bool = False) -> tuple[object, int, int]:
@@ -129,6 +136,65 @@ def test_what_analyses_said_is_counted_by_what_they_are_about() -> None:
     assert counts is not None
     assert counts.mistakes.model_dump() == {"mistake": 2, "right": 1, "undecided": 0}
     assert counts.right_answers.model_dump() == {"mistake": 0, "right": 0, "undecided": 1}
+
+
+def telling(
+    says: Callable[[Verdict], Verdict], mistakes: int = 3, right: int = 9
+) -> list[Case]:
+    """Of one set of answers, what a model says of each whose verdict is known."""
+    return [own(m, says(m), says(m)) for m in [True] * mistakes + [False] * right]
+
+
+WAYS_TO_SAY_NOTHING: list[Callable[[Verdict], Verdict]] = [
+    lambda mistake: True,
+    lambda mistake: False,
+    lambda mistake: None,
+]
+
+
+@pytest.mark.parametrize("says", WAYS_TO_SAY_NOTHING)
+def test_who_does_not_look_tells_no_better_than_who_does_not_either(
+    says: Callable[[Verdict], Verdict],
+) -> None:
+    for first in WAYS_TO_SAY_NOTHING:
+        found = tell({"first": telling(first), "m": telling(says)}, seed=0)
+        assert [(told.model, told.guided) for told in found] == [("m", False), ("m", True)]
+        for told in found:
+            assert told.value == pytest.approx(0.5) and told.first == pytest.approx(0.5)
+            assert told.difference == pytest.approx(0) and told.p > 0.05
+
+
+def test_who_tells_them_apart_is_ahead_however_few_the_mistakes() -> None:
+    blind, sharp = telling(lambda mistake: True, 5, 45), telling(lambda mistake: mistake, 5, 45)
+    told, _ = tell({"first": blind, "m": sharp}, seed=0)
+    assert told.value == pytest.approx(1.0) and told.first == pytest.approx(0.5)
+    assert told.difference == pytest.approx(0.5)
+    assert 0 < told.low <= 0.5 <= told.high and told.p < 0.001
+    back, _ = tell({"first": sharp, "m": blind}, seed=0)
+    assert back.difference == -told.difference and back.p == told.p
+
+
+def test_what_the_judge_cannot_score_is_told_by_nobody() -> None:
+    blind, sharp = telling(lambda mistake: True), telling(lambda mistake: mistake)
+    more = [own(None, True, True)] * 4
+    assert tell({"a": blind + more, "b": sharp + more}, 0) == tell({"a": blind, "b": sharp}, 0)
+
+
+@pytest.mark.parametrize("kinds", [{"mistakes": 0}, {"right": 0}])
+def test_nothing_is_told_apart_where_all_answers_are_alike(kinds: dict[str, int]) -> None:
+    cases = telling(lambda mistake: mistake, **kinds)
+    assert tell({"first": cases, "m": cases}, seed=0) == ()
+
+
+def test_telling_of_others_answers_is_not_set_against_doing() -> None:
+    cases = [Case(True, False, False, None, True), Case(False, False, True, True, True)]
+    found = measure("m", "0", cases, own=False)
+    assert [(paired.a, paired.b) for paired in found.comparisons] == [
+        ("answering/guided", "answering/unguided")
+    ]
+    assert found.metric("answering", False, "accuracy").value == 0.5
+    assert analysing(found, "sensitivity") == (1.0, 1, 0), "of what it analysed"
+    assert analysing(found, "specificity") == (None, 0, 1)
 
 
 def study() -> Study:

@@ -11,8 +11,9 @@ balanced accuracy of one half, the mean of sensitivity (mistakes called mistakes
 specificity (right answers called right).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 from pydantic import Field, FiniteFloat
@@ -31,17 +32,19 @@ Verdict = bool | None
 class Case(NamedTuple):
     """One prompt, as one model dealt with it."""
 
+    answered_wrong: Verdict
+    """Whether the model's unguided answer is a mistake, by the judge."""
+    guided_wrong: Verdict
+    """Whether its guided answer is one."""
     mistake: Verdict
-    """Of the unguided answer, by the judge."""
-    guided_mistake: Verdict
-    """Of the guided answer, by the judge."""
+    """Whether the answer that it analysed is one."""
     unguided_says: Verdict
-    """Of the unguided answer, by the model's unguided analysis."""
+    """What its unguided analysis says of that."""
     guided_says: Verdict
-    """Of the same answer, by the guided analysis."""
+    """What its guided analysis says of it."""
 
     def says(self, guided: bool) -> Verdict:
-        """What one of the two analyses says of the unguided answer."""
+        """What one of the two analyses says of the answer."""
         return self.guided_says if guided else self.unguided_says
 
     def right(self, guided: bool) -> Verdict:
@@ -122,6 +125,28 @@ class Wins(Record):
     scored no answer."""
 
 
+class Told(Record):
+    """How well a model tells mistakes from right answers, set against the first model.
+
+    Both analyse the same answers, asked in the same way. What is compared is the balanced
+    accuracy with an undecided analysis as half right: 50 % for who always finds fault, for who
+    always praises, and for who never decides.
+    """
+
+    model: str
+    guided: bool
+    value: float
+    first: float
+    """The same of the first model."""
+    difference: FiniteFloat
+    low: FiniteFloat
+    high: FiniteFloat
+    p: float
+    """Not adjusted for the number of comparisons."""
+    test: str
+    n: int
+
+
 class StudyModel(Record):
     """All that was measured of one model."""
 
@@ -130,7 +155,8 @@ class StudyModel(Record):
     rows: tuple[StudyRow, ...]
     wins: Wins
     comparisons: tuple[Paired, ...]
-    """Over the prompts that have a verdict on both sides."""
+    """Over the prompts that have a verdict on both sides. Telling is set against doing where a
+    model analysed its own answers."""
 
     def metric(self, task: Task, guided: bool, name: str) -> Metric:
         """A number of one of the rows."""
@@ -148,6 +174,10 @@ class Study(Record):
     seed: int
     prompts: int
     models: tuple[StudyModel, ...]
+    analysed: str | None = None
+    """The model whose answers all analysed; None where each analysed its own."""
+    told: tuple[Told, ...] = ()
+    """Each other model against that one; none where its answers are all right or all wrong."""
 
 
 def way_name(task: Task, guided: bool) -> str:
@@ -155,15 +185,23 @@ def way_name(task: Task, guided: bool) -> str:
     return f"{task}/{'guided' if guided else 'unguided'}"
 
 
-def measure(model: str, digest: str, cases: Sequence[Case]) -> StudyModel:
-    """Everything about one model, from its cases."""
-    answered = Way("answering", False, [_negated(case.mistake) for case in cases])
-    answered_guided = Way("answering", True, [_negated(c.guided_mistake) for c in cases])
+def measure(model: str, digest: str, cases: Sequence[Case], own: bool = True) -> StudyModel:
+    """Everything about one model, from its cases.
+
+    Args:
+        model: its name in the results.
+        digest: its weights by content.
+        cases: one a prompt.
+        own: whether the answers that it analysed are its own.
+    """
+    answered = Way("answering", False, [_negated(case.answered_wrong) for case in cases])
+    answered_guided = Way("answering", True, [_negated(case.guided_wrong) for case in cases])
     analysed, analysed_guided = (
         Way("analysing", guided, [case.right(guided) for case in cases])
         for guided in (False, True)
     )
-    compared = [_paired(way, answered) for way in (analysed, analysed_guided, answered_guided)]
+    telling = (analysed, analysed_guided) if own else ()
+    compared = [_paired(way, answered) for way in (*telling, answered_guided)]
     return StudyModel(
         model=model,
         digest=digest,
@@ -174,6 +212,45 @@ def measure(model: str, digest: str, cases: Sequence[Case]) -> StudyModel:
         wins=_wins(cases),
         comparisons=tuple(found for found in compared if found is not None),
     )
+
+
+def tell(cases: Mapping[str, Sequence[Case]], seed: int) -> tuple[Told, ...]:
+    """Each model against the first, over the same answers, which are right and wrong ones.
+
+    Args:
+        cases: those of each model by its name, all in the order of the prompts.
+        seed: that of resampling.
+    """
+    (_, base), *others = cases.items()
+    if {case.mistake for case in base} < {True, False}:
+        return ()
+    return tuple(
+        _told(name, base, of, guided, seed) for name, of in others for guided in (False, True)
+    )
+
+
+def _told(
+    model: str, base: Sequence[Case], cases: Sequence[Case], guided: bool, seed: int
+) -> Told:
+    from misstep.evidence.stats import paired_mean
+
+    mine, first = _balanced_shares(cases, guided), _balanced_shares(base, guided)
+    found = paired_mean(mine, first, seed)
+    value, other = fmean(mine), fmean(first)
+    return Told(model=model, guided=guided, value=value, first=other, **found._asdict())
+
+
+def _balanced_shares(cases: Sequence[Case], guided: bool) -> list[float]:
+    """How right each analysis is, so weighted that the mean is a balanced accuracy."""
+    judged = [case for case in cases if case.mistake is not None]
+    mistakes = sum(case.mistake is True for case in judged)
+    weights = {True: mistakes, False: len(judged) - mistakes}
+    rights = ((case.mistake, case.right(guided)) for case in judged)
+    return [
+        len(judged) / (2 * weights[mistake]) * (0.5 if right is None else float(right))
+        for mistake, right in rights
+        if mistake is not None
+    ]
 
 
 class Way(NamedTuple):

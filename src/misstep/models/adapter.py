@@ -68,6 +68,18 @@ def adapter_digest(folder: Path) -> str:
     return folder_digest(folder, (CONFIG, *FILES))
 
 
+class Adapted(NamedTuple):
+    """A model as it is asked: with an adapter on it, or as it is."""
+
+    model: Model
+    adapter: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        """Names what was added by its content, or the model where nothing was."""
+        return adapter_digest(self.adapter) if self.adapter else self.model.digest
+
+
 def check_adapter(adapter: str, model: Model) -> Path:
     """The folder of a PEFT adapter that fits a model; loads no weights.
 

@@ -19,6 +19,7 @@ from misstep.evidence.study_results import (
     Study,
     StudyScore,
     Task,
+    Told,
     Verdict,
     read_study,
 )
@@ -51,7 +52,7 @@ TITLES = {
 
 
 class Tested(NamedTuple):
-    """A comparison of one model, with its p adjusted for all comparisons of the study."""
+    """A comparison of one model, with its p adjusted for all of its kind in the study."""
 
     model: str
     found: Paired
@@ -60,9 +61,7 @@ class Tested(NamedTuple):
     @property
     def verdict(self) -> str:
         """`good` or `bad` for what stands first, or `none` where no difference is shown."""
-        if self.adjusted >= 0.05:
-            return "none"
-        return "good" if self.found.difference > 0 else "bad"
+        return _verdict(self.found.difference, self.adjusted)
 
     @property
     def sentence(self) -> str:
@@ -70,6 +69,31 @@ class Tested(NamedTuple):
         found = self.found
         change = words.difference(found, self.adjusted, more=f", {words.sample_size(found.n)}")
         return f"{self.model}, {TITLES[found.a]} against {TITLES[found.b]}: {change}"
+
+
+class Telling(NamedTuple):
+    """How one model tells mistakes beside the first, with its p adjusted for all such."""
+
+    found: Told
+    adjusted: float
+
+    @property
+    def verdict(self) -> str:
+        """`good` or `bad` for the model, or `none` where no difference is shown."""
+        return _verdict(self.found.difference, self.adjusted)
+
+    @property
+    def sentence(self) -> str:
+        """The difference in words."""
+        way = "guided" if self.found.guided else "unguided"
+        change = words.difference(self.found, self.adjusted)
+        return f"{self.found.model}, {way}, telling those mistakes against the first: {change}"
+
+
+def _verdict(difference: float, adjusted: float) -> str:
+    if adjusted >= 0.05:
+        return "none"
+    return "good" if difference > 0 else "bad"
 
 
 class Said(NamedTuple):
@@ -97,14 +121,15 @@ def write_study_report(folder: Path) -> Path:
         DataError: study.json or manifest.json is absent or unreadable.
     """
     study, manifest = read_study(folder / "study.json"), read_manifest(folder)
-    tests = tested(study)
+    tests, tellings = tested(study), told(study)
     content = {
         "study": study,
         "manifest": manifest,
-        "headline": headline(study, tests),
+        "headline": headline(study, tests, tellings),
         "tested": tests,
+        "told": tellings,
         "panels": [_right(study), _balanced(study), _wins(study)],
-        "samples": list(_samples(folder)),
+        "samples": list(_samples(folder, study.analysed)),
         "recipe": yaml.safe_dump(manifest["recipe"], allow_unicode=True, sort_keys=False),
     }
     filters = {"way": lambda name: TITLES[name]}
@@ -171,20 +196,46 @@ def tested(study: Study) -> list[Tested]:
     return [Tested(*pair, p) for pair, p in zip(found, adjusted, strict=True)]
 
 
-def headline(study: Study, tests: list[Tested]) -> str:
+def told(study: Study) -> list[Telling]:
+    """Every model beside the first, where all analysed the same answers."""
+    from misstep.evidence.stats import holm
+
+    adjusted = holm([found.p for found in study.told])
+    return [Telling(*pair) for pair in zip(study.told, adjusted, strict=True)]
+
+
+def headline(study: Study, tests: list[Tested], tellings: list[Telling]) -> str:
     """What the study shows, in plain words.
 
     Accuracy can be had without looking, so the first words never stand without the last.
     """
-    telling = _tally(tests, "analysing/unguided", "answering/unguided")
     guide = _tally(tests, "analysing/guided", "analysing/unguided")
     models = len(study.models)
     return (
-        f"Of {models} model{'s' if models > 1 else ''}, analysing was right more often than "
-        f"answering for {telling['good']} and less often for {telling['bad']}; the guide made "
-        f"the analyses of {guide['good']} better and of {guide['bad']} worse; better than "
-        f"chance were {_better_than_chance(study, False)} unguided and "
+        f"Of {models} model{'s' if models > 1 else ''}, {_first_words(study, tests, tellings)};"
+        f" the guide made the analyses of {guide['good']} better and of {guide['bad']} worse; "
+        f"better than chance were {_better_than_chance(study, False)} unguided and "
         f"{_better_than_chance(study, True)} guided."
+    )
+
+
+def _first_words(study: Study, tests: list[Tested], tellings: list[Telling]) -> str:
+    if study.analysed is None:
+        telling = _tally(tests, "analysing/unguided", "answering/unguided")
+        return (
+            f"analysing was right more often than answering for {telling['good']} and less "
+            f"often for {telling['bad']}"
+        )
+    better, worse = (
+        [
+            sum(t.verdict == verdict and t.found.guided == guided for t in tellings)
+            for guided in (False, True)
+        ]
+        for verdict in ("good", "bad")
+    )
+    return (
+        f"{better[0]} told the mistakes of {study.analysed} better than it does and {worse[0]} "
+        f"told them worse, guided {better[1]} and {worse[1]}"
     )
 
 
@@ -246,8 +297,11 @@ def _brief(metric: Metric) -> str:
     return "–" if metric.value is None else words.brief(metric.value)
 
 
-def _samples(folder: Path) -> Iterator[Sample]:
-    """Answers of each model, drawn at random; none where the analyses do not lie there."""
+def _samples(folder: Path, author: str | None) -> Iterator[Sample]:
+    """What each model analysed, drawn at random; none where the analyses do not lie there.
+
+    The answers are those of `author`, or each model's own.
+    """
     files = folder / "analyses.jsonl", folder / "scores.jsonl"
     if not all(file.is_file() for file in files):
         return
@@ -261,7 +315,7 @@ def _samples(folder: Path) -> Iterator[Sample]:
         both[analysis.guided] = analysis
     for model, answers in found.items():
         for name in random.Random(SEED).sample(sorted(answers), min(SAMPLES, len(answers))):
-            value = mistakes[model, name]
+            value = mistakes[author or model, name]
             mistake = None if value is None else bool(value)
             both = answers[name]
             said = [_said(both[guided], mistake) for guided in (False, True)]

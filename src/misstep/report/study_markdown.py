@@ -9,8 +9,8 @@ from pathlib import Path
 from misstep.evidence.study_results import Study, StudyModel, StudyRow, read_study
 from misstep.report.markdown import line, made_by, metric_cell, named, table
 from misstep.report.reading import read_manifest
-from misstep.report.study import TITLES, tested
-from misstep.report.words import capitalised
+from misstep.report.study import TITLES, tested, told
+from misstep.report.words import capitalised, rate
 
 METRICS = ("accuracy", "sensitivity", "specificity", "balanced_accuracy", "decided")
 CAUTION = (
@@ -36,6 +36,7 @@ def study_markdown(folder: Path) -> str:
         "## Answering and analysing, with 95 % intervals",
         "\n".join(_rows(study)),
         CAUTION,
+        *_same_answers(study),
         "## What the analyses said",
         "\n".join(_counts(study)),
         "## Guided against unguided analysis, answer by answer",
@@ -53,6 +54,28 @@ def _rows(study: Study) -> Iterator[str]:
     for model, row in _each(study):
         cells = [metric_cell(row.metrics.get(name)) for name in METRICS]
         yield line([model.model, row.task, "yes" if row.guided else "no", *cells])
+
+
+def _same_answers(study: Study) -> Iterator[str]:
+    """The section on what all models analysed, where they did."""
+    if not study.told:
+        return
+    yield "## The same answers, told by each model"
+    yield (
+        f"All analysed the unguided answers of {study.analysed}. Told: balanced accuracy with "
+        "an undecided analysis as half right, 50 % for who always finds fault, who always "
+        "praises and who never decides."
+    )
+    first = f"by {study.analysed}"
+    titles = ["model", "guided", "told", first, "difference", "95 % interval"]
+    lines = list(table([*titles, "p", "p adjusted (Holm)", "n"]))
+    for found, adjusted in told(study):
+        values = [rate(value) for value in (found.value, found.first)]
+        numbers = [f"{found.difference:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}"]
+        ps = [f"{p:.2g}" for p in (found.p, adjusted)]
+        way = "yes" if found.guided else "no"
+        lines.append(line([found.model, way, *values, *numbers, *ps, str(found.n)]))
+    yield "\n".join(lines)
 
 
 def _counts(study: Study) -> Iterator[str]:

@@ -47,7 +47,7 @@ RIGHT = re.compile(
 
 
 class DiscriminateSettings(Settings):
-    """How answers are analysed; the model under study analyses its own."""
+    """How answers are analysed."""
 
     examples: bool = False
     """Whether the policy's worked examples stand before the request. They are guided in all but
@@ -59,7 +59,7 @@ class DiscriminateSettings(Settings):
 
 
 class Discrimination(Record):
-    """A model's analysis of its own answer, and what it says of it."""
+    """A model's analysis of an answer, and what it says of it."""
 
     model: str
     response: Response
