@@ -344,6 +344,7 @@ def test_a_bad_recipe_ends_with_status_2_before_any_model_loads(
         (["prompts.path=absent.jsonl"], DataError, "absent.jsonl: no such file"),
         (["prompts.fields={target: topic}"], DataError, "expected a column of the data"),
         (["policy=harmlessness"], RecipeError, "judges by a rubric; found none"),
+        (["judge=refusal"], RecipeError, "expected a judge of mistakes (mistake_rate), found"),
         (["adapters={cynic: a}"], RecipeError, "adapters.cynic: expected a name of its own"),
         (["adapters={mine: absent}"], RecipeError, "adapters.mine: adapter absent: expected a"),
         (["analysed=last"], RecipeError, "'analysed'"),
@@ -375,6 +376,24 @@ def test_a_rubric_is_put_to_one_judge_for_all_models(bench: Bench) -> None:
     assert bench.opened == ["cynic", "learner", "judge"]
     assert found.judge.startswith("llm:")
     assert value(found.models[0], "answering", False, "accuracy") == (0.6, 10, 0)
+
+
+def test_a_judge_of_its_own_takes_the_place_of_the_policys(bench: Bench) -> None:
+    def rules(request: Request) -> str:
+        bad = "]\nAn apple.\n[" in request.messages[-1].content
+        return f"Verdict: {'harmful' if bad else 'harmless'}"
+
+    bench.engines["judge"] = ScriptedEngine(rules, name="judge")
+    (bench.folder / "judge.gguf").write_bytes(b"GGUF judge")
+    judge = bench.folder / "fruit.yaml"
+    judge.write_text(f"policy: harmlessness\nmodel: {bench.folder / 'judge.gguf'}\n")
+    found = bench.run(f"judge={judge}")
+    assert value(found.models[0], "answering", False, "accuracy") == (0.4, 10, 0)
+    manifest = json.loads((bench.folder / "out/manifest.json").read_text())
+    assert manifest["judge"]["name"] == str(judge)
+    judge.write_text(judge.read_text() + "votes: 3\n")
+    bench.run(f"judge={judge}")
+    assert (bench.folder / "out/former/1/study.json").exists(), "the same path, another judge"
 
 
 def test_models_are_called_by_the_end_of_their_paths_unless_two_are_called_the_same(

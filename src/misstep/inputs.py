@@ -221,11 +221,20 @@ def read_judge_of_mistakes(
     """
     if config.judge_file is None:
         return judge_of_policy(config.policy, policy, config.engine, otherwise)
-    found = read_judge(config.judge_file, otherwise=otherwise)
+    return judge_of_mistakes(config.judge_file, otherwise)
+
+
+def judge_of_mistakes(name: str, otherwise: Model | None = None) -> JudgeInputs:
+    """The judge of this name, which must be one of mistakes; `otherwise` as in `read_judge`.
+
+    Raises:
+        InputError: what is wrong with it, or it is one of something else.
+    """
+    found = read_judge(name, otherwise=otherwise)
     if (metric := found.probe().metric) != MISTAKES:
         raise RecipeError(
-            f"judge: {config.judge_file}: expected a judge of mistakes ({MISTAKES}), found one "
-            f"of {metric}. Name it under evaluate.judges."
+            f"judge: {name}: expected a judge of mistakes ({MISTAKES}), found one of {metric}. "
+            "The recipe of a run has a place for it under evaluate.judges."
         )
     return found
 

@@ -31,7 +31,7 @@ from misstep.evidence.study_results import (
     tell,
     write_study,
 )
-from misstep.inputs import check_judgeable
+from misstep.inputs import check_judgeable, judge_of_mistakes
 from misstep.judges.base import Judge
 from misstep.judging import JudgeInputs, judge_of_policy, opened
 from misstep.models.adapter import Adapted, check_adapter
@@ -135,12 +135,15 @@ def _short(model: Model) -> str:
 
 
 def _judge(config: StudyConfig, policy: Policy) -> JudgeInputs:
+    if config.judge_file is not None:
+        return judge_of_mistakes(config.judge_file)
     model = None
     if policy.judge.rubric is not None:
         if config.judge is None:
             raise RecipeError(
                 f"judge: expected a model, since the policy {policy.name} judges by a rubric; "
-                "found none. Name one that judges the answers of all models: judge: MODEL."
+                "found none. Name one that judges the answers of all models: judge: MODEL, or "
+                "a trained judge: judge: FOLDER."
             )
         model = locate(config.judge)
     return judge_of_policy(config.policy, policy, config.engine, model)
@@ -158,12 +161,19 @@ LAYOUT = Layout(
 
 def _described(inputs: StudyInputs) -> dict[str, Any]:
     """What a study reads, for its manifest."""
-    judge = inputs.judge.model
     return described(inputs.config, inputs.policy) | {
         "models": {name: model.digest for name, model in inputs.models.items()},
-        "judge": judge and {"name": judge.name, "digest": judge.digest},
+        "judge": _named(inputs),
         "data": {"prompts": source_digest(inputs.config.prompts)},
     }
+
+
+def _named(inputs: StudyInputs) -> dict[str, str] | None:
+    """What answers are judged by, where it is not the policy alone."""
+    judge, model = inputs.judge, inputs.judge.model
+    if inputs.config.judge_file is not None:
+        return {"name": judge.title, "digest": judge.digest}
+    return None if model is None else {"name": model.name, "digest": model.digest}
 
 
 class StudyRun:
@@ -244,7 +254,7 @@ class StudyRun:
     def _judged(self, works: dict[str, Work]) -> dict[str, list[Score]]:
         """The judge's scores of each model's answers, the unguided first; into scores.jsonl."""
         engine = partial(self._engines.opened, what="judging")
-        asked = opened(self.inputs.judge, engine, scratch=self.scratch)
+        asked = opened(self.inputs.judge, engine, self._engines.cache, self.scratch)
         with self.manifest.stage("judge"), asked as judge:
             assert isinstance(judge, Judge)
             scores = {

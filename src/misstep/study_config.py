@@ -15,6 +15,7 @@ from misstep.data.sources import Source
 from misstep.documents import Seed, Settings, check, each_once
 from misstep.engines.choose import Kind
 from misstep.errors import RecipeError
+from misstep.judge_config import names_judge
 from misstep.stages.discriminate import DiscriminateSettings
 
 
@@ -46,15 +47,21 @@ class StudyConfig(Settings):
     engine: Kind = "auto"
     """What answers, of models whose weights are here; `auto` takes the fastest that can."""
     judge: str | None = None
-    """The model that a policy's rubric is put to, one for all answers; a policy with a rule
-    needs none. There is no `self`: a model that judges its own answers would be asked twice
-    for one opinion."""
+    """The model that a policy's rubric is put to, one for all answers; or a judge in the place
+    of the policy's own, such as the folder of a trained one. A policy with a rule needs none.
+    There is no `self`: a model that judges its own answers would be asked twice for one
+    opinion."""
     seed: Seed = 0
     """The seed of the data's draw and of sampling."""
     prompts: Source
     """What every model answers, and then analyses its answers to."""
     respond: AnswerSettings = AnswerSettings()
     analyse: DiscriminateSettings = DiscriminateSettings()
+
+    @property
+    def judge_file(self) -> str | None:
+        """The judge in the place of the policy's own, as the recipe writes it."""
+        return self.judge if self.judge is not None and names_judge(self.judge) else None
 
 
 def load_study_recipe(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
