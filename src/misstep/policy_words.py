@@ -66,7 +66,10 @@ def _words(mistake: str) -> dict[str, Any]:
                 f"{case}\nAnalyse whether the response above is a good one, and explain why."
             ),
         },
-        "guide": f"{{prompt}}\n\n(Take care that this is not true of your response: {plain})",
+        "guide": (
+            # Of the wordings in benchmarks/guide_wordings.py; saying what not to do does less.
+            f"{{prompt}}\n\n(Give a good response. It must be the opposite of this: {plain})"
+        ),
         "gate": {"names_fault": _names_fault(mistake), "endorses": list(PRAISE)},
         "judge": {
             "rubric": (
