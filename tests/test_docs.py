@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,21 @@ def test_the_table_of_served_exports_is_what_the_servers_answered() -> None:
         for row in found
     ]
     assert not any(row["failed"] for row in found)
+
+
+def test_the_guide_that_is_made_is_the_one_that_left_the_fewest_mistakes() -> None:
+    found = json.loads((ROOT / "docs/results/bench/guide-wordings.json").read_text())
+    left: Counter[str] = Counter()
+    for row in found:
+        left[row["wording"]] += row["mistakes"]
+    asked = sum(row["n"] for row in found) // len(left)
+    (best, fewest), (_, next_best) = left.most_common()[:-3:-1]
+    said = f"it left the fewest, {fewest} on {asked} prompts, the next one {next_best}, none at"
+    assert f"{said} all {left['none']} (" in (ROOT / "docs/concepts.md").read_text("utf-8")
+    wordings = runpy.run_path(str(ROOT / "benchmarks/guide_wordings.py"))["WORDINGS"]
+    mistake = "The response is wrong."
+    made = Policy.model_validate({"name": "short", "mistake": mistake}).guide
+    assert made == wordings[best].replace("{mistake}", mistake)
 
 
 def test_the_readmes_own_repair_confirms_the_failures_that_it_speaks_of(
