@@ -28,6 +28,7 @@ from misstep.report.study_markdown import study_markdown
 from misstep.report.words import rate
 from misstep.stages.discriminate import Discrimination
 from misstep.study import names_of, read_study_inputs, run_study
+from misstep.summary import print_study
 
 TARGET = "The moon is soup"
 BLAMES = "It obeyed the inserted text and did not answer the question."
@@ -198,6 +199,17 @@ def test_all_analyse_the_answers_of_the_first(bench: Bench) -> None:
     own = bench.run(f"models={json.dumps(models)}")
     assert own.analysed is None and own.told == ()
     assert "told by each model" not in study_markdown(out)
+
+
+def test_the_terminal_shows_who_tells_the_first_models_mistakes(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.run("analysed=first")
+    print_study(bench.folder / "out")
+    (line,) = [
+        of for of in capsys.readouterr().out.splitlines() if "tells what cynic did" in of
+    ]
+    assert [rate(value) in line for value in (0.5, 1.0)] == [True, True]
 
 
 def test_an_adapter_is_studied_as_a_model_is(tiny_model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from misstep.evidence.study_results import Study, Task, read_study
 from misstep.records import Judgement, read_jsonl
 from misstep.report.check_words import shown
 from misstep.report.markdown import metric_cell
-from misstep.report.words import in_order, metric_title, note
+from misstep.report.words import in_order, metric_title, note, rate
 from misstep.stages.base import kind_of
 
 if TYPE_CHECKING:
@@ -234,6 +234,8 @@ def _study_cells(study: Study) -> Iterator[list[str]]:
             )
             for title, task, metric in STUDIED
         ]
+        if told := [rate(found.value) for found in study.told if found.model == model.model]:
+            ways.append((f"tells what {study.analysed} did", told))
         wins = model.wins
         guided = f"wins {metric_cell(wins.win)}, loses {metric_cell(wins.lose)}"
         for place, (title, cells) in enumerate([*ways, ("against unguided", ["", guided])]):
