@@ -96,12 +96,9 @@ class StudyRow(Record):
     """Of analysing."""
 
 
-class Paired(Record):
-    """Two ways over the same prompts: the share right of a minus that of b."""
+class Tested(Record):
+    """A paired difference, its 95 % interval and the p of none at all."""
 
-    a: str
-    """A way as `way_name` writes it."""
-    b: str
     difference: FiniteFloat
     low: FiniteFloat
     high: FiniteFloat
@@ -109,6 +106,14 @@ class Paired(Record):
     """Not adjusted for the number of comparisons."""
     test: str
     n: int
+
+
+class Paired(Tested):
+    """Two ways over the same prompts: the share right of a minus that of b."""
+
+    a: str
+    """A way as `way_name` writes it."""
+    b: str
 
 
 class Wins(Record):
@@ -125,7 +130,7 @@ class Wins(Record):
     scored no answer."""
 
 
-class Told(Record):
+class Told(Tested):
     """How well a model tells mistakes from right answers, set against the first model.
 
     Both analyse the same answers, asked in the same way. What is compared is the balanced
@@ -138,13 +143,6 @@ class Told(Record):
     value: float
     first: float
     """The same of the first model."""
-    difference: FiniteFloat
-    low: FiniteFloat
-    high: FiniteFloat
-    p: float
-    """Not adjusted for the number of comparisons."""
-    test: str
-    n: int
 
 
 class StudyModel(Record):

@@ -6,9 +6,9 @@ a few samples, where they lie beside it. Runs nothing.
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import yaml
 
@@ -19,6 +19,7 @@ from misstep.evidence.study_results import (
     Study,
     StudyScore,
     Task,
+    Tested,
     Told,
     Verdict,
     read_study,
@@ -51,49 +52,31 @@ TITLES = {
 }
 
 
-class Tested(NamedTuple):
-    """A comparison of one model, with its p adjusted for all of its kind in the study."""
+T = TypeVar("T", bound=Tested)
+
+
+class Adjusted(NamedTuple, Generic[T]):
+    """A difference, with its p adjusted for all of its kind in the study."""
 
     model: str
-    found: Paired
+    what: str
+    """What is set against what, in words."""
+    found: T
     adjusted: float
 
     @property
     def verdict(self) -> str:
         """`good` or `bad` for what stands first, or `none` where no difference is shown."""
-        return _verdict(self.found.difference, self.adjusted)
+        if self.adjusted >= 0.05:
+            return "none"
+        return "good" if self.found.difference > 0 else "bad"
 
     @property
     def sentence(self) -> str:
         """The difference in words."""
         found = self.found
         change = words.difference(found, self.adjusted, more=f", {words.sample_size(found.n)}")
-        return f"{self.model}, {TITLES[found.a]} against {TITLES[found.b]}: {change}"
-
-
-class Telling(NamedTuple):
-    """How one model tells mistakes beside the first, with its p adjusted for all such."""
-
-    found: Told
-    adjusted: float
-
-    @property
-    def verdict(self) -> str:
-        """`good` or `bad` for the model, or `none` where no difference is shown."""
-        return _verdict(self.found.difference, self.adjusted)
-
-    @property
-    def sentence(self) -> str:
-        """The difference in words."""
-        way = "guided" if self.found.guided else "unguided"
-        change = words.difference(self.found, self.adjusted)
-        return f"{self.found.model}, {way}, telling those mistakes against the first: {change}"
-
-
-def _verdict(difference: float, adjusted: float) -> str:
-    if adjusted >= 0.05:
-        return "none"
-    return "good" if difference > 0 else "bad"
+        return f"{self.model}, {self.what}: {change}"
 
 
 class Said(NamedTuple):
@@ -181,30 +164,45 @@ def _complement(rate: Metric) -> Metric:
     return rate.model_copy(update={"value": value, "low": low, "high": high})
 
 
-def tested(study: Study) -> list[Tested]:
+def tested(study: Study) -> list[Adjusted[Paired]]:
     """Every comparison, telling against doing first, then guided against unguided."""
-    # numpy, which stats needs, is slow to load, and the command starts without it.
-    from misstep.evidence.stats import holm
-
     found = [
         (model.model, paired)
         for model in study.models
         for paired in (*model.comparisons, model.wins.tested)
         if paired is not None
     ]
-    adjusted = holm([paired.p for _, paired in found])
-    return [Tested(*pair, p) for pair, p in zip(found, adjusted, strict=True)]
+    adjusted = _holm([paired for _, paired in found])
+    return [
+        Adjusted(model, f"{TITLES[paired.a]} against {TITLES[paired.b]}", paired, p)
+        for (model, paired), p in zip(found, adjusted, strict=True)
+    ]
 
 
-def told(study: Study) -> list[Telling]:
+def told(study: Study) -> list[Adjusted[Told]]:
     """Every model beside the first, where all analysed the same answers."""
+    return [
+        Adjusted(
+            found.model,
+            f"{'guided' if found.guided else 'unguided'}, telling those mistakes against the "
+            "first",
+            found,
+            p,
+        )
+        for found, p in zip(study.told, _holm(study.told), strict=True)
+    ]
+
+
+def _holm(found: Sequence[Tested]) -> list[float]:
+    # numpy, which stats needs, is slow to load, and the command starts without it.
     from misstep.evidence.stats import holm
 
-    adjusted = holm([found.p for found in study.told])
-    return [Telling(*pair) for pair in zip(study.told, adjusted, strict=True)]
+    return holm([one.p for one in found])
 
 
-def headline(study: Study, tests: list[Tested], tellings: list[Telling]) -> str:
+def headline(
+    study: Study, tests: list[Adjusted[Paired]], tellings: list[Adjusted[Told]]
+) -> str:
     """What the study shows, in plain words.
 
     Accuracy can be had without looking, so the first words never stand without the last.
@@ -219,7 +217,9 @@ def headline(study: Study, tests: list[Tested], tellings: list[Telling]) -> str:
     )
 
 
-def _first_words(study: Study, tests: list[Tested], tellings: list[Telling]) -> str:
+def _first_words(
+    study: Study, tests: list[Adjusted[Paired]], tellings: list[Adjusted[Told]]
+) -> str:
     if study.analysed is None:
         telling = _tally(tests, "analysing/unguided", "answering/unguided")
         return (
@@ -245,7 +245,7 @@ def _better_than_chance(study: Study, guided: bool) -> int:
     return sum(metric.low is not None and metric.low > 0.5 for metric in found)
 
 
-def _tally(tests: list[Tested], a: str, b: str) -> Mapping[str, int]:
+def _tally(tests: list[Adjusted[Paired]], a: str, b: str) -> Mapping[str, int]:
     tally: dict[str, int] = defaultdict(int)
     for test in tests:
         tally[test.verdict] += (test.found.a, test.found.b) == (a, b)

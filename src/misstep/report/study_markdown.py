@@ -69,7 +69,7 @@ def _same_answers(study: Study) -> Iterator[str]:
     first = f"by {study.analysed}"
     titles = ["model", "guided", "told", first, "difference", "95 % interval"]
     lines = list(table([*titles, "p", "p adjusted (Holm)", "n"]))
-    for found, adjusted in told(study):
+    for _, _, found, adjusted in told(study):
         values = [rate(value) for value in (found.value, found.first)]
         numbers = [f"{found.difference:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}"]
         ps = [f"{p:.2g}" for p in (found.p, adjusted)]
@@ -108,7 +108,7 @@ def _wins(study: Study) -> Iterator[str]:
 def _comparisons(study: Study) -> Iterator[str]:
     titles = ["model", "a", "b", "a minus b", "95 % interval", "p", "p adjusted (Holm)", "n"]
     yield from table(titles)
-    for model, found, adjusted in tested(study):
+    for model, _, found, adjusted in tested(study):
         numbers = [f"{found.difference:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}"]
         ps = [f"{p:.2g}" for p in (found.p, adjusted)]
         yield line([model, TITLES[found.a], TITLES[found.b], *numbers, *ps, str(found.n)])

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from misstep.evidence.results import Comparison, Setting
-from misstep.evidence.study_results import Paired, Told
+from misstep.evidence.study_results import Tested
 from misstep.methods.registry import METHODS
 from misstep.records import base_metric
 
@@ -163,7 +163,7 @@ def points(value: float, metric: str = "") -> str:
 
 
 def difference(
-    found: Comparison | Paired | Told, adjusted: float, metric: str = "", more: str = ""
+    found: Comparison | Tested, adjusted: float, metric: str = "", more: str = ""
 ) -> str:
     """A tested difference with its interval and its adjusted p, for a sentence."""
     p = p_text(adjusted)
