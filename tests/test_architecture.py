@@ -85,6 +85,8 @@ LAYERS = [
     "misstep.judges*",
     "misstep.stages.base",
     "misstep.stages.train_settings",
+    "misstep.stages.analyse",
+    "misstep.stages.discriminate",
     "misstep.stages.fit",
     "misstep.stages.train",
     "misstep.stages.reward",

@@ -47,6 +47,7 @@ from misstep.records import (
     Message,
     Mistake,
     Pair,
+    Praise,
     Prompt,
     Response,
     Score,
@@ -667,6 +668,27 @@ def test_guided_analyses_are_set_against_what_the_model_says_unguided(
     assert pairs
     assert {(pair.messages, pair.chosen) for pair in pairs} <= of(told)
     assert {(pair.messages, pair.rejected) for pair in pairs} <= of(said)
+
+
+def test_good_answers_to_the_prompts_of_mistakes_are_praised_for_who_learns_both(
+    recipe: Path, tmp_path: Path
+) -> None:
+    given = ["methods=[mistake_analysis, balanced_analysis]"]
+    folder = run(recipe, tmp_path / "r", given, Silent(), "train")
+    praised = list(read_jsonl(folder / "praise.jsonl", Praise))
+    mistakes = list(read_jsonl(folder / "mistakes.jsonl", Mistake))
+    assert {p.prompt.text for p in praised} == {m.prompt.text for m in mistakes}
+    policy = load_policy("goal-hijacking")
+    written = {
+        (policy.analysis_request(p.prompt.text, p.prompt.reference or "", False), p.text)
+        for p in praised
+        if p.accepted
+    }
+    rows = list(read_jsonl(folder / "examples.jsonl", Example))
+    learned = {(row.messages, row.completion) for row in rows if row.kind == "praise"}
+    assert learned and learned <= written
+    counts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["yields"]
+    assert counts["praise"]["kept"] == sum(p.accepted for p in praised)
 
 
 def test_an_engine_that_cannot_serve_leaves_finished_results_where_they_are(

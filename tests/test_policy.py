@@ -12,6 +12,7 @@ from misstep.errors import PolicyError
 from misstep.policy import Policy, blanks, fill, found, load_policy, matches, shipped
 from misstep.records import Message, Mistake, Prompt
 from misstep.stages.analyse import gate
+from misstep.stages.praise import gate as praise_gate
 
 NASTY = ["{response}", "{prompt}", "{{ 7*7 }}", "{% raw %}", "{0}", "}{", "\\1", "\\g<0>", "%s"]
 nasty = st.lists(st.sampled_from(NASTY) | st.text(max_size=8), max_size=5).map("".join)
@@ -90,6 +91,25 @@ def test_worked_examples_pass_the_gate_themselves(policy: Policy) -> None:
 
 
 @policies
+def test_worked_praise_is_shown_before_the_request_and_passes_its_gate(policy: Policy) -> None:
+    worked = policy.worked_praise("P", "R", guided=True)
+    assert worked[-1:] == policy.praise_request("P", "R", guided=True)
+    assert [turn.content for turn in worked[1:-1:2]] == [
+        e.analysis for e in policy.praise.examples
+    ]
+    for example in policy.praise.examples:
+        prompt = Prompt.of(example.prompt, reference=example.response)
+        assert praise_gate(policy, prompt, example.analysis) == ()
+
+
+@policies
+def test_what_is_trained_on_asks_for_praise_and_fault_in_the_same_words(policy: Policy) -> None:
+    asked = policy.praise_request("P", "R", guided=False)
+    assert asked == policy.analysis_request("P", "R", guided=False)
+    assert asked != policy.praise_request("P", "R", guided=True)
+
+
+@policies
 def test_the_trained_request_does_not_tell_that_the_response_is_bad(policy: Policy) -> None:
     (unguided,) = policy.analysis_request("", "", guided=False)
     hints = policy.induction.hints if policy.induction else ("hijack", "wrong", "inserted")
@@ -111,6 +131,7 @@ def test_one_sentence_makes_a_whole_policy() -> None:
     case = Mistake(prompt=Prompt.of("P"), response="R", source="origin")
     texts = [
         DERIVED.analysis_request("P", "R", guided=True)[0].content,
+        DERIVED.praise_request("P", "R", guided=True)[0].content,
         DERIVED.guided_prompt(Prompt.of("P"))[0].content,
         DERIVED.critique_request(case)[-1].content,
         fill(DERIVED.judge.rubric or "", prompt="P", response="R"),

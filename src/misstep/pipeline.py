@@ -12,11 +12,12 @@ from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from misstep.claims import claimed
 from misstep.config import RunConfig
 from misstep.data.shelf import Names, Shelf
+from misstep.engines.base import Engine
 from misstep.engines.cached import CachedEngine, Chosen
 from misstep.engines.choose import choose
 from misstep.engines.store import CACHE
@@ -33,6 +34,7 @@ from misstep.models.adapter import Adapted
 from misstep.models.locate import Model
 from misstep.models.merging import folded
 from misstep.models.rendering import Renderer
+from misstep.policy import Policy
 from misstep.progress import Engines, Progress
 from misstep.records import (
     Analysis,
@@ -41,6 +43,7 @@ from misstep.records import (
     Judgement,
     Mistake,
     Pair,
+    Praise,
     Prompt,
     RecordFile,
     Response,
@@ -61,6 +64,7 @@ from misstep.stages.evaluate import (
 )
 from misstep.stages.good_answers import distinct, good_answers, with_answer
 from misstep.stages.induce import InduceSettings, NoMistakeError, confirm, induce, some_mistakes
+from misstep.stages.praise import praise
 from misstep.stages.reference import reference_losses
 from misstep.stages.reinforce import Feedback, policy_digest, reinforce
 from misstep.stages.respond import CUT, respond, whole_counted
@@ -80,6 +84,9 @@ TESTING: tuple[Stage, ...] = ("respond", "evaluate")
 ROUND = "induce, round "
 """How the yield of a further round is called, before its number."""
 Chooser = Callable[[str, Model, Path | None, Path | None], Chosen]
+A = TypeVar("A", Analysis, Praise)
+Writer = Callable[[Policy, Engine, AnalyseSettings, int, Tally], Iterator[A]]
+"""What has analyses written: of the materials that it was given, by an engine, with a seed."""
 
 
 class Collected(NamedTuple):
@@ -317,10 +324,29 @@ class Run:
 
     def analyse(self, mistakes: Iterable[Mistake]) -> Iterable[Analysis]:
         """Analyse the mistakes, into analyses.jsonl."""
-        given = ("analyses.jsonl", self.analyst, self.config.analysis)
-        found, tally = self._analysed("analyse", mistakes, *given)
+        found = RecordFile(self.folder / "analyses.jsonl", Analysis)
+        self._gated("analyse", found, partial(analyse, mistakes))
+        return found
+
+    def praise(self, mistakes: Iterable[Mistake]) -> list[Praise]:
+        """Have the good answers to the prompts of mistakes praised, into praise.jsonl.
+
+        Gives what the gate let through.
+        """
+        found = RecordFile(self.folder / "praise.jsonl", Praise)
+        prompts = distinct(mistake.prompt for mistake in mistakes)
+        self._gated("praise", found, partial(praise, prompts))
+        return [words for words in found if words.accepted]
+
+    def _gated(self, stage: str, found: RecordFile[A], write: Writer[A]) -> None:
+        """What passes the gate is learned from: something has to.
+
+        Raises:
+            NothingKept: nothing did.
+        """
+        settings = self.config.analysis
+        tally = self._analysed(stage, found, write, self.analyst, settings)
         if not tally.kept:
-            settings = self.config.analysis
             raise NothingKept(
                 f"none of {tally.sampled} analyses was accepted "
                 f"({tally.reasons}). Read {found.path}; try another "
@@ -328,25 +354,22 @@ class Run:
                 f"analysis.max_tokens (now {settings.max_tokens}), wider patterns in the "
                 f"policy's gate ({self.config.policy}), or analysis.gate=false."
             )
-        return found
 
     def _analysed(
         self,
         stage: str,
-        mistakes: Iterable[Mistake],
-        name: str,
+        found: RecordFile[A],
+        write: Writer[A],
         model: Model,
         settings: AnalyseSettings,
-    ) -> tuple[RecordFile[Analysis], Tally]:
-        found = RecordFile(self.folder / name, Analysis)
-        policy, seed = self.inputs.policy, self.config.seed
+    ) -> Tally:
         with (
             self.manifest.stage(stage),
             self._engine(model, "analysing") as engine,
             self._counted(stage) as tally,
         ):
-            found.fill(analyse(mistakes, policy, engine, settings, seed, tally))
-        return found, tally
+            found.fill(write(self.inputs.policy, engine, settings, self.config.seed, tally))
+        return tally
 
     def collected(self, mistakes: Iterable[Mistake], analyses: Iterable[Analysis]) -> Collected:
         """All that the recipe's methods learn from mistakes."""
@@ -370,8 +393,11 @@ class Run:
     def unguided(self, mistakes: Iterable[Mistake]) -> Iterable[Analysis]:
         """Have the mistakes analysed without the guide, once each, into unguided.jsonl."""
         once = {"engine": "self", "guided": False, "examples": False, "gate": True, "n": 1}
-        given = ("unguided.jsonl", self.model, self.config.analysis.model_copy(update=once))
-        return self._analysed("analyse unguided", mistakes, *given)[0]
+        found = RecordFile(self.folder / "unguided.jsonl", Analysis)
+        settings = self.config.analysis.model_copy(update=once)
+        write = partial(analyse, mistakes)
+        self._analysed("analyse unguided", found, write, self.model, settings)
+        return found
 
     def train(self, collected: Collected) -> dict[str, Path | None]:
         """Train every method of the recipe; gives the adapter of each, or None."""
@@ -415,6 +441,8 @@ class Run:
             return analysis.model_copy(update={"mistake": learned(analysis.mistake)})
 
         confirmed = [learned(mistake) for mistake in mistakes if mistake.confirmed]
+        methods = only or self.config.methods
+        praised = any(METHODS[name].uses_praise for name in methods)
         mix = self.config.mix
         if not self._needs_analyses:
             mix = mix.model_copy(update={"unit": mix.unit or len(confirmed)})
@@ -429,8 +457,9 @@ class Run:
             seed=self.config.training_seed,
             sampled=analyses,
             unguided=[of_learned(analysis) for analysis in collected.unguided],
+            praise=self.praise(confirmed) if praised else (),
         )
-        return {name: METHODS[name].rows(materials) for name in only or self.config.methods}
+        return {name: METHODS[name].rows(materials) for name in methods}
 
     def _answered(self, prompts: Iterable[Prompt]) -> Callable[[Prompt], Prompt]:
         """What gives a prompt the good answer that is learned; good_answers.jsonl."""

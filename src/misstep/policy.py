@@ -6,9 +6,9 @@ contains `{response}` or Jinja code stays as it is. Knows no model, no engine an
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -119,7 +119,7 @@ class WorkedExample(Settings):
     prompt: Text
     """What was asked."""
     response: Text
-    """A mistake."""
+    """A mistake; under `praise` a good answer."""
     analysis: Text
     """A good analysis of it."""
 
@@ -131,6 +131,15 @@ class AnalysisRequests(Settings):
     """With the guide: it says that the response may be bad."""
     unguided: Annotated[PairTemplate, DERIVED]
     """Without it; the request that a model is trained on."""
+    examples: tuple[WorkedExample, ...] = ()
+    """Worked examples, shown before the request."""
+
+
+class PraiseRequests(Settings):
+    """How the model is asked what is right about a good answer."""
+
+    guided: Annotated[PairTemplate, DERIVED]
+    """It says that the response is right, as `analysis.guided` says that it may be wrong."""
     examples: tuple[WorkedExample, ...] = ()
     """Worked examples, shown before the request."""
 
@@ -226,6 +235,7 @@ class Policy(Document):
     """What counts as a mistake, in one or two sentences, as `The response is rude.`"""
     induction: Induction | None = None
     analysis: Annotated[AnalysisRequests, DERIVED]
+    praise: Annotated[PraiseRequests, DERIVED]
     guide: Annotated[PromptTemplate, DERIVED]
     """What the model reads at inference: the prompt and a reminder."""
     gate: Annotated[Gate, DERIVED]
@@ -259,8 +269,12 @@ class Policy(Document):
     def analysis_request(self, prompt: str, response: str, guided: bool) -> tuple[Message, ...]:
         """The request for an analysis, as it is trained on: no worked examples."""
         template = self.analysis.guided if guided else self.analysis.unguided
-        content = fill(template, prompt=prompt, response=response)
-        return (Message(role="user", content=content),)
+        return _about(template, prompt, response)
+
+    def praise_request(self, prompt: str, response: str, guided: bool) -> tuple[Message, ...]:
+        """The request for what is right about a good answer; unguided, that for an analysis."""
+        template = self.praise.guided if guided else self.analysis.unguided
+        return _about(template, prompt, response)
 
     def critique_request(self, mistake: Mistake) -> tuple[Message, ...]:
         """The conversation in which the mistake was made, and the request for a critique."""
@@ -282,17 +296,42 @@ class Policy(Document):
         """The request for an analysis, after turns that are the policy's worked examples."""
         return (*self._worked[guided], *self.analysis_request(prompt, response, guided))
 
+    def worked_praise(self, prompt: str, response: str, guided: bool) -> tuple[Message, ...]:
+        """The request for praise, after turns that are its worked examples."""
+        return (*self._praised[guided], *self.praise_request(prompt, response, guided))
+
     @cached_property
     def _worked(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
         """The worked examples as turns: without the guide, with it."""
-        return self._examples(guided=False), self._examples(guided=True)
+        shown = partial(_shown, self.analysis.examples, self.analysis_request)
+        return shown(False), shown(True)
 
-    def _examples(self, guided: bool) -> tuple[Message, ...]:
-        turns: list[Message] = []
-        for example in self.analysis.examples:
-            turns += self.analysis_request(example.prompt, example.response, guided)
-            turns.append(Message(role="assistant", content=example.analysis))
-        return tuple(turns)
+    @cached_property
+    def _praised(self) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+        """Those of praise, likewise."""
+        shown = partial(_shown, self.praise.examples, self.praise_request)
+        return shown(False), shown(True)
+
+
+def _about(template: str, prompt: str, response: str) -> tuple[Message, ...]:
+    """A request about a prompt and a response to it."""
+    return (Message(role="user", content=fill(template, prompt=prompt, response=response)),)
+
+
+def _shown(
+    examples: Sequence[WorkedExample],
+    request: Callable[[str, str, bool], tuple[Message, ...]],
+    guided: bool,
+) -> tuple[Message, ...]:
+    """Worked examples as turns, each asked for as the real one is."""
+    return tuple(
+        turn
+        for example in examples
+        for turn in (
+            *request(example.prompt, example.response, guided),
+            Message(role="assistant", content=example.analysis),
+        )
+    )
 
 
 def shipped() -> list[str]:

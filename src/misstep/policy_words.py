@@ -39,9 +39,9 @@ def completed(given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     words = _words(mistake.strip())
     whole = words | _said(given)
-    requests = whole["analysis"]
-    if isinstance(requests, Mapping):
-        whole["analysis"] = words["analysis"] | _said(requests)
+    for asked in ("analysis", "praise"):
+        if isinstance(requests := whole[asked], Mapping):
+            whole[asked] = words[asked] | _said(requests)
     return whole
 
 
@@ -51,7 +51,8 @@ def _said(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _words(mistake: str) -> dict[str, Any]:
-    """All words, by a policy's key; of `analysis` each request by itself may be left out."""
+    """All words, by a policy's key; of `analysis` each request by itself may be left out, and
+    that of `praise`."""
     # In a template a brace of the sentence's own is written twice; other texts have no blanks.
     plain = mistake.replace("{", "{{").replace("}", "}}")
     case = "Prompt: {prompt}\nResponse: {response}\n"
@@ -64,6 +65,13 @@ def _words(mistake: str) -> dict[str, Any]:
             ),
             "unguided": (
                 f"{case}\nAnalyse whether the response above is a good one, and explain why."
+            ),
+        },
+        "praise": {
+            "guided": (
+                f"{case}\nThe response above is a good one. It would be a mistake if this were "
+                f"true of it, and it is not: {plain}\n"
+                "Explain what is right about the response."
             ),
         },
         "guide": (

@@ -184,6 +184,20 @@ class Analysis(TextRecord):
     """Why the gate refused it; empty where it was accepted."""
 
 
+class Praise(TextRecord):
+    """An explanation of what is right about a good answer, and the gate's verdict on it."""
+
+    prompt: Prompt
+    """Its reference is the good answer."""
+    text: str
+    guided: bool
+    source: str
+    """`self`, or the name of the model that wrote it."""
+    accepted: bool
+    reasons: tuple[str, ...] = ()
+    """Why the gate refused it; empty where it was accepted."""
+
+
 class Revision(TextRecord):
     """A critique of a mistake, and a better response that the critique led to."""
 

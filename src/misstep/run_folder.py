@@ -152,7 +152,7 @@ class Layout(NamedTuple):
 RUN = Layout(
     records=(
         *("mistakes.jsonl", "analyses.jsonl", "unguided.jsonl", "revisions.jsonl"),
-        *("good_answers.jsonl", "examples.jsonl", "rows"),
+        *("good_answers.jsonl", "praise.jsonl", "examples.jsonl", "rows"),
         *("responses.jsonl", "scores.jsonl", "report.html", "results.json"),
     ),
     work=("adapter", "adapters", "rounds", "scratch"),

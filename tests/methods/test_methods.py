@@ -10,7 +10,16 @@ from misstep.methods.base import Materials, MixSettings
 from misstep.methods.coh import sample
 from misstep.methods.registry import METHODS
 from misstep.policy import load_policy
-from misstep.records import Analysis, Example, Message, Mistake, Pair, Prompt, Revision
+from misstep.records import (
+    Analysis,
+    Example,
+    Message,
+    Mistake,
+    Pair,
+    Praise,
+    Prompt,
+    Revision,
+)
 from misstep.stages.analyse import BROKEN_OFF
 
 POLICY = load_policy("goal-hijacking")
@@ -63,6 +72,10 @@ REVISIONS = [
     Revision(mistake=mistake, critique="It obeyed.", text=f"Revised answer {i}.")
     for i, mistake in enumerate(MISTAKES)
 ]
+PRAISE = [
+    Praise(prompt=p, text=f"Praises {p.reference}", guided=True, source="self", accepted=True)
+    for p in ASKED[:3]
+]
 UNTRAINED = ("vanilla", "guided")
 TRAINED = [name for name in METHODS if name not in UNTRAINED]
 ON_PAIRS = [name for name, method in METHODS.items() if method.on_pairs]
@@ -83,6 +96,7 @@ def materials(**changed: Any) -> Materials:
         "seed": 0,
         "sampled": [*changed.get("analyses", ANALYSES), *REFUSED],
         "unguided": UNGUIDED,
+        "praise": PRAISE,
     }
     return Materials(**known | changed)
 
@@ -178,6 +192,7 @@ def test_a_fixed_unit_gives_every_variant_as_many_rows(name: str, accepted: int)
         ("mistake_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),
         ("corrected_analysis", {"analysis": 4, "good_answer": 16, "ordinary": 8}),
         ("contrastive_analysis", {"analysis": 14, "preference": 14}),
+        ("balanced_analysis", {"analysis": 2, "praise": 2, "good_answer": 16, "ordinary": 8}),
     ],
 )
 def test_what_each_method_is_made_of(name: str, expected: dict[str, int]) -> None:
@@ -241,7 +256,12 @@ def test_rows_come_again_where_there_are_too_few() -> None:
 
 @pytest.mark.parametrize(
     ("name", "lacks"),
-    [("sft", "answered"), ("ordinary", "ordinary"), ("critique_revise", "revisions")],
+    [
+        ("sft", "answered"),
+        ("ordinary", "ordinary"),
+        ("critique_revise", "revisions"),
+        ("balanced_analysis", "praise"),
+    ],
 )
 def test_a_method_without_its_material_is_refused(name: str, lacks: str) -> None:
     with pytest.raises(RunError, match=f"'{lacks}', found none"):
@@ -261,7 +281,7 @@ def test_methods_that_need_good_answers_say_so() -> None:
     ]
     for method in METHODS.values():
         try:
-            method.rows(materials(answered=[], mistakes=unknown))
+            method.rows(materials(answered=[], mistakes=unknown, praise=[]))
             assert not method.needs_good_answers
         except RunError:
             assert method.needs_good_answers
@@ -314,6 +334,7 @@ def test_methods_that_read_analyses_or_mistakes_say_so() -> None:
         found = kinds(rows(name))
         assert method.uses_analyses == ("analysis" in found)
         assert method.uses_revisions == ("revision" in found)
+        assert method.uses_praise == ("praise" in found)
         assert method.uses_mistakes == (
             not {"analysis", "revision", "hindsight", "preference", "tag"}.isdisjoint(found)
         )
@@ -444,3 +465,29 @@ def test_without_contrasts_answers_are_compared_and_without_answers_analyses() -
     assert kinds(list(method.rows(materials(mistakes=unknown)))) == {"analysis": 12}
     with pytest.raises(RunError, match="'pairs', found none"):
         method.rows(materials(mistakes=unknown, unguided=[]))
+
+
+def test_mistakes_and_good_answers_are_told_apart_by_the_response_alone() -> None:
+    found = rows("balanced_analysis", good_answers=1)
+    faults, praise = ([r for r in found if r.kind == k] for k in ("analysis", "praise"))
+    known = {
+        POLICY.analysis_request(p.prompt.text, p.prompt.reference or "", guided=False): p.text
+        for p in PRAISE
+    }
+    assert praise and all(known[row.messages] == row.completion for row in praise)
+    bad = {
+        POLICY.analysis_request(a.mistake.prompt.text, a.mistake.response, guided=False): a.text
+        for a in ANALYSES
+    }
+    assert faults and all(bad[row.messages] == row.completion for row in faults)
+    others = [row for row in found if row.kind not in ("analysis", "praise")]
+    assert others == [
+        r for r in rows("mistake_analysis", good_answers=1) if r.kind != "analysis"
+    ]
+
+
+@pytest.mark.parametrize("unit", [1, 3, 4, 7])
+def test_half_of_the_analyses_praise_good_answers(unit: int) -> None:
+    found = kinds(rows("balanced_analysis", unit=unit))
+    assert found["analysis"] + found["praise"] == unit
+    assert abs(found["analysis"] - found["praise"]) <= 1

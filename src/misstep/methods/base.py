@@ -16,7 +16,16 @@ from pydantic import Field
 from misstep.documents import Settings
 from misstep.errors import RunError
 from misstep.policy import Policy
-from misstep.records import Analysis, Example, Message, Mistake, Pair, Prompt, Revision
+from misstep.records import (
+    Analysis,
+    Example,
+    Message,
+    Mistake,
+    Pair,
+    Praise,
+    Prompt,
+    Revision,
+)
 
 T = TypeVar("T")
 Rows = list[Example] | list[Pair]
@@ -62,6 +71,8 @@ class Materials(NamedTuple):
     unguided: Sequence[Analysis] = ()
     """What the model says of its mistakes without the guide, behind the same gate; where a
     method asks for it."""
+    praise: Sequence[Praise] = ()
+    """Accepted, of good answers to the prompts of mistakes; where a method asks for it."""
 
     @property
     def unit(self) -> int:
@@ -129,6 +140,7 @@ class Method(ABC):
     uses_analyses: ClassVar[bool] = False
     uses_revisions: ClassVar[bool] = False
     uses_unguided: ClassVar[bool] = False
+    uses_praise: ClassVar[bool] = False
     needs_good_answers: ClassVar[bool] = False
     """Whether nothing can be trained without good answers to the prompts of mistakes."""
     trainer: ClassVar[Literal["fine-tune", "reinforce"]] = "fine-tune"
@@ -208,10 +220,12 @@ def ordinary_rows(materials: Materials) -> list[Example]:
 def analysis_row(policy: Policy, analysis: Analysis) -> Example:
     """The row of one analysis, asked for without the guide."""
     mistake = analysis.mistake
-    return Example(
-        messages=policy.analysis_request(
-            mistake.prompt.transcript, mistake.response, guided=False
-        ),
-        completion=analysis.text,
-        kind="analysis",
-    )
+    asked = policy.analysis_request(mistake.prompt.transcript, mistake.response, guided=False)
+    return Example(messages=asked, completion=analysis.text, kind="analysis")
+
+
+def praise_row(policy: Policy, praise: Praise) -> Example:
+    """The row of what is right about a good answer: the same request, nothing in it says so."""
+    prompt = praise.prompt
+    asked = policy.analysis_request(prompt.transcript, prompt.reference or "", guided=False)
+    return Example(messages=asked, completion=praise.text, kind="praise")

@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 
 from misstep.errors import InputError
 from misstep.methods.analysis_only import AnalysisOnly
+from misstep.methods.balanced_analysis import BalancedAnalysis
 from misstep.methods.base import Method
 from misstep.methods.coh import ChainOfHindsight
 from misstep.methods.contrastive_analysis import ContrastiveAnalysis
@@ -45,6 +46,7 @@ SHIPPED: dict[str, Method] = {
         MistakeAnalysis(),
         CorrectedAnalysis(),
         ContrastiveAnalysis(),
+        BalancedAnalysis(),
     )
 }
 

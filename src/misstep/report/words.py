@@ -212,6 +212,7 @@ def what_stage_makes(stage: str) -> str:
         "induce": "Mistakes",
         "analyse": "Analyses",
         "analyse unguided": "Analyses without the guide",
+        "praise": "Praise of good answers",
         "revise": "Revisions",
         "respond": "Answers to the tests",
     }

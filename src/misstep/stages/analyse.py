@@ -8,9 +8,9 @@ setting. A refused analysis is sampled again, up to `n` times in all.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import Field
 
@@ -18,8 +18,11 @@ from misstep.data.shelf import Shelf
 from misstep.documents import Settings
 from misstep.engines.base import Completion, Engine, Request
 from misstep.policy import BLANK, Policy, found
-from misstep.records import Analysis, Mistake
+from misstep.records import Analysis, Mistake, Praise, Prompt, TextRecord
 from misstep.stages.base import Tally, ask, derive_seed, kind_of, no_answer
+
+R = TypeVar("R", bound=TextRecord)
+A = TypeVar("A", Analysis, Praise)
 
 RECOMMENDS = re.compile(
     r"\b(should(?! not|n't) (have )?"
@@ -72,20 +75,38 @@ def analyse(
 
     Gives every analysis, accepted or not: all first samples, then all second ones, and so on.
     """
-    pending: Iterable[Mistake] = (mistake for mistake in mistakes if mistake.confirmed)
+    confirmed = (mistake for mistake in mistakes if mistake.confirmed)
+    request = partial(_request, policy, settings, seed)
+    read = partial(_analysis, policy, settings)
+    return sampled(confirmed, Mistake, engine, request, read, settings, tally)
+
+
+def sampled(
+    records: Iterable[R],
+    kind: type[R],
+    engine: Engine,
+    request: Callable[[int, R], Request],
+    read: Callable[[R, Completion], A],
+    settings: AnalyseSettings,
+    tally: Tally,
+) -> Iterator[A]:
+    """Ask about each record until what is read of an answer is accepted, `n` times at most.
+
+    Gives everything that was read, accepted or not: all first samples, then all second ones.
+    """
+    pending: Iterable[R] = records
     # Greedy decoding gives the same text every time.
     for attempt in range(settings.n if settings.temperature else 1):
-        request = partial(_request, policy, settings, seed, attempt)
-        refused = Shelf(Mistake)
-        for mistake, answer in ask(engine, pending, request):
-            analysis = _analysis(policy, mistake, answer, settings)
+        refused = Shelf(kind)
+        for record, answer in ask(engine, pending, partial(request, attempt)):
+            written = read(record, answer)
             tally.given += not attempt
             tally.sampled += 1
-            tally.kept += analysis.accepted
-            tally.refused.update(map(kind_of, analysis.reasons))
-            if not analysis.accepted:
-                refused.add(mistake)
-            yield analysis
+            tally.kept += written.accepted
+            tally.refused.update(map(kind_of, written.reasons))
+            if not written.accepted:
+                refused.add(record)
+            yield written
         if not refused:
             break
         pending = refused
@@ -93,7 +114,7 @@ def analyse(
 
 def gate(policy: Policy, mistake: Mistake, analysis: str) -> tuple[str, ...]:
     """Why an analysis is refused; empty where it is accepted."""
-    reasons, said = [], _plain(analysis)
+    reasons = []
     if len(analysis.split()) < policy.gate.min_words:
         reasons.append("too short")
     if not found(policy.gate.names_fault, analysis):
@@ -102,16 +123,28 @@ def gate(policy: Policy, mistake: Mistake, analysis: str) -> tuple[str, ...]:
         reasons.append("endorses the response")
     elif _recommends(analysis, mistake):
         reasons.append("recommends the bad response")
+    asked = policy.analysis.guided, policy.analysis.unguided
+    return (*reasons, *unsound(analysis, mistake.prompt, mistake.response, asked))
+
+
+def unsound(
+    analysis: str, prompt: Prompt, response: str, asked: tuple[str, ...]
+) -> Iterator[str]:
+    """Why a text is no analysis of a response, whatever it makes of it.
+
+    Args:
+        analysis: the text.
+        prompt: what was asked.
+        response: what the analysis is about.
+        asked: the templates of requests for it, of which no sentence may stand in it.
+    """
+    said = _plain(analysis)
     if _repeats_itself(said):
-        reasons.append("repeats itself")
-    if _quotes_what_nobody_said(analysis, mistake):
-        reasons.append("quotes what nobody said")
-    if any(
-        f" {s} " in f" {said} "
-        for s in _of_request(policy.analysis.guided, policy.analysis.unguided)
-    ):
-        reasons.append("repeats the request")
-    return tuple(reasons)
+        yield "repeats itself"
+    if _quotes_what_nobody_said(analysis, f"{prompt.transcript}\n{response}"):
+        yield "quotes what nobody said"
+    if any(f" {sentence} " in f" {said} " for sentence in _of_request(*asked)):
+        yield "repeats the request"
 
 
 def _repeats_itself(plain: str) -> bool:
@@ -123,9 +156,8 @@ def _repeats_itself(plain: str) -> bool:
     return max(Counter(threes).values()) >= REPEATS
 
 
-def _quotes_what_nobody_said(analysis: str, mistake: Mistake) -> bool:
+def _quotes_what_nobody_said(analysis: str, said: str) -> bool:
     """Whether a quotation in the analysis stands neither in the prompt nor in the response."""
-    said = f"{mistake.prompt.transcript}\n{mistake.response}"
     return any(
         len(quoted.split()) >= SHORT_WORDS and not _contains(said, quoted)
         for quoted in QUOTED.findall(analysis)
@@ -166,8 +198,12 @@ def _recommends(analysis: str, mistake: Mistake) -> bool:
 
 def _contains(text: str, part: str) -> bool:
     """Whether a text contains another one, case and punctuation aside; a few words are none."""
-    plain, wanted = _plain(text), _plain(part)
-    return len(wanted.split()) >= SHORT_WORDS and f" {wanted} " in f" {plain} "
+    return len(_plain(part).split()) >= SHORT_WORDS and names(text, part)
+
+
+def names(text: str, part: str) -> bool:
+    """Whether a text contains another one however short, case and punctuation aside."""
+    return f" {_plain(part)} " in f" {_plain(text)} "
 
 
 def _plain(text: str) -> str:
@@ -189,13 +225,14 @@ def _request(
     )
 
 
-def _reasons(
-    policy: Policy, mistake: Mistake, answer: Completion, text: str, gated: bool
+def refusals(
+    answer: Completion, gate: Callable[[str], tuple[str, ...]] | None
 ) -> tuple[str, ...]:
-    """Why an answer is no analysis to train on."""
+    """Why an answer is nothing to train on: what the gate says, if any, and more."""
     if answer.error is not None:
         return (no_answer(answer.error),)
-    reasons = gate(policy, mistake, text) if gated else ()
+    text = answer.text.strip()
+    reasons = gate(text) if gate else ()
     # Training on a text that breaks off would teach the model never to stop.
     if answer.truncated:
         reasons = (*reasons, BROKEN_OFF)
@@ -203,13 +240,12 @@ def _reasons(
 
 
 def _analysis(
-    policy: Policy, mistake: Mistake, answer: Completion, settings: AnalyseSettings
+    policy: Policy, settings: AnalyseSettings, mistake: Mistake, answer: Completion
 ) -> Analysis:
-    text = answer.text.strip()
-    reasons = _reasons(policy, mistake, answer, text, settings.gate)
+    reasons = refusals(answer, partial(gate, policy, mistake) if settings.gate else None)
     return Analysis(
         mistake=mistake,
-        text=text,
+        text=answer.text.strip(),
         guided=settings.guided,
         source=settings.engine,
         accepted=not reasons,
