@@ -1,4 +1,4 @@
-"""Writes the table of aims into README.md: what was aimed at, and what committed files say.
+"""Writes the tables of aims into README.md: what was aimed at, and what committed files say.
 
 What was aimed at was set before the work, the paper's own figures among it; the rows came into
 the table with the results that they speak of. Figures come from the files beside this one and
@@ -6,7 +6,7 @@ from nowhere else. Run it as `make reference`.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,16 +56,25 @@ class Aim(NamedTuple):
 
 
 def page(old: str) -> str:
-    """The page with its table made anew."""
+    """The page with its tables made anew."""
     before, _, rest = old.partition(START)
     _, _, after = rest.partition(END)
-    rows = table(["", "aimed at", "reached", "met", "why not"])
-    rows += [
-        _row(aim)
-        for make in (speed, mistakes, larger, harmlessness, breadth, judges)
-        for aim in make()
-    ]
-    return before + START + "\n".join(rows) + "\n" + END + after
+    tables = {
+        "Mistakes repaired, in goal hijacking": (*mistakes(), *larger()),
+        "Harmlessness": (*harmlessness(),),
+        "Breadth, and the main job": (*breadth(),),
+        "Judges": (*judges(),),
+        "Speed": (*speed(),),
+    }
+    made = "\n".join(_table(title, aims) for title, aims in tables.items())
+    return before + START + made + END + after
+
+
+def _table(title: str, aims: Sequence[Aim]) -> str:
+    """A heading that says how many aims were met, and a row for each."""
+    met = sum(aim.met is True for aim in aims)
+    rows = table(["", "aimed at", "reached", "met", "why not"]) + [_row(aim) for aim in aims]
+    return "\n".join([f"### {title}: {met} of {len(aims)} met", "", *rows, ""])
 
 
 def _row(aim: Aim) -> str:
