@@ -98,7 +98,7 @@ class Collected(NamedTuple):
     unguided: Iterable[Analysis] = ()
 
 
-GIVEN = {"induce": "prompts", "good answers": "prompts"}
+GIVEN = {"induce": "prompts", "good answers": "prompts", "praise": "good answers"}
 """What a stage is given that is no mistake."""
 
 
