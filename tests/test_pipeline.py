@@ -8,10 +8,10 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from made import Heard
@@ -59,6 +59,7 @@ from misstep.run_folder import described_run
 from misstep.stages.evaluate import judge_answers
 from misstep.stages.reference import reference_losses
 
+Learned = TypeVar("Learned", Example, Pair)
 QUESTIONS = [
     "What do bees make?",
     "Name a red fruit.",
@@ -650,45 +651,50 @@ def test_the_model_writes_the_good_answers_that_nobody_annotated(
         assert yields["good answers"]["kept"] == len(kept) > 0
 
 
-def test_guided_analyses_are_set_against_what_the_model_says_unguided(
-    recipe: Path, tmp_path: Path
-) -> None:
-    folder = run(recipe, tmp_path / "r", ["methods=[contrastive_analysis]"], Silent(), "train")
-    told = list(read_jsonl(folder / "analyses.jsonl", Analysis))
-    said = list(read_jsonl(folder / "unguided.jsonl", Analysis))
-    assert {a.guided for a in told} == {True} and {a.guided for a in said} == {False}
-    assert [a.mistake for a in said] == list(read_jsonl(folder / "mistakes.jsonl", Mistake))
+@pytest.fixture(scope="module")
+def told(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as far as the training of the two methods that learn from further analyses."""
+    given = ["methods=[contrastive_analysis, balanced_analysis]"]
+    return run(recipe, tmp_path_factory.mktemp("told") / "r", given, Silent(), "train")
+
+
+def rows_of(folder: Path, kind: type[Learned]) -> list[Learned]:
+    lines = (folder / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+    own = [line for line in lines if ("chosen" in json.loads(line)) == (kind is Pair)]
+    return [kind.model_validate_json(line) for line in own]
+
+
+def requests(about: Iterable[tuple[Prompt, str, str]]) -> set[tuple[tuple[Message, ...], str]]:
+    """Unguided requests about prompts with responses, each with what was said of them."""
     policy = load_policy("goal-hijacking")
+    return {(policy.analysis_request(p.text, r, guided=False), text) for p, r, text in about}
+
+
+def test_guided_analyses_are_set_against_what_the_model_says_unguided(told: Path) -> None:
+    right = list(read_jsonl(told / "analyses.jsonl", Analysis))
+    said = list(read_jsonl(told / "unguided.jsonl", Analysis))
+    assert {a.guided for a in right} == {True} and {a.guided for a in said} == {False}
+    assert [a.mistake for a in said] == list(read_jsonl(told / "mistakes.jsonl", Mistake))
 
     def of(analyses: Sequence[Analysis]) -> set[tuple[tuple[Message, ...], str]]:
-        asked = ((a.mistake.prompt.text, a.mistake.response, a.text) for a in analyses)
-        return {(policy.analysis_request(p, r, guided=False), text) for p, r, text in asked}
+        return requests((a.mistake.prompt, a.mistake.response, a.text) for a in analyses)
 
-    pairs = [p for p in read_jsonl(folder / "examples.jsonl", Pair) if p.kind == "analysis"]
+    pairs = [pair for pair in rows_of(told, Pair) if pair.kind == "analysis"]
     assert pairs
-    assert {(pair.messages, pair.chosen) for pair in pairs} <= of(told)
+    assert {(pair.messages, pair.chosen) for pair in pairs} <= of(right)
     assert {(pair.messages, pair.rejected) for pair in pairs} <= of(said)
 
 
-def test_good_answers_to_the_prompts_of_mistakes_are_praised_for_who_learns_both(
-    recipe: Path, tmp_path: Path
-) -> None:
-    given = ["methods=[mistake_analysis, balanced_analysis]"]
-    folder = run(recipe, tmp_path / "r", given, Silent(), "train")
-    praised = list(read_jsonl(folder / "praise.jsonl", Praise))
-    mistakes = list(read_jsonl(folder / "mistakes.jsonl", Mistake))
+def test_good_answers_to_the_prompts_of_mistakes_are_praised(told: Path) -> None:
+    praised = list(read_jsonl(told / "praise.jsonl", Praise))
+    mistakes = list(read_jsonl(told / "mistakes.jsonl", Mistake))
     assert {p.prompt.text for p in praised} == {m.prompt.text for m in mistakes}
-    policy = load_policy("goal-hijacking")
-    written = {
-        (policy.analysis_request(p.prompt.text, p.prompt.reference or "", False), p.text)
-        for p in praised
-        if p.accepted
-    }
-    rows = list(read_jsonl(folder / "examples.jsonl", Example))
-    learned = {(row.messages, row.completion) for row in rows if row.kind == "praise"}
-    assert learned and learned <= written
-    counts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["yields"]
-    assert counts["praise"]["kept"] == sum(p.accepted for p in praised)
+    accepted = [p for p in praised if p.accepted]
+    written = requests((p.prompt, p.prompt.reference or "", p.text) for p in accepted)
+    rows = [row for row in rows_of(told, Example) if row.kind == "praise"]
+    assert rows and {(row.messages, row.completion) for row in rows} <= written
+    counts = json.loads((told / "manifest.json").read_text(encoding="utf-8"))["yields"]
+    assert counts["praise"]["kept"] == len(accepted)
 
 
 def test_an_engine_that_cannot_serve_leaves_finished_results_where_they_are(
