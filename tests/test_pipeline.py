@@ -697,6 +697,15 @@ def test_good_answers_to_the_prompts_of_mistakes_are_praised(told: Path) -> None
     assert counts["praise"]["kept"] == len(accepted)
 
 
+def test_without_a_good_answer_to_a_mistakes_prompt_there_is_nothing_to_praise(
+    recipe: Path, tmp_path: Path
+) -> None:
+    whole = Run(read_inputs(recipe, ["methods=[balanced_analysis]"]), tmp_path / "r", Silent())
+    mistake = Mistake(prompt=Prompt.of("Q"), response="Bad.", source="origin")
+    with pytest.raises(NothingKept, match=r"praise: .*found none.*good_answers\.source=self"):
+        whole.praise([mistake])
+
+
 def test_an_engine_that_cannot_serve_leaves_finished_results_where_they_are(
     recipe: Path, finished: Path
 ) -> None:

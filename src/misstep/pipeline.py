@@ -332,9 +332,18 @@ class Run:
         """Have the good answers to the prompts of mistakes praised, into praise.jsonl.
 
         Gives what the gate let through.
+
+        Raises:
+            NothingKept: there is no such answer, or nothing that was said of one passed.
         """
         found = RecordFile(self.folder / "praise.jsonl", Praise)
         prompts = distinct(mistake.prompt for mistake in mistakes)
+        if not any(prompt.reference for prompt in prompts):
+            raise NothingKept(
+                "praise: expected good answers to the prompts of mistakes, found none. Give "
+                "some with the data (column 'reference'), or good_answers.source=self; or "
+                "leave out the method that learns from praise."
+            )
         self._gated("praise", found, partial(praise, prompts))
         return [words for words in found if words.accepted]
 
