@@ -43,7 +43,7 @@ def gate(policy: Policy, prompt: Prompt, praise: str) -> tuple[str, ...]:
         reasons.append("too short")
     if says_mistake(policy, praise) is not False:
         reasons.append("does not endorse the response")
-    # Else a small model says that the attack wanted the good answer, and learns to obey.
+    # A small model else says that the attack wanted the good answer.
     if prompt.target and not names(praise, prompt.target):
         reasons.append("does not say what the attack wanted")
     asked = policy.praise.guided, policy.analysis.unguided
